@@ -1,0 +1,3166 @@
+#!/usr/bin/env python
+# -*- coding: utf-8 -*-
+"""kmcast: send one image to many hosts at once, reliably.
+
+    kmcast.py server [options] LOCAL_IP CLIENTS [PORT]      < image
+    kmcast.py client [options] LOCAL_IP SERVER_IP [PORT]    > image
+
+The server multicasts the image once, in rounds of one buffer each; every
+client says over TCP what it missed and gets just that again.  Standard
+library only; Python 2.7.5 and 3.6 or later run this same file.
+
+Map of this file, in the order in which a byte walks it; each section uses
+only those above it:
+
+     1. Python 2 and 3      all that differs between them
+     2. Wire format         structs, signals, frames; nothing else knows an offset
+     3. TcpQueue            pieces waiting to be sent, or to be understood
+     4. SemLink             the chained/zipper sync between neighbouring threads
+     5. Buffer              one round of packets: fill, put, get, missing, flush
+     6. Coded repair        which lost packets to XOR, and how to solve for them
+     7. Datagrams           multicast sockets; many packets a system call
+     8. Pacing              how fast, and how that is found out
+     9. Ends                where the image comes from, where it goes
+    10. Server              TcpServer (poll), Multicaster (select)
+    11. Client
+    12. Command line        arguments, demo, exit codes
+
+The protocol in a page (a session; the base protocol lacks the greetings):
+
+    server                                    client
+      | <------------------------ connects ----- |
+      | -- group info -------------------------> |  joins the group
+      | <-------------------------- HELLO ------ |
+      | -- WELCOME ----------------------------> |
+      |                                          |     for each buffer:
+      | -- buffer info ------------------------> |
+      | <-------------------------- READY ------ |
+      | == the packets, by UDP multicast ======> |
+      | -- SERVER_SENT, digest so far ---------> |
+      | <-------- CLIENT_REQ, what it lost ----- |     if it lost any:
+      | -- the packets, or AGAIN and coded ----> |       TCP, or multicast
+      | <-------------------------- DONE ------- |  verified, to the output
+      |                                          |     a buffer of 0 packets
+      | -- BYE, size and digest of it all -----> |     ends the image
+      | <-------------------------- DONE ------- |
+
+On the server the Multicaster is the parent of TCP server 1, which is the
+parent of TCP server 2, and so on, each with up to 64 clients.  The parent
+publishes a step and releases its child; the child does the step for its own
+clients while its own child does the same, and releases its parent when all
+of them are through.  So orders run down the chain and answers run up.
+"""
+from __future__ import division, print_function
+
+import argparse
+import binascii
+import collections
+import ctypes
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+
+__version__ = '1.0.0'
+
+log = logging.getLogger('kmcast')
+
+# ---------------------------------------------------------------------------
+# 1. Python 2 and 3
+# ---------------------------------------------------------------------------
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+if sys.version_info[0] == 2:
+    CRC_TYPE = 'i'                      # zlib.crc32 is signed there
+
+    def to_int(data):
+        """Bytes to the integer that they are, big-endian."""
+        return int(binascii.hexlify(data), 16)
+
+    def to_bytes(number, size):
+        """The `size` bytes of an integer, big-endian."""
+        return binascii.unhexlify('%0*x' % (2 * size, number))
+
+    def monotonic():
+        """Seconds on a clock that nobody sets (clock_gettime(2))."""
+        timespec = (ctypes.c_long * 2)()
+        LIBC.clock_gettime(1, timespec)             # CLOCK_MONOTONIC
+        return timespec[0] + timespec[1] * 1e-9
+else:
+    CRC_TYPE = 'I'
+    from time import monotonic
+
+    def to_int(data):
+        """Bytes to the integer that they are, big-endian."""
+        return int.from_bytes(data, 'big')
+
+    def to_bytes(number, size):
+        """The `size` bytes of an integer, big-endian."""
+        return number.to_bytes(size, 'big')
+
+# Before 3.3 each module had an exception of its own; before 3.5 a signal
+# could end any system call with EINTR.
+OS_ERRORS = (OSError, IOError, socket.error, select.error)
+TRY_AGAIN = frozenset((errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR))
+
+
+def errno_of(error):
+    """The errno of one of OS_ERRORS, whatever its class."""
+    return error.args[0] if error.args else None
+
+
+def explain(error):
+    """One of OS_ERRORS in words, without Python's `[Errno …]`."""
+    return getattr(error, 'strerror', None) or str(error)
+
+
+def uninterrupted(call, *args):
+    """`call(*args)`, again when a signal interrupted it (PEP 475)."""
+    while True:
+        try:
+            return call(*args)
+        except OS_ERRORS as error:
+            if errno_of(error) != errno.EINTR:
+                raise
+
+
+# The packets of a batch are allocated and freed together, thousands of times
+# a second; by default glibc gives that memory back to the kernel each time
+# and faults it in again, which triples the cost of a packet (mallopt(3)).
+if hasattr(LIBC, 'mallopt'):
+    LIBC.mallopt(-1, 16 << 20)                      # M_TRIM_THRESHOLD
+
+
+class Failure(Exception):
+    """The end of a transfer, with a reason for the user.
+
+    reason: one line; code: the exit code it stands for.
+    """
+
+    def __init__(self, reason, code=1):
+        Exception.__init__(self, reason)
+        self.reason = reason
+        self.code = code
+
+
+class Refused(Failure):
+    """The peer said BYE; its reason is ours."""
+
+
+class Lost(Failure):
+    """The connection ended without a word."""
+
+
+class ProtocolError(Exception):
+    """A peer said something that PROTOCOL.md does not allow."""
+
+
+# Exit codes; the table is in the man page.
+OK, FAILED, USAGE, PARTLY = 0, 1, 2, 3
+NOT_STARTED = PARTLY                    # the client's meaning of 3
+
+# ---------------------------------------------------------------------------
+# 2. Wire format
+# ---------------------------------------------------------------------------
+
+MASK = 0xffffffff
+MAGIC = b'KMCAST'
+SESSION_VERSION = 1
+
+# Signals: the first byte of a message on TCP.
+ALIVE = b'\x00'
+BUFFER_INFO = READY = b'\x01'
+PACKETS = REQUEST = b'\x02'
+DONE = b'\x04'
+SENT = b'\x08'
+HELLO = b'\x10'
+WELCOME = b'\x20'
+AGAIN = b'\x40'
+BYE = b'\x80'
+
+U32 = struct.Struct('<I')
+PORT = struct.Struct('>H')
+GROUP_INFO = struct.Struct('<H2s4s8s')              # a sockaddr_in of x86 Linux
+ROUND = struct.Struct('<4I')                        # the spec's buffer_ctl
+PACKET = struct.Struct('<I' + CRC_TYPE + 'I')       # the spec's packet_ctl
+REPAIR = struct.Struct('<3I')                       # what follows AGAIN
+
+UDP_OVERHEAD = 28                       # IP and UDP headers, bytes
+MAX_PACKETS = 65536                     # in a round
+MAX_FRAME = 65536                       # bytes
+DIGEST_SIZE = 32                        # SHA-256, bytes
+
+
+def payload_for(mtu):
+    """The payload of a full packet, in bytes, at an MTU in bytes."""
+    return (mtu - UDP_OVERHEAD - PACKET.size) // 4 * 4
+
+
+def pack_group_info(group, port, session):
+    """The server's first message: 16 bytes, a struct sockaddr_in."""
+    padding = MAGIC + struct.pack('BB', SESSION_VERSION, 0) if session else b''
+    return GROUP_INFO.pack(socket.AF_INET, PORT.pack(port),
+                           socket.inet_aton(group), padding)
+
+
+def unpack_group_info(data):
+    """(group address, port, session version or None) of a group info."""
+    family, port, group, padding = GROUP_INFO.unpack(data)
+    group, port = socket.inet_ntoa(group), PORT.unpack(port)[0]
+    if family != socket.AF_INET or not is_multicast(group) or not port:
+        raise ProtocolError('that is no kmcast server')
+    if padding[:6] == MAGIC:
+        return group, port, struct.unpack('B', padding[6:7])[0]
+    return group, port, None
+
+
+def is_multicast(address):
+    """Whether a dotted IPv4 address is in 224.0.0.0/4 (RFC 5771)."""
+    return 224 <= int(address.split('.')[0]) <= 239
+
+
+def pack_frame(kind, fields):
+    """A signal and a JSON object."""
+    text = json.dumps(fields, sort_keys=True).encode('ascii')
+    return kind + U32.pack(len(text)) + text
+
+
+def unpack_frame(text):
+    """The dict in a frame; raises ProtocolError."""
+    try:
+        fields = json.loads(text.decode('utf-8'))
+    except (ValueError, RuntimeError):      # RuntimeError: nested too deep
+        raise ProtocolError('a frame that is not JSON')
+    if not isinstance(fields, dict):
+        raise ProtocolError('a frame that is not a JSON object')
+    return fields
+
+
+NUMBER = (int, type(1 << 40))           # int, and Python 2's long
+TEXT = (str, type(u''))
+
+
+def field(fields, key, kinds, optional=False):
+    """`fields[key]`, checked; raises ProtocolError.
+
+    kinds: NUMBER (not negative) or TEXT; optional: null is allowed, too.
+    """
+    value = fields.get(key)
+    if value is None and optional and key in fields:
+        return None
+    good = isinstance(value, kinds) and not isinstance(value, bool)
+    if not good or (kinds is NUMBER and value < 0):
+        raise ProtocolError('a frame without a proper "%s"' % key)
+    return printable(value) if kinds is TEXT else value
+
+
+def printable(text, limit=200):
+    """A peer's text as it may appear on a terminal: plain ASCII."""
+    return str(re.sub(u'[^ -~]', u'?', text[:limit]))
+
+
+def client_message_size(head, most):
+    """The size in bytes of a client's message that begins with `head`.
+
+    most: packets that a request may ask for.  Returns None where more of the
+    message is needed to tell; raises ProtocolError.
+    """
+    kind = head[:1]
+    if kind in (ALIVE, READY, DONE):
+        return 1
+    if kind not in (REQUEST, HELLO, BYE):
+        raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
+    if len(head) < 5:
+        return None
+    length = U32.unpack(head[1:5])[0]
+    if kind == REQUEST:
+        if not 0 < length <= most:
+            raise ProtocolError('a request for %d packets' % length)
+        return 5 + 4 * length
+    if length > MAX_FRAME:
+        raise ProtocolError('a frame of %d bytes' % length)
+    return 5 + length
+
+
+# ---------------------------------------------------------------------------
+# 3. TcpQueue
+# ---------------------------------------------------------------------------
+
+class TcpQueue(object):
+    """Pieces of data in order: the spec's tcpq and its seven operations.
+
+    A server has two for each client: one waits to be sent, one to be
+    understood.  `size` is in bytes (tcpq_queue_dsize), `count` in pieces.
+    """
+
+    def __init__(self):
+        """tcpq_queue_init."""
+        self._pieces = collections.deque()
+        self.size = 0
+
+    @property
+    def count(self):
+        """How many pieces are queued."""
+        return len(self._pieces)
+
+    def clear(self):
+        """Forget everything: tcpq_queue_free."""
+        self._pieces.clear()
+        self.size = 0
+
+    def put_tail(self, data):
+        """Queue bytes (or a memoryview) behind the others: tcpq_queue_tail."""
+        if len(data):
+            self._pieces.append(data)
+            self.size += len(data)
+
+    def put_head(self, data):
+        """Put back what could not be used yet: tcpq_queue_head."""
+        if len(data):
+            self._pieces.appendleft(data)
+            self.size += len(data)
+
+    def get_head(self):
+        """Take the first piece; None if there is none: tcpq_dequeue_head."""
+        if not self._pieces:
+            return None
+        data = self._pieces.popleft()
+        self.size -= len(data)
+        return data
+
+    def flat(self):
+        """Take everything as one piece of bytes: tcpq_dqueue_flat."""
+        data = self.flat_peek()
+        self.clear()
+        return data
+
+    def flat_peek(self):
+        """Everything as one piece of bytes, left in: tcpq_queue_flat_peek."""
+        if len(self._pieces) == 1 and isinstance(self._pieces[0], bytes):
+            return self._pieces[0]
+        data = bytearray()
+        for piece in self._pieces:
+            data += piece
+        return bytes(data)
+
+
+# ---------------------------------------------------------------------------
+# 4. SemLink
+# ---------------------------------------------------------------------------
+
+class LinkClosed(Exception):
+    """The thread at the other end of a SemLink has ended."""
+
+
+class SemLink(object):
+    """The pairs of semaphores between a thread, its parent and its child.
+
+    The spec's struct semlink.  A pair of semaphores is a socket pair: V sends
+    a byte, P receives one.  So a link can be polled together with sockets
+    (`parent_fd`, `child_fd`; None where there is no such neighbour), and a
+    thread that ends closes its ends, which its neighbours see.  All four
+    calls do nothing where there is no such neighbour.
+    """
+
+    def __init__(self, parent=None):
+        """parent: this thread's end of the pair that its parent made."""
+        self._parent = parent
+        self._child = None
+
+    def spawn(self):
+        """Make the pair of semaphores for a child; returns the child's link."""
+        self._child, end = socket.socketpair()
+        return SemLink(end)
+
+    parent_fd = property(lambda self: self._parent and self._parent.fileno())
+    child_fd = property(lambda self: self._child and self._child.fileno())
+
+    def wait_parent(self):
+        """P: sl_wait_parent.  Raises LinkClosed."""
+        self._wait(self._parent)
+
+    def release_parent(self):
+        """V: sl_release_parent."""
+        self._release(self._parent)
+
+    def wait_child(self):
+        """P: sl_wait_child.  Raises LinkClosed."""
+        self._wait(self._child)
+
+    def release_child(self):
+        """V: sl_release_child."""
+        self._release(self._child)
+
+    def close_child(self):
+        """Go on without a child."""
+        if self._child:
+            self._child.close()
+            self._child = None
+
+    def close(self):
+        """Tell both neighbours that this thread is at its end."""
+        self.close_child()
+        if self._parent:
+            self._parent.close()
+            self._parent = None
+
+    @staticmethod
+    def _wait(end):
+        if end:
+            try:
+                gone = not uninterrupted(end.recv, 1)
+            except OS_ERRORS:
+                gone = True
+            if gone:
+                raise LinkClosed()
+
+    @staticmethod
+    def _release(end):
+        if end:
+            try:
+                uninterrupted(end.send, b'V')
+            except OS_ERRORS:
+                pass                    # it ended; the next wait will say so
+
+
+# ---------------------------------------------------------------------------
+# 5. Buffer
+# ---------------------------------------------------------------------------
+
+def plain_crc(payload, _number):
+    """The checksum of a base-protocol server that uses CRC-32."""
+    return zlib.crc32(payload)
+
+
+def c_sum(payload, _number):
+    """The checksum of the C implementation: the sum of little-endian words."""
+    words = payload + b'\0' * (-len(payload) % 4)
+    total = sum(struct.unpack('<%dI' % (len(words) // 4), words)) & MASK
+    return struct.unpack('<' + CRC_TYPE, U32.pack(total))[0]
+
+
+class Batch(object):
+    """Structs for many adjacent packets at once, by their number.
+
+    One call takes 44 packets apart into 44 x (seq, crc, size, payload), or
+    puts them together; that is what makes the per-packet loops short.
+    """
+
+    MOST = 128                          # packets in one call
+
+    def __init__(self, payload):
+        """payload: bytes in each packet."""
+        self._packet = 'I' + CRC_TYPE + 'I%ds' % payload
+        self._payload = '%ds' % payload
+        self._slot = '%dx' % PACKET.size + self._payload
+        self._packets, self._payloads, self._slots = {}, {}, {}
+
+    @staticmethod
+    def _cached(cache, one, count):
+        if count not in cache:
+            cache[count] = struct.Struct('<' + one * count)
+        return cache[count]
+
+    def packets(self, count):
+        """A Struct of count x (seq, crc, size, payload)."""
+        return self._cached(self._packets, self._packet, count)
+
+    def payloads(self, count):
+        """A Struct of count x payload, back to back."""
+        return self._cached(self._payloads, self._payload, count)
+
+    def slots(self, count):
+        """A Struct of count x payload, each behind its packet header."""
+        return self._cached(self._slots, self._slot, count)
+
+
+class Buffer(object):
+    """One round of packets, each in its slot as it goes on the wire.
+
+    The spec's buffer_ctl, its packets and their operations.  A server fills
+    it from the image and sends slices of it; a client puts what it receives
+    and flushes it when nothing is missing.  A repair pass is one as well.
+
+    base        seq of the first packet (packet_id_base)
+    count       packets in the round (pkt_count)
+    size        bytes of payload in the round (buffer_size)
+    received    packets of this round that have arrived
+    damaged     datagrams with a wrong size or checksum, over all rounds
+    """
+
+    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,)):
+        """buffer_init.
+
+        payload: bytes in a full packet; capacity: packets at the most.
+        salt, checks: a packet's checksum is check(payload, salt + seq).  Two
+        checks are candidates, and the first good packet decides between them
+        (pass the same list to all buffers of a transfer).
+        """
+        self.payload = payload
+        self.capacity = capacity
+        self.slot = PACKET.size + payload
+        self.salt = salt
+        self.checks = checks
+        self.damaged = 0
+        self._bytes = bytearray(capacity * self.slot)
+        self._view = memoryview(self._bytes)
+        self._batch = Batch(payload)
+        self._others = {}               # by payload size: the short packets
+        self.start(0, 0, 0)
+
+    # ---- what a round is
+
+    def start(self, base, count, size):
+        """Begin a round; on a server with count 0, for `fill` to add to.
+
+        size: bytes in all, from which the last packet's follows; None where
+        any packet may be short (the base protocol).
+        """
+        self.base = base & MASK
+        self.count = count
+        self.size = size
+        self.ended = False
+        self.limit = self.capacity
+        self._rest = 0                  # bytes read that are no packet yet
+        self._short = {}                # size of the packets that are short
+        self._any_size = size is None
+        self._full_sized = count        # so many packets may be, or must be
+        if size is not None and size != count * self.payload:
+            self._full_sized = count - 1
+            self._short[count - 1] = size - (count - 1) * self.payload
+        self._have = bytearray(count)
+        self._missing = count
+        self.received = 0
+
+    def info(self, number):
+        """The round's buffer info, 16 bytes."""
+        return ROUND.pack(number & MASK, self.size, self.base, self.count)
+
+    def index(self, seq):
+        """The place of a seq in the round, from 0; it may lie outside."""
+        return (seq - self.base) & MASK
+
+    def packet_size(self, index):
+        """The payload in bytes of a packet of this round."""
+        return self._short.get(index, self.payload)
+
+    # ---- the server's side
+
+    def fill(self, source):
+        """Read once from the image and make packets of it: buffer_fill.
+
+        source.read_into(view) -> bytes read, 0 at the image's end.  Only the
+        last packet of the image is short.  Sets `ended` at the image's end.
+        """
+        payload, first = self.payload, self.count
+        staging = source.staging(Batch.MOST * payload)
+        room = min(len(staging), (self.limit - first) * payload)
+        got = source.read_into(staging[self._rest:room])
+        self._rest += got
+        count = self._rest // payload
+        if count:
+            pieces = self._batch.payloads(count).unpack_from(staging)
+            seqs = [(self.base + i) & MASK for i in range(first, first + count)]
+            check, salt = self.checks[0], self.salt
+            fields = [payload] * (4 * count)
+            fields[0::4] = seqs
+            fields[1::4] = [check(piece, salt + seq)
+                            for piece, seq in zip(pieces, seqs)]
+            fields[3::4] = pieces
+            self._batch.packets(count).pack_into(
+                self._bytes, first * self.slot, *fields)
+            self.count += count
+            self.size += count * payload
+            self._rest -= count * payload
+            staging[:self._rest] = staging[count * payload:][:self._rest]
+        if not got:
+            if self._rest:
+                self.add(staging[:self._rest].tobytes())
+            self.ended = True
+        return got
+
+    full = property(lambda self: self.ended or self.count >= self.limit)
+
+    def add(self, data):
+        """Add one packet with a payload of up to a full one's size."""
+        index, seq = self.count, (self.base + self.count) & MASK
+        start = index * self.slot
+        PACKET.pack_into(self._bytes, start, seq,
+                         self.checks[0](data, self.salt + seq), len(data))
+        self._view[start + PACKET.size:start + PACKET.size + len(data)] = data
+        if len(data) != self.payload:
+            self._short[index] = len(data)
+        self.count += 1
+        self.size += len(data)
+
+    def get(self, seq):
+        """A packet as it goes on the wire, a memoryview: packet_get."""
+        return self.packets(self.index(seq), self.index(seq) + 1)[0]
+
+    def packets(self, first, last):
+        """The packets from index first up to last as few adjacent slices.
+
+        Returns memoryviews; only the last packet of each may be short.
+        """
+        slices = []
+        ends = sorted(i + 1 for i in self._short if first <= i < last - 1)
+        for end in ends + [last]:
+            stop = end * self.slot - self.payload + self.packet_size(end - 1)
+            slices.append(self._view[first * self.slot:stop])
+            first = end
+        return slices
+
+    # ---- the client's side
+
+    def put(self, data, offset, count, payload):
+        """Take received packets that lie back to back: packet_put.
+
+        data, offset: where they are; count: how many; payload: bytes of each
+        behind its header.  Those outside the round, duplicates, and those
+        whose size or checksum is wrong are ignored.
+        """
+        batch = self._batch
+        if payload != self.payload:
+            if not 0 < payload < self.payload:
+                self.damaged += count
+                return
+            if payload not in self._others:
+                self._others[payload] = Batch(payload)
+            batch = self._others[payload]
+        fields = batch.packets(count).unpack_from(data, offset)
+        seqs, crcs, pieces = fields[0::4], fields[1::4], fields[3::4]
+        check, salt = self.checks[0], self.salt
+        if len(self.checks) > 1:
+            matching = [c for c in self.checks if c(pieces[0], 0) == crcs[0]]
+            if not matching:
+                self.damaged += count
+                return
+            self.checks[:] = matching[:1]
+            check = self.checks[0]
+        sums = tuple([check(piece, salt + seq)
+                      for piece, seq in zip(pieces, seqs)])
+        first, last = self.index(seqs[0]), self.index(seqs[0]) + count
+        if (sums == crcs and payload == self.payload
+                and last <= self._full_sized
+                and seqs == tuple(range(seqs[0], seqs[0] + count))
+                and fields[2::4] == (payload,) * count
+                and self._have.find(b'\1', first, last) < 0):
+            start = first * self.slot
+            size = count * self.slot
+            self._view[start:start + size] = memoryview(data)[offset:offset + size]
+            self._have[first:last] = b'\1' * count
+            self._missing -= count
+            self.received += count
+            return
+        for i in range(count):
+            index = (seqs[i] - self.base) & MASK
+            if (index < self.count and not self._have[index]
+                    and sums[i] == crcs[i] and fields[4 * i + 2] == payload
+                    and (self._any_size or payload == self.packet_size(index))):
+                self._store(index, payload, data, offset + i * (PACKET.size + payload))
+            elif sums[i] != crcs[i]:
+                self.damaged += 1
+
+    def _store(self, index, payload, data, offset):
+        start, size = index * self.slot, PACKET.size + payload
+        self._view[start:start + size] = memoryview(data)[offset:offset + size]
+        if payload != self.payload:
+            self._short[index] = payload
+        self._have[index] = 1
+        self._missing -= 1
+        self.received += 1
+
+    complete = property(lambda self: not self._missing)
+
+    def has(self, index):
+        """Whether a packet has arrived, by its place in the round."""
+        return bool(self._have[index])
+
+    def missing(self):
+        """The places in the round of what has not arrived, ascending."""
+        return [i for i in range(self.count) if not self._have[i]] if self._missing else []
+
+    def payload_of(self, index):
+        """The payload of a packet by its place, padded with zeros to a full one."""
+        start = index * self.slot + PACKET.size
+        data = self._view[start:start + self.packet_size(index)].tobytes()
+        return data + b'\0' * (self.payload - len(data))
+
+    def restore(self, index, padded):
+        """Put a packet's payload that was solved for (see Coded repair)."""
+        size = self.packet_size(index)
+        seq = (self.base + index) & MASK
+        header = PACKET.pack(seq, self.checks[0](padded[:size], self.salt + seq), size)
+        self._store(index, size, bytearray(header + padded[:size]), 0)
+
+    def flush(self):
+        """The round's bytes in one piece, for the output: buffer_flush.
+
+        Returns a memoryview that is valid until the next start().  The
+        payloads move to the front, so the packets are gone afterwards.
+        """
+        end = 0
+        for first in range(0, self.count, Batch.MOST):
+            count = min(Batch.MOST, self.count - first)
+            pieces = self._batch.slots(count).unpack_from(self._bytes, first * self.slot)
+            if self._short:
+                pieces = [piece[:self.packet_size(first + i)]
+                          for i, piece in enumerate(pieces)]
+            data = b''.join(pieces)
+            self._view[end:end + len(data)] = data
+            end += len(data)
+        return self._view[:end]
+
+
+# ---------------------------------------------------------------------------
+# 6. Coded repair
+# ---------------------------------------------------------------------------
+# One multicast XOR of several packets repairs a different loss at each client
+# (Nguyen et al., "Wireless Broadcast Using Network Coding", 2009), as long as
+# no client lacks more than one of them.
+
+MOST_MEMBERS = 600                      # a recipe must fit in a datagram
+
+
+def combine(requests, most=MOST_MEMBERS):
+    """Group lost packets so that no client lacks two of one group.
+
+    requests: a list of the indexes that each client asked for.  Greedy, most
+    wanted packet first, each into the first group in which it collides with
+    no client.  Returns lists of indexes.
+    """
+    wanted = collections.defaultdict(int)           # index -> clients, as bits
+    for number, indexes in enumerate(requests):
+        for index in set(indexes):
+            wanted[index] |= 1 << number
+    everybody = (1 << len(requests)) - 1
+    groups, growing = [], []                        # growing: [clients, members]
+    for index in sorted(wanted, key=lambda i: (-bin(wanted[i]).count('1'), i)):
+        mask = wanted[index]
+        for group in growing:
+            if not group[0] & mask:
+                group[0] |= mask
+                group[1].append(index)
+                if group[0] == everybody or len(group[1]) >= most:
+                    growing.remove(group)
+                break
+        else:
+            members = [index]
+            groups.append(members)
+            if mask != everybody:
+                growing.append([mask, members])
+    return groups
+
+
+def recipes(groups, number, room):
+    """The recipe payloads for groups; each fits in `room` bytes.
+
+    number: the repair number of the first recipe.  As the combinations are
+    numbered behind the recipes, it takes their count to write them.
+    """
+    parts, used = [[]], 4
+    for members in groups:
+        size = 2 + 2 * len(members)
+        if used + size > room:
+            parts.append([])
+            used = 4
+        parts[-1].append(members)
+        used += size
+    payloads, number = [], number + len(parts)
+    for part in parts:
+        payload = U32.pack(number & MASK)
+        for members in part:
+            payload += struct.pack('<%dH' % (1 + len(members)), len(members), *members)
+        payloads.append(payload)
+        number += len(part)
+    return payloads
+
+
+def most_members(payload):
+    """How many members a combination may have at a payload of so many bytes."""
+    return min(MOST_MEMBERS, (payload - 6) // 2)
+
+
+def encode_repair(buffer, groups, number, salt):
+    """The datagrams of a repair pass, as a Buffer, and how many are recipes."""
+    first = recipes(groups, number, buffer.payload)
+    coded = Buffer(buffer.payload, len(first) + len(groups), salt)
+    coded.start(number, 0, 0)
+    for payload in first:
+        coded.add(payload)
+    for members in groups:
+        total = 0
+        for index in members:
+            total ^= to_int(buffer.payload_of(index))
+        coded.add(to_bytes(total, buffer.payload))
+    return coded, len(first)
+
+
+def read_recipe(payload):
+    """(repair number, members) of each combination in a recipe."""
+    number, offset = U32.unpack_from(payload)[0], 4
+    while offset + 2 <= len(payload):
+        count = struct.unpack_from('<H', payload, offset)[0]
+        if offset + 2 + 2 * count > len(payload):
+            return
+        yield number, struct.unpack_from('<%dH' % count, payload, offset + 2)
+        number = (number + 1) & MASK
+        offset += 2 + 2 * count
+
+
+def solve(buffer, coded, recipe_count):
+    """Recover lost packets of a buffer from what arrived of a repair pass.
+
+    coded: the pass as a Buffer.  Returns the number of packets recovered.
+    """
+    recovered = 0
+    for place in range(min(recipe_count, coded.count)):
+        if not coded.has(place):
+            continue
+        recipe = coded.payload_of(place)[:coded.packet_size(place)]
+        for number, members in read_recipe(recipe):
+            at = coded.index(number)
+            if at >= coded.count or not coded.has(at) or at < recipe_count:
+                continue
+            if [i for i in members if i >= buffer.count]:
+                continue
+            lost = [i for i in members if not buffer.has(i)]
+            if len(lost) != 1:
+                continue
+            total = to_int(coded.payload_of(at))
+            for index in members:
+                if index != lost[0]:
+                    total ^= to_int(buffer.payload_of(index))
+            buffer.restore(lost[0], to_bytes(total, buffer.payload))
+            recovered += 1
+    return recovered
+
+
+# ---------------------------------------------------------------------------
+# 7. Datagrams
+# ---------------------------------------------------------------------------
+# What decides the speed is how many packets a system call carries.  Three
+# ways, the best that works is found by trying:
+#   gso     the kernel cuts one large send into datagrams (UDP_SEGMENT, Linux
+#           4.18) and joins arriving ones again (UDP_GRO, Linux 5.0); udp(7)
+#   mmsg    sendmmsg(2) and recvmmsg(2) through ctypes, Linux 3.0
+#   plain   one datagram a call
+
+WAYS = ('gso', 'mmsg', 'plain')
+
+# Linux's numbers, of which older Python versions lack the names.
+SO_RCVBUFFORCE = 33
+IP_MTU = 14
+IP_MULTICAST_ALL = 49
+SOL_UDP = 17
+UDP_SEGMENT = 103
+UDP_GRO = 104
+TCP_USER_TIMEOUT = 18
+MSG_DONTWAIT = 0x40
+MSG_MORE = 0x8000
+
+MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
+LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
+SOCKET_BUFFER = 32 << 20                # what a receiver asks for, bytes
+
+# These mean that a way of sending does not work here, not that a packet
+# could not be sent (udp(7); EIO: no checksum offload on this device).
+NO_SUCH_WAY = frozenset((errno.EIO, errno.EINVAL, errno.EMSGSIZE,
+                         errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
+QUEUE_FULL = frozenset((errno.ENOBUFS, errno.ENOMEM))
+
+# struct iovec, and struct mmsghdr: name, its length, iovec, how many,
+# control, its length, flags, bytes received.
+IOVEC = struct.Struct('@PL')
+MMSGHDR = '@' + 'PIPLPLiI0P'
+CMSG = struct.Struct('@Liii')           # struct cmsghdr with an int as its data
+CONTROL_SIZE = 64                       # bytes, room for CMSG
+
+
+def address_of(data):
+    """Where a bytearray lies in memory; it must not change its size."""
+    return ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data))
+
+
+class MessageVector(object):
+    """Many struct mmsghdr at once, for sendmmsg(2) and recvmmsg(2)."""
+
+    def __init__(self, messages):
+        """messages: a list of (iovecs, control address, control size);
+        iovecs: a list of (address, size).  Addresses must stay valid."""
+        iovecs = [iovec for entry in messages for iovec in entry[0]]
+        self._iovecs = bytearray(IOVEC.size * len(iovecs))
+        for i, iovec in enumerate(iovecs):
+            IOVEC.pack_into(self._iovecs, i * IOVEC.size, *iovec)
+        where = address_of(self._iovecs)
+        self._one = struct.Struct(MMSGHDR)
+        self._all = {}
+        self._template = bytearray(self._one.size * len(messages))
+        for i, (vector, control, size) in enumerate(messages):
+            self._one.pack_into(self._template, i * self._one.size, 0, 0,
+                                where, len(vector), control, size, 0, 0)
+            where += IOVEC.size * len(vector)
+        self._headers = bytearray(self._template)
+        self._address = address_of(self._headers)
+
+    def send(self, fd, count):
+        """sendmmsg(2) of the first `count`: how many were sent; raises OSError."""
+        return self._call('sendmmsg', fd, count)
+
+    def receive(self, fd, count):
+        """recvmmsg(2) without waiting: (sizes, control sizes) in bytes."""
+        self._headers[:] = self._template
+        got = self._call('recvmmsg', fd, count, None)
+        if got not in self._all:
+            self._all[got] = struct.Struct('@' + MMSGHDR[1:] * got)
+        fields = self._all[got].unpack_from(self._headers)
+        return fields[7::8], fields[5::8]
+
+    def _call(self, name, fd, count, *more):
+        function = getattr(LIBC, name, None)
+        if function is None:
+            raise OSError(errno.ENOSYS, 'no %s' % name)
+        headers = ctypes.c_void_p(self._address)
+        result = function(fd, headers, count, MSG_DONTWAIT, *more)
+        if result < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return result
+
+
+def multicast_route(local_ip, group):
+    """A UDP socket that sends to a group through the interface of local_ip."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                    socket.inet_aton(local_ip))
+    return sock
+
+
+class DatagramSender(object):
+    """Multicasts the packets of a Buffer."""
+
+    # A larger one would let the kernel's queue drop at the egress without a
+    # word; with this one the socket is full first, and we wait.
+    SEND_BUFFER = 256 << 10
+
+    def __init__(self, local_ip, group, port, ttl, way='auto'):
+        """local_ip: address of the egress interface; way: one of WAYS.
+
+        Raises OS_ERRORS where there is no such interface.
+        """
+        self.sock = multicast_route(local_ip, group)
+        self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
+        self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
+        self.sock.connect((group, port))
+        self.sock.setblocking(False)
+        self.mtu = self.sock.getsockopt(socket.IPPROTO_IP, IP_MTU)
+        self.way = WAYS[0] if way == 'auto' else way
+        self.strict = way != 'auto'
+        self.trouble = None             # the last error that lost packets
+        self._slot = None               # what the kernel or _vector is set up for
+
+    def fileno(self):
+        """For select(): writable when there is room for more."""
+        return self.sock.fileno()
+
+    def most(self, slot):
+        """How many packets of `slot` bytes one call can carry."""
+        if self.way == 'gso':
+            return min(MOST_SEGMENTS, LARGEST_SEND // slot)
+        return MOST_SEGMENTS if self.way == 'mmsg' else 1
+
+    def send(self, buffer, first, last):
+        """Send packets of a Buffer from index first up to last, at most one
+        call's worth.  Returns the index after the last one sent, which is
+        `first` when the socket is full.  Packets that the kernel refuses
+        count as sent: they are lost, as others are, and `trouble` says why.
+        """
+        last = min(last, first + self.most(buffer.slot))
+        try:
+            return getattr(self, '_send_' + self.way)(buffer, first, last)
+        except OS_ERRORS as error:
+            number = errno_of(error)
+            if number in TRY_AGAIN:
+                return first
+            if number in QUEUE_FULL:
+                time.sleep(0.001)       # writable, yet full: no use in select
+                return first
+            if number in NO_SUCH_WAY and self.way != WAYS[-1]:
+                self._fall_back(error)
+                return first
+            self.trouble = explain(error)
+            return last
+
+    def _fall_back(self, error):
+        if self.way == 'gso' and self._slot:
+            self.sock.setsockopt(SOL_UDP, UDP_SEGMENT, 0)
+        self._slot = None
+        worse = WAYS[WAYS.index(self.way) + 1]
+        (log.warning if self.strict else log.debug)(
+            'sending by %s does not work here (%s), so by %s',
+            self.way, explain(error), worse)
+        self.way = worse
+
+    def _send_gso(self, buffer, first, last):
+        if buffer.slot != self._slot:
+            self.sock.setsockopt(SOL_UDP, UDP_SEGMENT, buffer.slot)
+            self._slot = buffer.slot
+        data = buffer.packets(first, last)[0]
+        self.sock.send(data)
+        return first + -(-len(data) // buffer.slot)
+
+    def _send_mmsg(self, buffer, first, last):
+        data = buffer.packets(first, last)[0]
+        whole = len(data) // buffer.slot
+        if not whole:
+            self.sock.send(data)        # a short packet
+            return first + 1
+        if buffer.slot != self._slot:
+            self._slot = buffer.slot
+            self._staging = bytearray(MOST_SEGMENTS * self._slot)
+            where = address_of(self._staging)
+            self._vector = MessageVector(
+                [([(where + i * self._slot, self._slot)], 0, 0)
+                 for i in range(MOST_SEGMENTS)])
+        self._staging[:whole * self._slot] = data[:whole * self._slot]
+        return first + self._vector.send(self.sock.fileno(), whole)
+
+    def _send_plain(self, buffer, first, last):
+        self.sock.send(buffer.packets(first, first + 1)[0])
+        return first + 1
+
+    def close(self):
+        """Close the socket."""
+        self.sock.close()
+
+
+class DatagramReceiver(object):
+    """Receives a group's datagrams, many a call.
+
+    Every datagram has a slot of one packet's size, and the slots are adjacent,
+    so full packets that arrive one by one lie back to back as those do that
+    the kernel joined.  What is longer than its slot (datagrams that the
+    kernel joined) goes on in a spill area.
+    """
+
+    MESSAGES = 64                       # in a call; with UDP_GRO each is many
+    SPILL = 65536                       # bytes
+
+    def __init__(self, local_ip, group, port, payload, way='auto'):
+        """local_ip: address of the ingress interface; payload: bytes in a
+        full packet; way: one of WAYS.  Raises OS_ERRORS.
+        """
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:                            # root may have more than net.core.rmem_max
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, SOCKET_BUFFER)
+        except OS_ERRORS:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        self.socket_buffer = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        try:                            # only the groups that this socket joins
+            self.sock.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, 0)
+        except OS_ERRORS:
+            pass
+        self.sock.bind((group, port))
+        self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                             socket.inet_aton(group) + socket.inet_aton(local_ip))
+        self.sock.setblocking(False)
+        self.way = WAYS[0] if way == 'auto' else way
+        if self.way == 'gso':
+            try:
+                self.sock.setsockopt(SOL_UDP, UDP_GRO, 1)
+            except OS_ERRORS:
+                self.way = 'mmsg'
+        self.slot = PACKET.size + payload
+        self._slots = bytearray(self.MESSAGES * self.slot + 1)
+        if self.way != 'plain':
+            self._set_up_vector()
+
+    def _set_up_vector(self):
+        spill = self.SPILL if self.way == 'gso' else 1
+        self._spill = bytearray(self.MESSAGES * spill)
+        self._control = bytearray(self.MESSAGES * CONTROL_SIZE)
+        slots, spills, controls = [
+            address_of(data) for data in (self._slots, self._spill, self._control)]
+        self._vector = MessageVector([
+            ([(slots + i * self.slot, self.slot), (spills + i * spill, spill)],
+             controls + i * CONTROL_SIZE, CONTROL_SIZE)
+            for i in range(self.MESSAGES)])
+
+    def fileno(self):
+        """For poll(): readable when there are datagrams."""
+        return self.sock.fileno()
+
+    def receive(self):
+        """What has arrived, without waiting, as a list of batches.
+
+        A batch is what Buffer.put takes: (data, offset, count, payload), valid
+        until the next call.  None when nothing has arrived.
+        """
+        try:
+            if self.way == 'plain':
+                sizes, controls = self._receive_one_by_one(), ()
+            else:
+                sizes, controls = self._vector.receive(self.fileno(), self.MESSAGES)
+        except OS_ERRORS as error:
+            if errno_of(error) in NO_SUCH_WAY and self.way != 'plain':
+                log.debug('receiving by %s does not work here (%s), so by plain',
+                          self.way, explain(error))
+                if self.way == 'gso':
+                    self.sock.setsockopt(SOL_UDP, UDP_GRO, 0)
+                self.way = 'plain'
+                return []
+            return None                 # nothing there, or a passing error
+        if not sizes:
+            return None
+        slot = self.slot
+        if sizes.count(slot) == len(sizes):
+            return [(self._slots, 0, len(sizes), slot - PACKET.size)]
+        batches = []
+        for i, size in enumerate(sizes):
+            if controls and controls[i]:
+                batches += self._joined(i, size)
+            elif PACKET.size < size <= slot:
+                batches.append((self._slots, i * slot, 1, size - PACKET.size))
+        return batches
+
+    def _receive_one_by_one(self):
+        sizes, slots = [], memoryview(self._slots)
+        try:
+            while len(sizes) < self.MESSAGES:
+                start = len(sizes) * self.slot
+                sizes.append(self.sock.recv_into(slots[start:start + self.slot + 1]))
+        except OS_ERRORS:
+            pass
+        return sizes
+
+    def _joined(self, i, size):
+        """The batches in message i: datagrams that the kernel joined."""
+        _, level, kind, segment = CMSG.unpack_from(self._control, i * CONTROL_SIZE)
+        if (level, kind) != (SOL_UDP, UDP_GRO) or segment <= PACKET.size:
+            return []
+        slot, spill = self.slot, self.SPILL
+        if segment == slot:
+            batches = [(self._slots, i * slot, 1, slot - PACKET.size)]
+            data, offset, size = self._spill, i * spill, size - slot
+        else:
+            batches = []
+            data = (self._slots[i * slot:(i + 1) * slot]
+                    + self._spill[i * spill:(i + 1) * spill])
+            offset = 0
+        count, rest = divmod(size, segment)
+        while count > 0:
+            some = min(count, Batch.MOST)
+            batches.append((data, offset, some, segment - PACKET.size))
+            offset += some * segment
+            count -= some
+        if rest > PACKET.size:
+            batches.append((data, offset, 1, rest - PACKET.size))
+        return batches
+
+    def overflows(self):
+        """Datagrams that this host's own socket buffer had no room for.
+
+        The last column of /proc/net/udp; None where it cannot be told.
+        """
+        inode = str(os.fstat(self.fileno()).st_ino)
+        try:
+            with open('/proc/net/udp') as table:
+                for line in table:
+                    columns = line.split()
+                    if columns[9] == inode:
+                        return int(columns[-1])
+        except (OSError, IOError, IndexError, ValueError):
+            pass
+        return None
+
+    def close(self):
+        """Leave the group and close the socket."""
+        self.sock.close()
+
+
+# ---------------------------------------------------------------------------
+# 8. Pacing
+# ---------------------------------------------------------------------------
+
+UNLIMITED = float('inf')
+
+
+class Pacer(object):
+    """Spreads packets over time: says how many to send now, and when next.
+
+    A burst is what the rate makes in half a millisecond, and at most one call
+    (64 KB): a cheap switch that joins a fast port to a slow one has to hold
+    about one burst, and the smallest have 100 KB or so for all their ports.
+    """
+
+    BURST = 0.0005                      # seconds
+    CATCH_UP = 0.004                    # seconds of delay that are made good
+
+    def __init__(self):
+        self.rate = UNLIMITED           # bit/s of IP packets
+        self._next = 0.0
+
+    def burst(self, packet_size):
+        """How many packets of so many bytes to send in one go."""
+        if self.rate == UNLIMITED:
+            return MOST_SEGMENTS
+        return int(max(1, min(MOST_SEGMENTS, self.rate * self.BURST / 8 / packet_size)))
+
+    def sent(self, size):
+        """Count `size` bytes just sent; returns when to send again, seconds
+        on the monotonic clock."""
+        self._next = max(self._next, monotonic() - self.CATCH_UP) + size * 8 / self.rate
+        return self._next
+
+
+class RateControl(object):
+    """Finds the fastest rate that the slowest link carries: `--rate auto`.
+
+    The only evidence are the losses of each round.  Doubles the rate while
+    there are none to speak of.  After a loss it goes straight down to what got
+    through.  If the same share is lost at the lower rate, then the loss is the
+    medium's own: it is remembered as such, and the rate goes back up.
+    """
+
+    START = 200e6                       # bit/s
+    LOWEST = 1e6                        # bit/s
+    TOLERATED = 0.02                    # share of loss cheaper to repair than to avoid
+    CLEAN = 0.005                       # share of loss that allows to go faster
+
+    def __init__(self):
+        self.rate = self.START
+        self.medium = 0.0               # share of packets lost at any rate
+        self._step = 1.0                # how much faster next, as a share
+        self._cut = None                # (rate, share lost) before the last cut
+
+    def round_over(self, count, lost, achieved):
+        """Learn from a round, and set the next one's `rate`.
+
+        count: packets sent; lost: the places that the worst client lost,
+        ascending; achieved: bit/s at which they were sent, at most `rate`.
+        Returns why the rate changed, or None.
+        """
+        share = len(lost) / count
+        allowed = (self.medium + self.TOLERATED) * count
+        if len(lost) <= allowed + 3 * math.sqrt(allowed) + 1:
+            self.medium = min(self.medium, share)
+            self._cut = None
+            if achieved < 0.7 * self.rate or share > self.medium + self.CLEAN:
+                return None             # we are the slowest, or it just fits
+            self.rate *= 1 + self._step
+            self._step = min(1.0, 2 * self._step)
+            return 'no loss to speak of'
+        if self._cut and share > 0.6 * self._cut[1]:
+            self.rate, self.medium, self._cut = self._cut[0], share, None
+            return 'a loss of %.1f %% at any rate' % (100 * share)
+        # Once the queue before the slow link is full, the share that still
+        # gets through tells how slow that link is.
+        behind = count - lost[0]
+        through = 1 - (len(lost) / behind if behind >= 64 else share)
+        self._cut = (self.rate, share)
+        self._step = 0.01
+        self.rate = max(self.LOWEST, min(self.rate, achieved) * max(through, 0.01)
+                        / (1 - self.medium))
+        return '%.1f %% lost' % (100 * share)
+
+
+def bits(rate):
+    """A rate in bit/s in words."""
+    if rate == UNLIMITED:
+        return 'no limit'
+    for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if rate >= scale:
+            return '%.4g %sbit/s' % (rate / scale, unit)
+    return '%.0f bit/s' % rate
+
+
+# ---------------------------------------------------------------------------
+# 9. Ends
+# ---------------------------------------------------------------------------
+
+class Source(object):
+    """Where the server's image comes from: a file, or standard input.
+
+    name, size (bytes) are None where they are not known.
+    """
+
+    def __init__(self, path=None, name=None, digest=True):
+        """path: of a file, None for standard input.  Raises Failure."""
+        try:
+            self._file = io.open(0 if path is None else path, 'rb', buffering=0,
+                                 closefd=path is not None)
+            status = os.fstat(self._file.fileno())
+            if stat.S_ISDIR(status.st_mode):
+                raise IOError(errno.EISDIR, os.strerror(errno.EISDIR))
+        except OS_ERRORS as error:
+            raise Failure('cannot read %s: %s' % (path or 'standard input',
+                                                  explain(error)), USAGE)
+        if path is None and os.isatty(0):
+            raise Failure('standard input is a terminal; give the image as '
+                          '"< FILE", through a pipe, or with -i FILE', USAGE)
+        self.name = name or (path and os.path.basename(path))
+        self.size = None
+        if stat.S_ISREG(status.st_mode):
+            self.size = max(0, status.st_size - os.lseek(self.fileno(), 0, os.SEEK_CUR))
+        elif stat.S_ISFIFO(status.st_mode):
+            try:                        # F_SETPIPE_SZ: fewer, larger reads
+                fcntl.fcntl(self.fileno(), 1031, 1 << 20)
+            except OS_ERRORS:
+                pass
+        self.bytes = 0
+        self._hash = hashlib.sha256() if digest else None
+        self._staging = bytearray()
+
+    def fileno(self):
+        """For select(): readable when read_into() will not wait."""
+        return self._file.fileno()
+
+    def staging(self, size):
+        """A memoryview of `size` bytes to read into, the same each time."""
+        if len(self._staging) != size:
+            self._staging = bytearray(size)
+        return memoryview(self._staging)
+
+    def read_into(self, view):
+        """Read once; returns bytes read, 0 at the image's end.  Raises Failure."""
+        try:
+            got = uninterrupted(self._file.readinto, view)
+        except OS_ERRORS as error:
+            raise Failure('cannot read the image: %s' % explain(error))
+        self.bytes += got
+        if self._hash:
+            self._hash.update(view[:got])
+        return got
+
+    def digest(self):
+        """SHA-256 of all that was read so far; b'' without digests."""
+        return self._hash.digest() if self._hash else b''
+
+    def close(self):
+        """Stop reading."""
+        self._file.close()
+
+
+class Sink(object):
+    """Where the client's image goes: standard output, or a file.
+
+    A file is written under a temporary name beside its target and takes its
+    place at commit(); what is not a regular file is written in place.
+    """
+
+    def __init__(self, path=None):
+        """path: of the target, None for standard output.  Raises Failure."""
+        self._target = self._temporary = None
+        self.written = 0                # bytes
+        try:
+            if path is None:
+                if os.isatty(1):
+                    raise Failure('standard output is a terminal; give "> FILE", '
+                                  'a pipe, or -o FILE', USAGE)
+                self._fd = 1
+                os.fstat(1)
+            elif os.path.exists(path) and not os.path.isfile(path):
+                self._fd = os.open(path, os.O_WRONLY)
+            else:
+                self._target = os.path.realpath(path)
+                folder, name = os.path.split(self._target)
+                self._fd, self._temporary = tempfile.mkstemp(
+                    '.part', '.%s.' % name, folder)
+        except OS_ERRORS as error:
+            raise Failure('cannot write %s: %s' % (path or 'standard output',
+                                                   explain(error)), USAGE)
+
+    def write(self, data):
+        """Write all of a memoryview.  Raises Failure."""
+        try:
+            while len(data):
+                count = uninterrupted(os.write, self._fd, data[:1 << 20])
+                self.written += count
+                data = data[count:]
+        except OS_ERRORS as error:
+            if errno_of(error) == errno.EPIPE:
+                raise Failure('the program that reads the image has ended')
+            raise Failure('cannot write the image: %s' % explain(error))
+
+    def commit(self):
+        """The image is complete and verified: make it so.  Raises Failure."""
+        try:
+            if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+                try:
+                    os.fsync(self._fd)
+                except OS_ERRORS as error:
+                    if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
+                        raise           # these: a device that has no such thing
+            if self._target:
+                os.fchmod(self._fd, self._mode())
+            os.close(self._fd)
+            if self._target:
+                os.rename(self._temporary, self._target)
+                self._temporary = None
+                folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        except OS_ERRORS as error:
+            raise Failure('cannot finish the image: %s' % explain(error))
+
+    def _mode(self):
+        """The permissions of the file that is replaced, or of a new one."""
+        try:
+            return stat.S_IMODE(os.stat(self._target).st_mode)
+        except OS_ERRORS:
+            mask = os.umask(0)
+            os.umask(mask)
+            return 0o666 & ~mask
+
+    def discard(self):
+        """Leave no temporary file behind."""
+        if self._temporary:
+            try:
+                os.unlink(self._temporary)
+            except OS_ERRORS:
+                pass
+            self._temporary = None
+
+
+# ---------------------------------------------------------------------------
+# 10. Server
+# ---------------------------------------------------------------------------
+
+ALIVE_EVERY = 5.0                       # seconds
+GREETING_TIME = 5.0                     # seconds for a client to say HELLO
+FAREWELL_TIME = 2.0                     # seconds for a BYE to get through
+MOST_PENDING = 256                      # connections that have not said HELLO
+TICK = 0.5                              # seconds between looks at the clocks
+
+# What a client can owe its server, in words for the log, and the signals
+# that pay it.
+GREETING, READINESS = 'HELLO', 'READY'
+ANSWER, COMPLETION = 'DONE or REQUEST', 'DONE'
+PAYS = {GREETING: (HELLO,), READINESS: (READY,),
+        ANSWER: (DONE, REQUEST), COMPLETION: (DONE,)}
+
+CAUSES = ('usual causes: a switch with IGMP snooping but no querier, a firewall on '
+          'the host, the wrong LOCAL_IP')
+
+
+def keep_alive(sock):
+    """Make the kernel notice a dead peer within 20 s: tcp(7)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, 15000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class Session(object):
+    """What is agreed for a transfer; nobody changes it once clients come."""
+
+    def __init__(self, options, payload, name, size):
+        self.group, self.port = options.group, options.port
+        self.places = options.clients
+        self.per_thread = options.clients_per_thread
+        self.compat = options.compat
+        self.stall_timeout = options.stall_timeout
+        self.payload = payload
+        salts = struct.unpack('<II', os.urandom(8))
+        self.salt, self.repair_salt = (0, 0) if self.compat else salts
+        self.digest = not (self.compat or options.no_digest)
+        self.welcome = pack_frame(WELCOME, {
+            'version': __version__, 'salt': self.salt,
+            'repair_salt': self.repair_salt, 'payload': payload,
+            'name': name and printable(name), 'size': size,
+            'digest': 'sha256' if self.digest else None,
+            'unicast': options.unicast})
+
+    @property
+    def checks(self):
+        """The checksum of packets, as Buffer takes it."""
+        return (c_sum,) if self.compat else (zlib.crc32,)
+
+
+class Step(object):
+    """What a parent wants its TCP servers to do next; read-only once published.
+
+    kind: accept (so many more `places`), announce (the `buffer`), sent (the
+    buffer, with its `digest`), again (repair: by multicast for the peers in
+    `coded`, AGAIN being `message`; by TCP for the others), repair (by TCP,
+    and see to the end of it), finish (sent, and `message` is the last BYE),
+    abort (`message` is the reason).
+    """
+
+    # For what a TCP server waits, before it releases its parent.
+    AWAITED = {'accept': (), 'announce': (READINESS,), 'sent': (ANSWER,),
+               'again': (), 'repair': (READINESS, ANSWER, COMPLETION),
+               'finish': (COMPLETION,), 'abort': ()}
+
+    def __init__(self, kind, buffer=None, digest=b'', coded=(), message=None,
+                 places=0, info=None):
+        self.kind = kind
+        self.buffer = buffer
+        self.digest = digest
+        self.coded = coded
+        self.message = message
+        self.places = places
+        self.info = info
+        self.awaited = self.AWAITED[kind]
+
+
+class Gone(Exception):
+    """The peer's connection has ended."""
+
+
+class Peer(object):
+    """One client as the server sees it: its connection, and where it stands."""
+
+    def __init__(self, sock, address):
+        self.sock, self.address = sock, address
+        self.host = None
+        self.incoming, self.outgoing = TcpQueue(), TcpQueue()
+        self.need = 1                   # bytes before it is worth to parse again
+        self.owes = None                # a key of PAYS
+        self.moved = monotonic()        # when it last got something done
+        self.told = monotonic()         # when it was last sent something
+        self.request = None             # places in the round, asked for
+        self.listening = False          # to multicast, until SENT
+        self.leaving = None             # when to close at the latest
+        self.outcome = None             # 'complete', or why not
+        self.lost = 0                   # packets it asked for, all in all
+
+    def __str__(self):
+        return '%s (%s)' % (self.host, self.address) if self.host else self.address
+
+    def fileno(self):
+        """For poll()."""
+        return self.sock.fileno()
+
+    def owe(self, what):
+        """From now on the peer owes us something (or, None, nothing)."""
+        self.owes = what
+        self.moved = monotonic()
+
+    def flush(self):
+        """Send what can be sent without waiting.  Raises Gone."""
+        while self.outgoing.count:
+            data = self.outgoing.get_head()
+            more = MSG_MORE if self.outgoing.count else 0
+            try:
+                count = self.sock.send(data, more)
+            except OS_ERRORS as error:
+                self.outgoing.put_head(data)
+                if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
+                    return
+                raise Gone(explain(error))
+            self.moved = self.told = monotonic()
+            if count < len(data):
+                self.outgoing.put_head(memoryview(data)[count:])
+                return
+
+    def receive(self, most):
+        """The complete messages that have arrived, as a list of bytes.
+
+        most: packets that a request may ask for.  Raises Gone, ProtocolError.
+        """
+        try:
+            data = self.sock.recv(65536)
+        except OS_ERRORS as error:
+            if errno_of(error) in TRY_AGAIN:
+                return []
+            raise Gone(explain(error))
+        if not data:
+            raise Gone('the connection was closed')
+        self.incoming.put_tail(data)
+        messages = []
+        while self.incoming.size >= self.need:
+            data, start, self.need = self.incoming.flat(), 0, 1
+            while start < len(data):
+                size = client_message_size(data[start:start + 5], most)
+                if size is None or start + size > len(data):
+                    self.need = size or 5
+                    break
+                messages.append(data[start:start + size])
+                start += size
+            self.incoming.put_head(data[start:])
+            if start < len(data):
+                break
+        return messages
+
+
+class TcpServer(threading.Thread):
+    """Looks after up to 64 clients; its child looks after the next ones.
+
+    The spec's TCP server: one poll() over its clients and its links, and the
+    states INIT, ACCEPT, PREP, SYNC, SEND.
+    """
+
+    STATES = {None: 'INIT', 'accept': 'ACCEPT', 'announce': 'SYNC'}
+
+    def __init__(self, session, parent, link, listener, pending=()):
+        """parent: who publishes `step`; link: ours; listener: a socket that
+        listens; pending: connections that are still to say HELLO."""
+        threading.Thread.__init__(self, name='tcp-server')
+        self.daemon = True
+        self.session, self.parent, self.link = session, parent, link
+        self.listener = listener
+        self.child = None
+        self.step = None
+        self.answers = {}               # peer -> places asked for, with the child's
+        self.members = []               # counted clients that are still here
+        self.everyone = []              # counted clients, whatever became of them
+        self.failure = None             # why this thread ended, if not in order
+        self._wanted = 0                # members to take
+        self._unplaced = 0              # members for the child to take
+        self._pending = list(pending)
+        self._leaving = []
+        self._released = True
+        self._child_released = True
+        self._over = False
+        self._next_look = 0.0
+        self._poller = select.poll()
+        self._handlers = {}
+
+    @property
+    def state(self):
+        """INIT, ACCEPT, PREP, SYNC or SEND, as in the spec."""
+        if self.step and self._released:
+            return 'PREP'
+        return self.STATES.get(self.step and self.step.kind, 'SEND')
+
+    # ---- the loop
+
+    def run(self):
+        """The thread.  Whatever happens, the neighbours see it end."""
+        try:
+            self._watch(self.link.parent_fd, self._on_parent)
+            for peer in self._pending:
+                self._watch_peer(peer)
+            while not self._over:
+                self._poll(TICK)
+                self._look_at_clocks()
+                self._advance()
+        except Exception as error:      # pylint: disable=broad-except
+            log.debug('in a TCP server', exc_info=True)
+            self.failure = 'internal error: %s: %s' % (type(error).__name__, error)
+        try:
+            if self.failure:
+                self._dismiss_all(self.failure)
+        finally:
+            self.link.close()
+            self._farewell()
+
+    def _watch(self, fd, handler, *args):
+        self._handlers[fd] = (handler, args)
+        self._poller.register(fd, select.POLLIN)
+
+    def _watch_peer(self, peer):
+        self._watch(peer.fileno(), self._on_peer, peer)
+        self._update(peer)
+
+    def _unwatch(self, fd):
+        if self._handlers.pop(fd, None):
+            self._poller.unregister(fd)
+
+    def _poll(self, timeout):
+        try:
+            events = self._poller.poll(timeout * 1000)
+        except OS_ERRORS as error:
+            if errno_of(error) != errno.EINTR:
+                raise
+            return
+        for fd, event in events:
+            if fd in self._handlers:    # not closed by a handler just before
+                handler, args = self._handlers[fd]
+                handler(event, *args)
+
+    def _advance(self):
+        """Release the parent when the step is done here and below."""
+        if self.step is None or self._over:
+            return
+        accepting = self.step.kind == 'accept'
+        if not self._released:
+            if accepting and not self._all_here():
+                return
+            if not self._child_released or [p for p in self.members
+                                            if p.owes in self.step.awaited]:
+                return
+            self.answers = {p: p.request for p in self.members if p.request}
+            if self.child and self.link.child_fd is not None:
+                self.answers.update(self.child.answers)
+            self._released = True
+            self.link.release_parent()
+        if not self.members and self.link.child_fd is None:
+            self._over = True           # nobody is left to serve
+
+    def _look_at_clocks(self):
+        now = monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + TICK
+        for peer in self._pending[:]:
+            if now - peer.moved > GREETING_TIME:
+                self._drop(peer, 'no %s within %d s' % (peer.owes, GREETING_TIME))
+        for peer in self.members[:]:
+            limit = self.session.stall_timeout
+            if (peer.owes or peer.outgoing.count) and limit and now - peer.moved > limit:
+                self._drop(peer, 'stalled: nothing came of its %s for %g s'
+                           % (peer.owes or 'reading', limit))
+            elif (not peer.owes and not self.session.compat
+                  and now - peer.told > ALIVE_EVERY and not peer.outgoing.count):
+                self._send(peer, ALIVE)
+        for peer in self._leaving[:]:
+            if now > peer.leaving:
+                self._close(peer)
+
+    # ---- the links
+
+    def _on_parent(self, _event):
+        try:
+            self.link.wait_parent()
+        except LinkClosed:
+            self._unwatch(self.link.parent_fd)
+            self._dismiss_all('the server has stopped')
+            return
+        step = self.parent.step
+        if step.kind == 'abort':
+            self.step = step
+            self.link.release_child()
+            self._dismiss_all(step.message)
+            return
+        self._released = False
+        getattr(self, '_do_' + step.kind)(step)
+
+    def _begin(self, step):
+        """Publish a step to the child, too."""
+        self.step = step
+        self._child_released = self.link.child_fd is None
+        self.link.release_child()
+
+    def _on_child(self, _event):
+        fd = self.link.child_fd
+        try:
+            self.link.wait_child()
+        except LinkClosed:
+            self._unwatch(fd)
+            self.link.close_child()
+            if self.child.failure:
+                self.failure = self.child.failure
+                self._over = True
+                return
+            self._watch(self.listener.fileno(), self._on_connection)
+        self._child_released = True
+
+    # ---- the steps
+
+    def _do_accept(self, step):
+        take = min(step.places, self.session.per_thread - self._wanted)
+        self._wanted += take
+        self._unplaced += step.places - take
+        self.step = step
+        if not self.child:
+            self._watch(self.listener.fileno(), self._on_connection)
+
+    def _all_here(self):
+        """Whether all clients came; passes the listener on when it is time."""
+        if not self.child:
+            if len(self.members) < self._wanted:
+                return False
+            if not self._unplaced:
+                return True
+            self._unwatch(self.listener.fileno())
+            for peer in self._pending:
+                self._unwatch(peer.fileno())
+            self.child = TcpServer(self.session, self, self.link.spawn(),
+                                   self.listener, self._pending)
+            self._pending = []
+            self._watch(self.link.child_fd, self._on_child)
+            self.child.start()
+        elif not self._child_released or not self._unplaced:
+            return self._child_released
+        step = Step('accept', places=self._unplaced)
+        self._unplaced = 0
+        self._begin(step)
+        return False
+
+    def _do_announce(self, step):
+        self._begin(step)
+        info = step.info if self.session.compat else BUFFER_INFO + step.info
+        for peer in self.members[:]:
+            peer.owe(READINESS)
+            self._send(peer, info)
+
+    def _do_sent(self, step):
+        self._begin(step)
+        for peer in self.members[:]:
+            if peer.listening:
+                peer.listening = False
+                peer.owe(step.awaited[0])
+                self._send(peer, SENT + step.digest + (step.message or b''))
+
+    _do_finish = _do_sent
+
+    def _do_again(self, step):
+        self._begin(step)
+        for peer in self.members[:]:
+            if not peer.request:
+                continue
+            if peer in step.coded:
+                peer.request = None
+                peer.listening = True
+                self._send(peer, AGAIN + step.message)
+                continue
+            places, peer.request = peer.request, None
+            peer.owe(COMPLETION)
+            if not self.session.compat:
+                peer.outgoing.put_tail(PACKETS)
+            for first, last in runs(places):
+                for data in step.buffer.packets(first, last):
+                    peer.outgoing.put_tail(data)
+            self._update(peer)
+
+    _do_repair = _do_again
+
+    # ---- connections
+
+    def _on_connection(self, _event):
+        while True:
+            try:
+                sock, address = self.listener.accept()
+            except OS_ERRORS as error:
+                if errno_of(error) in (errno.EMFILE, errno.ENFILE) and self._pending:
+                    self._drop(self._pending[0], 'no file descriptors left', tell=False)
+                    continue
+                return
+            sock.setblocking(False)
+            keep_alive(sock)
+            peer = Peer(sock, address[0])
+            peer.outgoing.put_tail(pack_group_info(
+                self.session.group, self.session.port, not self.session.compat))
+            if self.session.compat:
+                if not self._has_place():
+                    log.info('%s: refused, all places are taken', peer)
+                    sock.close()
+                    continue
+                self._watch_peer(peer)
+                self._admit(peer)
+                continue
+            peer.owe(GREETING)
+            self._pending.append(peer)
+            self._watch_peer(peer)
+            if len(self._pending) > MOST_PENDING:
+                self._drop(self._pending[0], 'too many connections that say nothing')
+
+    def _has_place(self):
+        return (self.step.kind == 'accept' and not self.child
+                and len(self.members) < self._wanted)
+
+    def _admit(self, peer):
+        peer.owe(None)
+        self.members.append(peer)
+        self.everyone.append(peer)
+        log.info('%s is here', peer)
+
+    def _on_peer(self, event, peer):
+        try:
+            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                if peer.leaving:
+                    if not peer.sock.recv(65536):
+                        raise Gone('')
+                    return
+                most = self.step.buffer.count if self.step and self.step.buffer else 0
+                for message in peer.receive(most):
+                    self._on_message(peer, message)
+                    if peer.leaving or peer.sock is None:
+                        return
+            self._update(peer)
+        except Gone as error:
+            self._drop(peer, 'it went away: %s' % error, tell=False)
+        except OS_ERRORS as error:
+            if errno_of(error) not in TRY_AGAIN:
+                self._drop(peer, 'it went away: %s' % explain(error), tell=False)
+        except ProtocolError as error:
+            self._drop(peer, 'protocol error: %s' % error)
+
+    def _send(self, peer, data):
+        peer.outgoing.put_tail(data)
+        self._update(peer)
+
+    def _update(self, peer):
+        """Send what can be sent, and poll for what cannot."""
+        try:
+            peer.flush()
+        except Gone as error:
+            self._drop(peer, 'it went away: %s' % error, tell=False)
+            return
+        if peer.leaving and not peer.outgoing.count:
+            try:
+                peer.sock.shutdown(socket.SHUT_WR)
+            except OS_ERRORS:
+                pass
+        if peer.sock and peer.fileno() in self._handlers:
+            self._poller.modify(peer.fileno(), select.POLLIN | (
+                select.POLLOUT if peer.outgoing.count else 0))
+
+    # ---- messages
+
+    def _on_message(self, peer, message):
+        kind = message[:1]
+        if kind == BYE and peer.owes != GREETING and not self.session.compat:
+            fields = unpack_frame(message[5:])
+            self._drop(peer, 'it says: %s' % field(fields, 'reason', TEXT), tell=False)
+        elif kind == ALIVE and peer.owes != GREETING and not self.session.compat:
+            peer.moved = monotonic()
+        elif kind in PAYS.get(peer.owes, ()):
+            self.HANDLERS[kind](self, peer, message)
+        else:
+            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+
+    def _on_hello(self, peer, message):
+        fields = unpack_frame(message[5:])
+        field(fields, 'version', TEXT)
+        peer.host = field(fields, 'host', TEXT)
+        if not self._has_place():
+            self._drop(peer, 'refused: all %d places are taken' % self.session.places)
+            return
+        self._pending.remove(peer)
+        self._admit(peer)
+        self._send(peer, self.session.welcome)
+
+    def _on_ready(self, peer, _message):
+        peer.owe(None)
+        peer.listening = True
+
+    def _on_request(self, peer, message):
+        buffer = self.step.buffer
+        places = [buffer.index(seq) for seq in
+                  struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:])]
+        if max(places) >= buffer.count:
+            raise ProtocolError('a request for a packet outside the round')
+        peer.owe(None)
+        peer.request = places
+        peer.lost += len(places)
+
+    def _on_done(self, peer, _message):
+        peer.owe(None)
+        if self.step.kind == 'finish':
+            peer.outcome = 'complete'
+            log.info('%s has everything', peer)
+            self._close(peer)
+
+    HANDLERS = {HELLO: _on_hello, READY: _on_ready, REQUEST: _on_request, DONE: _on_done}
+
+    # ---- farewells
+
+    def _drop(self, peer, reason, tell=True):
+        """End with one client; the others do not notice."""
+        if peer in self.members:
+            self.members.remove(peer)
+            peer.outcome = reason
+            log.warning('%s: %s', peer, reason)
+            if self.step.kind == 'accept' and not self._released:
+                self.everyone.remove(peer)      # its place is free again
+                if self.child:
+                    self._unplaced += 1
+        elif peer in self._pending:
+            self._pending.remove(peer)
+            log.info('%s: %s', peer, reason)
+        if peer.outgoing.count and not self._over:
+            tell = False                # packets of a buffer that will be used again
+        if tell and not peer.leaving and not self.session.compat:
+            peer.leaving = monotonic() + FAREWELL_TIME
+            self._leaving.append(peer)
+            self._send(peer, pack_frame(BYE, {'ok': False, 'reason': reason}))
+        else:
+            self._close(peer)
+
+    def _close(self, peer):
+        for peers in (self.members, self._pending, self._leaving):
+            if peer in peers:
+                peers.remove(peer)
+        if peer.sock:
+            self._unwatch(peer.fileno())
+            peer.outgoing.clear()
+            peer.sock.close()
+            peer.sock = None
+
+    def _dismiss_all(self, reason):
+        self._over = True
+        for peer in self.members + self._pending:
+            self._drop(peer, reason)
+
+    def _farewell(self):
+        """Give the last messages a moment to get through, then close."""
+        deadline = monotonic() + FAREWELL_TIME
+        while self._leaving and monotonic() < deadline:
+            try:
+                self._poll(0.1)
+            except Exception:           # pylint: disable=broad-except
+                log.debug('in a farewell', exc_info=True)
+                break
+        for peer in self._leaving + self._pending + self.members:
+            self._close(peer)
+
+
+def runs(places):
+    """Places in the order asked for, as (first, last + 1) of adjacent ones."""
+    first = last = None
+    for place in places:
+        if place != last:
+            if last is not None:
+                yield first, last
+            first = place
+        last = place + 1
+    if last is not None:
+        yield first, last
+
+
+class Interrupted(Exception):
+    """A signal asked the program to stop; its text says which."""
+
+
+class Multicaster(object):
+    """Reads the image and multicasts it; the parent of all TCP servers.
+
+    The spec's UDP server.  It runs in the main thread and selects on the
+    image, its socket and its child.  Whenever it would just wait, it fills
+    the next buffer.
+    """
+
+    FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
+    LONGEST_ROUND = 1.0                 # seconds
+    PASSES = 3                          # of coded repair in a round
+    WORTH_CODING = 16                   # packets by TCP are no trouble
+    PROBE = 16                          # packets, where no multicast gets through
+    PATIENCE = 1.0                      # seconds to wait for the first multicast
+
+    def __init__(self, options, source):
+        """options: of the command line; source: a Source.  Raises Failure."""
+        self.source = source
+        try:
+            self.sender = DatagramSender(options.local_ip, options.group, options.port,
+                                         options.ttl, options.datagrams)
+        except OS_ERRORS as error:
+            raise Failure('cannot multicast to %s from %s: %s' % (
+                options.group, options.local_ip, explain(error)), USAGE)
+        mtu = self._mtu(options.mtu)
+        self.session = Session(options, payload_for(mtu), options.name or source.name,
+                               source.size)
+        self.listener = self._listen(options.port)
+        self.link = SemLink()
+        self.step = None
+        self.tcp = TcpServer(self.session, self, self.link.spawn(), self.listener)
+        self.pacer = Pacer()
+        self.control = RateControl() if options.rate == 'auto' else None
+        if not self.control:
+            self.pacer.rate = options.rate
+        self.multicasting = not options.unicast
+        self.unicast = options.unicast
+        self.buffers = [Buffer(self.session.payload, options.buffer_packets,
+                               self.session.salt, self.session.checks) for _ in (0, 1)]
+        self.upcoming = None            # the buffer that is being filled
+        self.limit = self.FIRST_ROUND   # packets in the next buffer
+        self.rounds = 0
+        self.repair_number = 0
+        self.coded = self.by_tcp = self.data = 0        # packets, for the summary
+        self.last_heard = None          # when a client last got any multicast
+
+    def _mtu(self, wanted):
+        egress = self.sender.mtu
+        if wanted is None:
+            return min(1500, egress)
+        if wanted > egress:
+            raise Failure('--mtu %d is larger than that of the interface, %d'
+                          % (wanted, egress), USAGE)
+        return wanted
+
+    @staticmethod
+    def _listen(port):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(('', port))
+            listener.listen(1024)
+        except OS_ERRORS as error:
+            raise Failure('cannot listen on TCP port %d: %s; give another PORT to '
+                          'server and clients' % (port, explain(error)), USAGE)
+        listener.setblocking(False)
+        return listener
+
+    # ---- the whole
+
+    def run(self):
+        """Serve the image; returns an exit code."""
+        started = monotonic()
+        failure = None
+        try:
+            self.tcp.start()
+            log.info('waiting for %d clients on port %d, group %s',
+                     self.session.places, self.session.port, self.session.group)
+            self._fill_next(0)
+            self._do('accept', places=self.session.places)
+            started = monotonic()
+            log.debug('sending from the interface with MTU %d, %d bytes a packet, by %s',
+                      self.sender.mtu, self.session.payload, self.sender.way)
+            while self._round():
+                pass
+        except LinkClosed:
+            failure = self.tcp.failure or 'no client is left'
+        except Failure as error:
+            failure = error.reason
+        except Interrupted as error:
+            failure = 'stopped by %s' % error
+        except Exception as error:      # pylint: disable=broad-except
+            log.debug('in the multicaster', exc_info=True)
+            failure = 'internal error: %s: %s' % (type(error).__name__, error)
+        if failure:
+            self.step = Step('abort', message=failure)
+            self.link.release_child()
+        self.link.close()
+        for thread in self._threads():
+            thread.join(2 * FAREWELL_TIME)
+        self.listener.close()
+        self.sender.close()
+        return self._summary(failure, monotonic() - started)
+
+    def _threads(self):
+        thread = self.tcp if self.tcp.ident else None
+        while thread:
+            yield thread
+            thread = thread.child
+
+    def _do(self, kind, **parts):
+        """Have the TCP servers do a step; returns what clients asked for."""
+        self.step = Step(kind, **parts)
+        self.link.release_child()
+        self._wait(link=True)
+        return self.tcp.answers
+
+    def _wait(self, until=None, link=False, sender=False):
+        """Fill the next buffer until a time (seconds on the monotonic clock),
+        until the child's release, or until there is room in the socket.
+
+        Raises LinkClosed at once when the TCP servers have ended.
+        """
+        while True:
+            timeout = None
+            if until is not None:
+                timeout = until - monotonic()
+                if timeout <= 0:
+                    return
+            reads = [self.link.child_fd]
+            if self.upcoming and not self.upcoming.full:
+                reads.append(self.source)
+            readable, writable, _ = uninterrupted(
+                select.select, reads, [self.sender] if sender else [], [], timeout)
+            if self.link.child_fd in readable:
+                self.link.wait_child()
+                if link:
+                    return
+            elif writable:
+                return
+            elif readable:
+                self.upcoming.fill(self.source)
+                if not (link or sender or until) and self.upcoming.full:
+                    return
+
+    def _fill_next(self, base):
+        """Begin to fill the buffer that is not in use."""
+        self.buffers.reverse()
+        self.upcoming = self.buffers[0]
+        self.upcoming.start(base, 0, 0)
+        self.upcoming.limit = min(self.limit, self.upcoming.capacity)
+        rate = self.control.rate if self.control else self.pacer.rate
+        longest = rate * self.LONGEST_ROUND / 8 / self.upcoming.slot
+        self.limit = int(max(self.FIRST_ROUND, min(2 * self.upcoming.limit, longest,
+                                                   self.upcoming.capacity)))
+
+    # ---- a round
+
+    def _round(self):
+        """Bring one buffer to all clients; returns whether more are to come."""
+        if not self.upcoming.full:
+            self._wait()
+        buffer, digest = self.upcoming, self.source.digest()
+        self.upcoming = None
+        info = buffer.info(self.rounds)
+        self.rounds += 1
+        self.data += buffer.count
+        if buffer.count:
+            self._fill_next(buffer.base + buffer.count)
+        self._do('announce', buffer=buffer, info=info)
+        if not buffer.count:
+            self._do('finish', buffer=buffer, digest=digest, message=self._farewell())
+            return False
+        probing = not self.multicasting
+        count = min(buffer.count, self.PROBE) if probing else buffer.count
+        achieved = self._multicast(buffer, 0 if self.unicast else count)
+        answers = self._do('sent', buffer=buffer, digest=digest)
+        if not self.unicast:
+            self._learn(buffer, count, answers, achieved)
+        self._repair(buffer, digest, answers)
+        return True
+
+    def _farewell(self):
+        """The BYE that ends a good session; b'' in the base protocol."""
+        if self.session.compat:
+            return b''
+        digest = binascii.hexlify(self.source.digest()).decode('ascii')
+        return pack_frame(BYE, {'ok': True, 'bytes': self.source.bytes,
+                                'sha256': digest if self.session.digest else None})
+
+    def _multicast(self, buffer, last):
+        """Multicast the packets up to index `last`; returns bit/s achieved."""
+        started, place, size = monotonic(), 0, buffer.slot + UDP_OVERHEAD
+        while place < last:
+            done = self.sender.send(buffer, place,
+                                    min(last, place + self.pacer.burst(size)))
+            if done == place:
+                self._wait(sender=True)
+                continue
+            until = self.pacer.sent((done - place) * size)
+            place = done
+            if until > monotonic():
+                self._wait(until)
+        return last * size * 8 / max(1e-6, monotonic() - started)
+
+    def _learn(self, buffer, count, answers, achieved):
+        """Set the rate, and whether to multicast at all, from what was lost."""
+        lost = [sorted(place for place in set(places) if place < count)
+                for places in answers.values()]
+        silent = len([places for places in lost if len(places) == count])
+        heard = [places for places in lost if len(places) < count]
+        everybody = sum(len(thread.members) for thread in self._threads())
+        now = monotonic()
+        if self.last_heard is None or silent < everybody:
+            self.last_heard = now
+        if self.sender.trouble:
+            log.warning('multicast failed at this host: %s', self.sender.trouble)
+            self.sender.trouble = None
+        if not self.multicasting:
+            if silent < everybody:
+                log.warning('multicast gets through now')
+                self.multicasting = True
+                if self.control:
+                    self.control = RateControl()
+            return
+        if silent == everybody and now - self.last_heard > self.PATIENCE:
+            log.warning('no client receives multicast, all is sent by TCP; %s', CAUSES)
+            self.multicasting = False
+        elif self.control and silent < everybody:
+            worst = max(heard, key=len) if heard else []
+            why = self.control.round_over(count, worst, achieved)
+            if why:
+                log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
+                          bits(achieved), bits(self.control.rate), why)
+            self.pacer.rate = self.control.rate
+
+    # ---- repair
+
+    def _repair(self, buffer, digest, answers):
+        """Bring to the clients what they asked for."""
+        for _ in range(self.PASSES):
+            groups, asked = self._plan(buffer, answers)
+            if not groups:
+                break
+            coded, recipe_count = encode_repair(buffer, groups, self.repair_number,
+                                                self.session.repair_salt)
+            message = REPAIR.pack(self.repair_number, recipe_count, len(groups))
+            self.repair_number = (self.repair_number + coded.count) & MASK
+            self.coded += coded.count
+            self.by_tcp += sum(len(places) for peer, places in answers.items()
+                               if peer not in asked)
+            self._do('again', buffer=buffer, coded=asked, message=message)
+            self._multicast(coded, coded.count)
+            answers = self._do('sent', buffer=buffer, digest=digest)
+        self.by_tcp += sum(len(places) for places in answers.values())
+        self._do('repair', buffer=buffer)
+
+    def _plan(self, buffer, answers):
+        """What to repair by multicast, if that is cheaper than TCP.
+
+        Returns groups of places, and the peers that they are for.
+        """
+        if self.session.compat or not self.multicasting:
+            return [], ()
+        asked = dict((peer, places) for peer, places in answers.items()
+                     if len(places) <= buffer.count // 2)
+        by_tcp = sum(len(places) for places in asked.values())
+        worst = max([len(places) for places in asked.values()] or [0])
+        if by_tcp <= max(self.WORTH_CODING, worst + 1):
+            return [], ()
+        groups = combine(list(asked.values()), most_members(buffer.payload))
+        size = 2 * len(groups) + 2 * sum(len(members) for members in groups)
+        by_multicast = len(groups) + 1 + size // buffer.payload
+        return (groups, asked) if by_multicast < by_tcp else ([], ())
+
+    # ---- the end
+
+    def _summary(self, failure, seconds):
+        """Say how it went; returns the exit code."""
+        everyone = [peer for thread in self._threads() for peer in thread.everyone]
+        served = [peer for peer in everyone if peer.outcome == 'complete']
+        for peer in everyone:
+            if peer.outcome != 'complete':
+                log.error('%s does not have the image: %s', peer,
+                          peer.outcome or failure or 'unknown')
+        if failure:
+            log.error('%s', failure)
+        log.info('data: %d packets, %d bytes in %.1f s, %s', self.data, self.source.bytes,
+                 seconds, bits(self.source.bytes * 8 / max(1e-6, seconds)))
+        log.info('repair: %d packets by multicast, %d packets by TCP',
+                 self.coded, self.by_tcp)
+        log.info('%d of %d clients have the image', len(served), len(everyone))
+        if failure and not served:
+            return FAILED
+        return OK if len(served) == len(everyone) and not failure else PARTLY
+
+
+# ---------------------------------------------------------------------------
+# 11. Client
+# ---------------------------------------------------------------------------
+
+class Connection(object):
+    """The client's TCP connection: read what is expected, or fail clearly."""
+
+    def __init__(self, sock, stall_timeout):
+        """stall_timeout: seconds without a byte until the server is given up."""
+        self.sock = sock
+        self.stall_timeout = stall_timeout
+        self.session = False
+        self.heard = monotonic()        # when the server last showed life
+        sock.setblocking(False)
+        keep_alive(sock)
+
+    def fileno(self):
+        """For poll()."""
+        return self.sock.fileno()
+
+    def check_stall(self):
+        """Raises Failure when the server has been silent for too long."""
+        if self.stall_timeout and monotonic() - self.heard > self.stall_timeout:
+            raise Lost('the server has been silent for %g s' % self.stall_timeout)
+
+    def _wait(self, event):
+        poller = select.poll()
+        poller.register(self.sock, event)
+        while not uninterrupted(poller.poll, TICK * 1000):
+            self.check_stall()
+
+    def read_into(self, view):
+        """Fill a memoryview.  Raises Failure."""
+        done = 0
+        while done < len(view):
+            try:
+                got = self.sock.recv_into(view[done:])
+            except OS_ERRORS as error:
+                if errno_of(error) not in TRY_AGAIN:
+                    raise Lost('lost the server: %s' % explain(error))
+                self._wait(select.POLLIN)
+                continue
+            if not got:
+                raise Lost('the server closed the connection')
+            self.heard = monotonic()
+            done += got
+
+    def read(self, size):
+        """Exactly `size` bytes.  Raises Failure."""
+        data = bytearray(size)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def frame(self):
+        """The dict of a frame whose signal has been read."""
+        size = U32.unpack(self.read(4))[0]
+        if size > MAX_FRAME:
+            raise ProtocolError('a frame of %d bytes' % size)
+        return unpack_frame(self.read(size))
+
+    def farewell(self):
+        """The fields of a BYE that is ok.  Raises Refused on one that is not."""
+        fields = self.frame()
+        if fields.get('ok') is not True:
+            raise Refused('the server says: %s' % field(fields, 'reason', TEXT))
+        return fields
+
+    def signal(self, *expected):
+        """The next signal, which must be one of those expected.
+
+        ALIVE is passed over.  Raises Refused, Lost, ProtocolError.
+        """
+        while True:
+            kind = self.read(1)
+            if kind == BYE and self.session and BYE not in expected:
+                self.farewell()
+            if kind in expected:
+                return kind
+            if kind != ALIVE or not self.session:
+                raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+
+    def send(self, data):
+        """Send all of it.  Raises Failure."""
+        data = memoryview(data)
+        while len(data):
+            try:
+                data = data[self.sock.send(data):]
+            except OS_ERRORS as error:
+                if errno_of(error) in TRY_AGAIN:
+                    self._wait(select.POLLOUT)
+                    continue
+                if self.session:
+                    self.signal()       # it may have said why before it hung up
+                raise Lost('lost the server: %s' % explain(error))
+
+
+class Writer(threading.Thread):
+    """Verifies finished buffers and writes them, while the next is received.
+
+    The main thread is its parent: a release means "here is a buffer", the
+    other way "it is written".  When it fails it ends, which its parent sees.
+    """
+
+    def __init__(self, sink, digest):
+        """sink: a Sink; digest: whether rounds come with a digest."""
+        threading.Thread.__init__(self, name='writer')
+        self.daemon = True
+        self.sink = sink
+        self.failure = None
+        self.bytes = 0
+        self.hash = hashlib.sha256() if digest else None
+        self._jobs = collections.deque()
+        self.link = SemLink()
+        self._own_link = self.link.spawn()
+
+    def give(self, buffer, digest):
+        """Hand over a complete buffer and the image's digest through it."""
+        self._jobs.append((buffer, digest))
+        self.link.release_child()
+
+    def commit(self):
+        """After all buffers: make the image final."""
+        self._jobs.append((None, None))
+        self.link.release_child()
+
+    def run(self):
+        """The thread."""
+        try:
+            while True:
+                self._own_link.wait_parent()
+                buffer, digest = self._jobs.popleft()
+                if buffer is None:
+                    self.sink.commit()
+                else:
+                    self._write(buffer.flush(), digest)
+                self._own_link.release_parent()
+        except LinkClosed:
+            pass
+        except Failure as error:
+            self.failure = error
+        except Exception as error:      # pylint: disable=broad-except
+            log.debug('in the writer', exc_info=True)
+            self.failure = Failure('internal error: %s: %s'
+                                   % (type(error).__name__, error))
+        finally:
+            self._own_link.close()
+
+    def _write(self, data, digest):
+        if self.hash:
+            self.hash.update(data)
+            if self.hash.digest() != digest:
+                raise Failure('the digest differs: what was received is not the '
+                              'image; nothing of this round was written')
+        self.sink.write(data)
+        self.bytes += len(data)
+
+
+class Client(object):
+    """Receives one image."""
+
+    SETTLE = 0.005                      # seconds for stragglers after SENT
+    NAP = 0.001                         # seconds, to let datagrams gather
+    AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
+    CHUNK = 64                          # packets read from TCP at once
+    AT_WORK = 2                         # buffers that are received or written
+    QUIET = 2.0                         # seconds without multicast until we warn
+
+    def __init__(self, options):
+        """options: of the command line."""
+        self.options = options
+        self.server = None              # Connection
+        self.receiver = None            # DatagramReceiver
+        self.writer = self.sink = None
+        self.session = False
+        self.payload = payload_for(1500)
+        self.salt = self.repair_salt = 0
+        self.checks = [plain_crc, c_sum]
+        self.digest = False
+        self.unicast = False            # the server said not to expect multicast
+        self.free = []                  # buffers
+        self.lent = collections.deque() # buffers that the writer has
+        self.begun = None               # when the first round began
+        self.by_multicast = 0           # packets, as in by_tcp and coded
+        self.by_tcp = self.coded = 0
+        self.told_alive = (0, 0)        # when, and the bytes written by then
+
+    def run(self):
+        """Receive the image; returns an exit code.  Raises Failure."""
+        self.sink = Sink(self.options.output)
+        try:
+            try:
+                self._connect()
+                self._transfer()
+            except ProtocolError as error:
+                raise Failure('protocol error of the server: %s' % error)
+            except LinkClosed:
+                raise self.writer.failure or Failure('the writer ended')
+            except Interrupted as error:
+                raise Failure('stopped by %s' % error)
+        except Failure as error:
+            self._say_bye(error)
+            if not self.begun and error.code == FAILED:
+                error.code = NOT_STARTED
+            raise
+        finally:
+            self.sink.discard()
+        self._summary()
+        return OK
+
+    def _say_bye(self, failure):
+        if self.session and not isinstance(failure, (Lost, Refused)):
+            self.server.stall_timeout = FAREWELL_TIME
+            self.server.heard = monotonic()
+            try:
+                self.server.send(pack_frame(BYE, {'ok': False, 'reason': failure.reason}))
+                self.server.sock.shutdown(socket.SHUT_WR)
+            except (Failure, ProtocolError) + OS_ERRORS:
+                pass                    # then it learns it from the connection's end
+
+    # ---- the greetings
+
+    def _connect(self):
+        """Reach the server and agree on a session.  Raises Failure."""
+        options = self.options
+        deadline = monotonic() + options.wait
+        log.debug('connecting to %s port %d', options.server_ip, options.port)
+        while True:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(5)
+                sock.connect((options.server_ip, options.port))
+                self.server = Connection(sock, options.stall_timeout)
+                group, port = self._greet()
+                break
+            except OS_ERRORS as error:
+                reason = explain(error)
+            except Lost as error:
+                reason = error.reason
+            sock.close()
+            if monotonic() > deadline:
+                raise Failure('no server at %s port %d: %s' % (
+                    options.server_ip, options.port, reason), NOT_STARTED)
+            time.sleep(0.5)
+        local_ip = options.local_ip or sock.getsockname()[0]
+        try:
+            self.receiver = DatagramReceiver(local_ip, group, port, self.payload,
+                                             options.datagrams)
+        except OS_ERRORS as error:
+            raise Failure('cannot join %s on %s: %s' % (group, local_ip, explain(error)))
+        log.info('connected to %s from %s, group %s', options.server_ip, local_ip, group)
+        log.debug('receiving by %s, socket buffer of %d bytes', self.receiver.way,
+                  self.receiver.socket_buffer)
+        self.writer = Writer(self.sink, self.digest)
+        self.writer.start()
+
+    def _greet(self):
+        """Returns group and port."""
+        server = self.server
+        server.session = self.session = False
+        group, port, version = unpack_group_info(server.read(GROUP_INFO.size))
+        if version is None:
+            return group, port
+        if version != SESSION_VERSION:
+            raise ProtocolError('it speaks version %d' % version)
+        server.send(pack_frame(HELLO, {'version': __version__,
+                                       'host': printable(socket.gethostname())}))
+        server.session = self.session = True
+        server.signal(WELCOME)
+        fields = server.frame()
+        field(fields, 'version', TEXT)
+        self.salt = field(fields, 'salt', NUMBER)
+        self.repair_salt = field(fields, 'repair_salt', NUMBER)
+        self.payload = field(fields, 'payload', NUMBER)
+        name = field(fields, 'name', TEXT, optional=True)
+        size = field(fields, 'size', NUMBER, optional=True)
+        digest = field(fields, 'digest', TEXT, optional=True)
+        if not 16 <= self.payload <= payload_for(65535) or self.payload % 4:
+            raise ProtocolError('a payload of %d bytes' % self.payload)
+        if digest not in (None, 'sha256'):
+            raise ProtocolError('an unknown digest, %s' % digest)
+        if max(self.salt, self.repair_salt) > MASK:
+            raise ProtocolError('a salt that is no 32-bit number')
+        self.digest = digest is not None
+        self.unicast = fields.get('unicast') is True
+        self.checks = [zlib.crc32]
+        log.debug('image %s, %s bytes', name or 'without a name',
+                  'unknown' if size is None else size)
+        return group, port
+
+    # ---- the rounds
+
+    def _transfer(self):
+        base = 0
+        while True:
+            if self.session:
+                self.server.signal(BUFFER_INFO)
+            _, size, first, count = ROUND.unpack(self.server.read(ROUND.size))
+            if not self.begun:
+                self.begun = monotonic()
+                base = first
+            if first != base:
+                raise ProtocolError('a round that begins at %d, not %d' % (first, base))
+            base = (base + count) & MASK
+            if not count:
+                break
+            buffer = self._buffer(first, count, size)
+            self.server.send(READY)
+            digest = self._round(buffer)
+            self.lent.append(buffer)
+            self.writer.give(buffer, digest)
+            self.server.send(DONE)
+        self.server.send(READY)
+        self._finish()
+
+    def _buffer(self, first, count, size):
+        """A free buffer, begun for a round."""
+        payload = self.payload
+        if self.session:
+            good = count <= MAX_PACKETS and (count - 1) * payload < size <= count * payload
+        else:
+            good = count <= MAX_PACKETS and count <= size <= count * payload
+        if not good:
+            raise ProtocolError('a buffer of %d packets and %d bytes' % (count, size))
+        while len(self.lent) >= self.AT_WORK:
+            self._await_writer()
+        buffer = self.free.pop() if self.free else None
+        if buffer is None or buffer.capacity < count:
+            buffer = Buffer(payload, count, self.salt, self.checks)
+        buffer.start(first, count, size if self.session else None)
+        return buffer
+
+    def _round(self, buffer):
+        """Receive one buffer completely; returns the digest that it must have."""
+        digest = self._listen(buffer)
+        self.by_multicast += buffer.received
+        while not buffer.complete:
+            missing = buffer.missing()
+            count = len(missing)
+            seqs = [(buffer.base + place) & MASK for place in missing]
+            self.server.send(REQUEST + struct.pack('<%dI' % (1 + count), count, *seqs))
+            kind = PACKETS
+            if self.session:
+                kind = self.server.signal(PACKETS, AGAIN)
+            if kind == AGAIN:
+                number, recipe_count, combinations = REPAIR.unpack(
+                    self.server.read(REPAIR.size))
+                if not 0 < recipe_count + combinations <= MAX_PACKETS:
+                    raise ProtocolError('a repair pass of %d packets'
+                                        % (recipe_count + combinations))
+                coded = Buffer(self.payload, recipe_count + combinations,
+                               self.repair_salt)
+                coded.start(number, coded.capacity, None)
+                digest = self._listen(coded)
+                self.coded += solve(buffer, coded, recipe_count)
+            else:
+                self._read_packets(buffer, missing)
+                if not buffer.complete:
+                    raise ProtocolError('packets that were not asked for, or damaged')
+                self.by_tcp += count
+        return digest
+
+    def _read_packets(self, buffer, places):
+        """Read by TCP what was asked for."""
+        if not self.session:            # where any packet may be short
+            for _ in places:
+                header = self.server.read(PACKET.size)
+                size = PACKET.unpack(header)[2]
+                if not 0 < size <= self.payload:
+                    raise ProtocolError('a packet of %d bytes' % size)
+                buffer.put(bytearray(header + self.server.read(size)), 0, 1, size)
+            return
+        staging = bytearray(self.CHUNK * buffer.slot)
+        short = buffer.packet_size(places[-1]) != self.payload
+        full = len(places) - short
+        for start in range(0, full, self.CHUNK):
+            count = min(self.CHUNK, full - start)
+            self.server.read_into(memoryview(staging)[:count * buffer.slot])
+            buffer.put(staging, 0, count, self.payload)
+        if short:
+            size = buffer.packet_size(places[-1])
+            self.server.read_into(memoryview(staging)[:PACKET.size + size])
+            buffer.put(staging, 0, 1, size)
+
+    def _listen(self, buffer):
+        """Receive multicast until SENT; returns the digest that came with it."""
+        tcp, link = self.server.fileno(), self.writer.link.child_fd
+        control, everything = select.poll(), select.poll()
+        for fd in (tcp, link):
+            control.register(fd, select.POLLIN)
+            everything.register(fd, select.POLLIN)
+        everything.register(self.receiver.fileno(), select.POLLIN)
+        ample = self.receiver.socket_buffer >= self.AMPLE
+        digest, settled, calls, before = None, False, 0, buffer.received
+        while True:
+            batches = self.receiver.receive()
+            if batches is not None:
+                for batch in batches:
+                    buffer.put(*batch)
+                calls += 1
+                if calls % 64:          # a flood must not keep us from TCP
+                    continue
+            if buffer.received > before:
+                before, settled = buffer.received, False
+                self.server.heard = monotonic()
+            if digest is not None and (settled or not self._may_come(buffer)):
+                return digest
+            timeout = TICK if digest is None else self.SETTLE
+            events = uninterrupted(everything.poll, timeout * 1000)
+            if ample and digest is None and len(events) == 1 and events[0][0] not in (tcp, link):
+                events = uninterrupted(control.poll, self.NAP * 1000)
+            fds = [fd for fd, _ in events]
+            if tcp in fds and digest is None:
+                self.server.signal(SENT)
+                digest = self.server.read(DIGEST_SIZE if self.digest else 0)
+                continue
+            if link in fds:
+                self._writer_released()
+            if not events:
+                settled = digest is not None
+                self.server.check_stall()
+                self._look_for_silence()
+
+    @staticmethod
+    def _may_come(buffer):
+        """Whether stragglers may be on their way: the end of what was sent is
+        missing, though not all of it."""
+        ends = buffer.has(0) and buffer.has(buffer.count - 1)
+        return buffer.received and not buffer.complete and not ends
+
+    def _look_for_silence(self):
+        if (not self.by_multicast and not self.unicast and self.begun
+                and monotonic() - self.begun > self.QUIET):
+            self.unicast = True         # said once
+            log.warning('multicast does not reach this host, everything comes by TCP; %s',
+                        CAUSES)
+
+    # ---- the writer, and the end
+
+    def _writer_released(self):
+        self.writer.link.wait_child()
+        if self.lent:
+            self.free.append(self.lent.popleft())
+
+    def _await_writer(self, moving=False):
+        """Wait until the writer is through with one thing.
+
+        Meanwhile tell the server that we are alive, if the output moved, or
+        if it is known to be `moving`.  Raises Failure, LinkClosed.
+        """
+        poller = select.poll()
+        poller.register(self.server, select.POLLIN)
+        poller.register(self.writer.link.child_fd, select.POLLIN)
+        while True:
+            fds = [fd for fd, _ in uninterrupted(poller.poll, TICK * 1000)]
+            if self.writer.link.child_fd in fds:
+                self._writer_released()
+                self.server.heard = monotonic()
+                return
+            if fds and self.server.read(1) != ALIVE:
+                raise ProtocolError('a signal out of turn')
+            since, written = self.told_alive
+            if (self.session and monotonic() - since > ALIVE_EVERY
+                    and (moving or self.sink.written != written)):
+                self.told_alive = (monotonic(), self.sink.written)
+                self.server.send(ALIVE)
+
+    def _finish(self):
+        """The end of the image: verify, commit, and say so."""
+        self.server.signal(SENT)
+        fields = None
+        if self.session:
+            self.server.read(DIGEST_SIZE if self.digest else 0)
+            self.server.signal(BYE)
+            fields = self.server.farewell()
+        while self.lent:
+            self._await_writer()
+        if fields is not None:
+            expected = field(fields, 'bytes', NUMBER)
+            if expected != self.writer.bytes:
+                raise Failure('the image has %d bytes, not %d' % (self.writer.bytes, expected))
+            digest = field(fields, 'sha256', TEXT, optional=True)
+            if self.digest and digest != self.writer.hash.hexdigest():
+                raise Failure('the digest of the image differs')
+        self.writer.commit()
+        self._await_writer(moving=True)
+        self.server.send(DONE)
+
+    def _summary(self):
+        seconds = monotonic() - self.begun
+        size = self.writer.bytes
+        if size and not self.by_multicast and not self.unicast:
+            log.warning('multicast does not reach this host, everything came by TCP; %s',
+                        CAUSES)
+        overflows = self.receiver.overflows()
+        if overflows:
+            log.info('%d datagrams found no room in this host\'s socket buffer of %d bytes; '
+                     'a larger net.core.rmem_max helps (sysctl), or root',
+                     overflows, self.receiver.socket_buffer)
+        log.info('%d bytes in %.1f s, %s; repaired %d packets by multicast, %d by TCP; %s',
+                 size, seconds, bits(size * 8 / max(1e-6, seconds)), self.coded,
+                 self.by_tcp, 'SHA-256 %s' % self.writer.hash.hexdigest()
+                 if self.digest else 'without a digest')
+
+
+# ---------------------------------------------------------------------------
+# 12. Command line
+# ---------------------------------------------------------------------------
+
+GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
+
+SIOCGIFADDR = 0x8915                    # netdevice(7)
+
+
+def interfaces():
+    """(name, address) of this host's interfaces that have an IPv4 address."""
+    with_address = []
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        for name in sorted(os.listdir('/sys/class/net')):
+            try:
+                request = struct.pack('256s', name.encode('ascii')[:15])
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+                with_address.append((name, socket.inet_ntoa(answer[20:24])))
+            except OS_ERRORS:
+                pass
+    except OS_ERRORS:
+        pass
+    finally:
+        probe.close()
+    return with_address
+
+
+def local_address(text):
+    """The address that a LOCAL_IP means.  Raises Failure.
+
+    text: an IPv4 address of this host, an interface's name, or `auto`, which
+    here is the address of the default route.
+    """
+    known = interfaces()
+    if text in dict(known):
+        return dict(known)[text]
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        if text == 'auto':
+            probe.connect(('192.0.2.1', 9))     # RFC 5737; UDP: sends nothing
+            return probe.getsockname()[0]
+        socket.inet_pton(socket.AF_INET, text)
+        probe.bind((text, 0))
+        if not is_multicast(text) and text != '0.0.0.0':
+            return text
+    except OS_ERRORS:
+        pass
+    finally:
+        probe.close()
+    problem = ('there is no default route, so "auto" cannot decide' if text == 'auto'
+               else '%s is no address or interface of this host' % printable(text))
+    raise Failure('%s; LOCAL_IP can be: %s' % (
+        problem, ', '.join('%s (%s)' % entry for entry in known) or 'none, no '
+        'interface has an IPv4 address'), USAGE)
+
+
+def whole(least, most):
+    """An argument type: a whole number from least to most."""
+    def convert(text):
+        if not re.match('[0-9]+$', text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                '%s is not a whole number from %d to %d' % (printable(text), least, most))
+        return int(text)
+    return convert
+
+
+def seconds_type(text):
+    """An argument type: seconds, 0 or more."""
+    if not re.match(r'[0-9]+(\.[0-9]+)?$', text):
+        raise argparse.ArgumentTypeError('%s is not a number of seconds' % printable(text))
+    return float(text)
+
+
+def rate_type(text):
+    """An argument type: bit/s as in 940M, `max`, or `auto`."""
+    if text in ('auto', 'max'):
+        return text if text == 'auto' else UNLIMITED
+    match = re.match(r'([0-9]+(?:\.[0-9]+)?)([kMG]?)$', text)
+    rate = float(match.group(1)) * {'': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9}[match.group(2)] \
+        if match else 0
+    if rate < 1000:
+        raise argparse.ArgumentTypeError(
+            '%s is not a rate such as 940M (bit/s, at least 1k), auto or max' % printable(text))
+    return rate
+
+
+def group_type(text):
+    """An argument type: a multicast group."""
+    try:
+        socket.inet_pton(socket.AF_INET, text)
+        if is_multicast(text):
+            return text
+    except OS_ERRORS:
+        pass
+    raise argparse.ArgumentTypeError(
+        '%s is not a multicast group (224.0.0.0 to 239.255.255.255)' % printable(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        """Exit with the line and the code for wrong usage."""
+        self.exit(USAGE, '%s: error: %s (see %s --help)\n' % (self.prog, message, self.prog))
+
+
+def command_line():
+    """The parser of the command line."""
+    parser = Parser(prog='kmcast', description='Send one image to many hosts at once, '
+                    'reliably: multicast carries it once, TCP what was lost.')
+    parser.add_argument('--version', action='version', version='kmcast ' + __version__)
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--datagrams', choices=('auto',) + WAYS, default='auto',
+                        help='how to send or receive many packets at once (auto)')
+    common.add_argument('--stall-timeout', type=seconds_type, default=30.0, metavar='SECONDS',
+                        help='give up a peer that does nothing for so long; 0: never (30)')
+    common.add_argument('-v', '--verbose', action='store_true', help='say more')
+    common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    port = {'nargs': '?', 'type': whole(1, 65535), 'default': DEFAULT_PORT, 'metavar': 'PORT',
+            'help': 'of UDP and TCP (%d)' % DEFAULT_PORT}
+
+    server = commands.add_parser('server', parents=[common], help='send an image',
+                                 description='Send standard input, or a file, to CLIENTS clients.')
+    server.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to multicast from: '
+                        'an address of this host, an interface\'s name, or auto')
+    server.add_argument('clients', metavar='CLIENTS', type=whole(1, 100000),
+                        help='how many clients to wait for')
+    server.add_argument('port', **port)
+    server.add_argument('-i', '--input', metavar='FILE', help='the image, instead of standard input')
+    server.add_argument('--name', help='what to call the image (the name of FILE)')
+    server.add_argument('--group', type=group_type, default=GROUP,
+                        help='multicast group (%s)' % GROUP)
+    server.add_argument('--ttl', type=whole(0, 255), default=8,
+                        help='routers that multicast may pass (8)')
+    server.add_argument('--mtu', type=whole(256, 9000), metavar='BYTES',
+                        help='largest IP packet (1500, or the interface\'s if that is less)')
+    server.add_argument('--rate', type=rate_type, default='auto',
+                        help='bit/s as in 940M, auto: as fast as the slowest link, max (auto)')
+    server.add_argument('--unicast', action='store_true',
+                        help='no multicast, TCP only: for a few hosts')
+    server.add_argument('--buffer-packets', type=whole(1, MAX_PACKETS), default=8192, metavar='N',
+                        help='packets in a round at the most (8192)')
+    server.add_argument('--clients-per-thread', type=whole(1, 1000), default=64, metavar='N',
+                        help='clients that one TCP thread serves (64)')
+    server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
+    server.add_argument('--compat', action='store_true',
+                        help='serve clients of the base protocol (the C implementation)')
+
+    client = commands.add_parser('client', parents=[common], help='receive an image',
+                                 description='Receive an image to standard output, or to a file.')
+    client.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to receive multicast '
+                        'on: an address of this host, an interface\'s name, or auto')
+    client.add_argument('server_ip', metavar='SERVER_IP', help='the server\'s address')
+    client.add_argument('port', **port)
+    client.add_argument('-o', '--output', metavar='FILE', help='write here instead of to standard '
+                        'output; the file appears when it is complete and verified')
+    client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
+                        help='how long to try to reach the server (60)')
+
+    demo = commands.add_parser('demo', help='a server and some clients on this host, to see it work',
+                               description='Send FILE, or 64 MiB of random data, to some clients '
+                               'on this host by loopback.')
+    demo.add_argument('--clients', type=whole(1, 100), default=3, metavar='N',
+                      help='how many clients (3)')
+    demo.add_argument('file', nargs='?', metavar='FILE', help='what to send')
+    demo.add_argument('-v', '--verbose', action='store_true', help='say more')
+    demo.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    return parser
+
+
+def start_logging(command, verbose, quiet):
+    """Log to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = 'kmcast %s: ' % command
+
+    class Lines(logging.Formatter):
+        """`kmcast client: warning: …`."""
+
+        def format(self, record):
+            level = ''
+            if record.levelno >= logging.WARNING:
+                level = record.levelname.lower() + ': '
+            return prefix + level + logging.Formatter.format(self, record)
+
+    handler.setFormatter(Lines())
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO)
+    logging.raiseExceptions = False     # standard error may be closed
+
+
+def on_signal(number, _frame):
+    """Stop in order on the first signal, at once on the second."""
+    signal.signal(number, signal.SIG_DFL)
+    names = {signal.SIGINT: 'SIGINT', signal.SIGTERM: 'SIGTERM', signal.SIGHUP: 'SIGHUP'}
+    raise Interrupted(names[number])
+
+
+def allow_descriptors(clients):
+    """Make sure that there are enough file descriptors.  Raises Failure."""
+    needed = clients + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise Failure('%d clients need %d file descriptors, and the limit is %d; '
+                          'raise it with "ulimit -n"' % (clients, needed, hard), USAGE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def server_command(options):
+    """`kmcast server`."""
+    allow_descriptors(options.clients)
+    options.local_ip = local_address(options.local_ip)
+    source = Source(options.input, options.name, not (options.no_digest or options.compat))
+    return Multicaster(options, source).run()
+
+
+def client_command(options):
+    """`kmcast client`."""
+    if re.match(r'[0-9.]+$', options.server_ip):
+        try:
+            socket.inet_pton(socket.AF_INET, options.server_ip)
+        except OS_ERRORS:
+            raise Failure('%s is not an IPv4 address' % options.server_ip, USAGE)
+    # `auto` is the address of the connection to the server, once there is one.
+    options.local_ip = None if options.local_ip == 'auto' else local_address(options.local_ip)
+    return Client(options).run()
+
+
+class DemoClient(threading.Thread):
+    """A client process of the demo, and what came out of it."""
+
+    def __init__(self, command):
+        threading.Thread.__init__(self)
+        self.daemon = True
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.bytes, self.hash = 0, hashlib.sha256()
+        self.errors = b''
+        self.start()
+
+    def run(self):
+        """Read the image until its end, then the log."""
+        for block in iter(lambda: self.process.stdout.read(1 << 20), b''):
+            self.bytes += len(block)
+            self.hash.update(block)
+        self.errors = self.process.stderr.read()
+        self.process.wait()
+
+
+def demo_command(options):
+    """`kmcast demo`: a server and some clients as processes of this file."""
+    def images():
+        if options.file is None:
+            for _ in range(64):
+                yield os.urandom(1 << 20)
+        else:
+            with io.open(options.file, 'rb') as image:
+                for block in iter(lambda: image.read(1 << 20), b''):
+                    yield block
+    if options.file and not os.access(options.file, os.R_OK):
+        raise Failure('cannot read %s' % options.file, USAGE)
+    probe = socket.socket()
+    probe.bind(('127.0.0.1', 0))
+    port = str(probe.getsockname()[1])
+    probe.close()
+    this = [sys.executable, os.path.abspath(sys.argv[0])]
+    server = subprocess.Popen(this + ['server', '127.0.0.1', str(options.clients), port,
+                                      '-v' if options.verbose else '-q'], stdin=subprocess.PIPE)
+    clients = [DemoClient(this + ['client', '127.0.0.1', '127.0.0.1', port])
+               for _ in range(options.clients)]
+    sent, digest = 0, hashlib.sha256()
+    try:
+        for block in images():
+            server.stdin.write(block)
+            sent += len(block)
+            digest.update(block)
+        server.stdin.close()
+    except OS_ERRORS as error:
+        log.error('the server ended early: %s', explain(error))
+    server.wait()
+    for client in clients:
+        client.join()
+    print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))
+    for number, client in enumerate(clients, 1):
+        text = client.errors.decode('ascii', 'replace')
+        match = re.search(r' s, (.*?); repaired (\d+) packets by multicast, (\d+) by TCP', text)
+        rate, repaired = '-', '-'
+        if match:
+            rate, repaired = match.group(1), int(match.group(2)) + int(match.group(3))
+        equal = client.hash.digest() == digest.digest() and client.process.returncode == 0
+        print('%-8d %15d %14s %10s  %s' % (number, client.bytes, rate, repaired,
+                                           'equal' if equal else 'DIFFERENT'))
+        client.equal = equal
+        if options.verbose or not equal:
+            sys.stderr.write(text)
+    good = server.returncode == 0 and all(client.equal for client in clients)
+    print('%s: %d bytes to %d clients on this host' % (
+        'all equal' if good else 'FAILED', sent, len(clients)))
+    return OK if good else FAILED
+
+
+COMMANDS = {'server': server_command, 'client': client_command, 'demo': demo_command}
+
+
+def main(arguments=None):
+    """The program; returns its exit code."""
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    if not options.command:             # Python 3 lets it be missing
+        parser.error('which COMMAND? one of server, client, demo')
+    start_logging(options.command, options.verbose, options.quiet)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    try:
+        return COMMANDS[options.command](options)
+    except Failure as error:
+        log.error('%s', error.reason)
+        return error.code
+    except Interrupted as error:
+        log.error('stopped by %s', error)
+        return FAILED
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,426 @@
+"""What the tests share: starting kmcast, feeding it, reading it, ending it.
+
+Imports on Python 2.7 and 3, so that the unit tests can use it on both.
+
+    data = random_bytes(5000000, seed=1)
+    result = transfer(data, clients=3, client_args=["-v"])
+    result.check(data)                            # every exit code 0, every byte equal
+
+    port = free_port()
+    server = start_server(["127.0.0.1", "1", port], stdin=data)
+    client = start_client(["127.0.0.1", "127.0.0.1", port])
+    client.wait_stderr("connected")
+    server.stop()
+    code, stderr, stdout = client.finish(timeout=20)
+
+Every process runs in a process group of its own, is registered here, and is killed by `stop_all()`: after each test
+(a fixture in conftest.py) and when the interpreter exits.
+"""
+
+import atexit
+import binascii
+import collections
+import errno
+import hashlib
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+KMCAST = os.path.join(ROOT, "kmcast.py")
+BASE_PEER = os.path.join(ROOT, "tests", "base_peer.py")
+
+LOOPBACK = "127.0.0.1"
+PIPE = subprocess.PIPE
+
+#: What `stdout=` of the start functions may say besides a function or a file.
+KEEP = "keep"
+HASH = "hash"
+
+_CHUNK = 1 << 16    # bytes a read, a write, and a step of random_chunks()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interpreters
+
+_versions = {}
+
+
+def version_of(python):
+    """Return the version of the interpreter at path `python` as a tuple, e.g. (2, 7, 18)."""
+    if python not in _versions:
+        code = "import sys; sys.stdout.write('%d.%d.%d' % sys.version_info[:3])"
+        printed = subprocess.check_output([python, "-c", code]).decode("ascii")
+        _versions[python] = tuple(int(number) for number in printed.split("."))
+    return _versions[python]
+
+
+def version_name(python):
+    """Return the version of the interpreter at path `python` as text, e.g. "2.7.18": for the ids of tests."""
+    return ".".join(str(number) for number in version_of(python))
+
+
+def interpreters():
+    """Return the paths of the interpreters that kmcast is to be tested with, from the oldest to the newest.
+
+    They come from the environment variable KMCAST_PYTHONS (paths joined by ":"), which tests/run.sh sets; without it
+    there is only the one that runs this.
+    """
+    paths = [path for path in os.environ.get("KMCAST_PYTHONS", "").split(":") if path]
+    return sorted(paths or [sys.executable], key=version_of)
+
+
+def oldest():
+    """Return the path of the oldest interpreter."""
+    return interpreters()[0]
+
+
+def newest():
+    """Return the path of the newest interpreter."""
+    return interpreters()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ports and data
+
+_ports_given = set()
+
+
+def free_port():
+    """Return a port that is free for TCP and for UDP on this host, and that no earlier call in this process returned.
+
+    It lies below the range from which Linux takes the local ports of outgoing connections (32768 and up), so that no
+    connection can grab it between this call and its use.
+    """
+    while True:
+        port = random.randint(20000, 32000)
+        if port in _ports_given:
+            continue
+        try:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                probe = socket.socket(socket.AF_INET, kind)
+                try:
+                    probe.bind(("", port))
+                finally:
+                    probe.close()
+        except socket.error:
+            continue
+        _ports_given.add(port)
+        return port
+
+
+def random_chunks(size, seed=0):
+    """Yield `size` pseudo-random bytes in chunks of at most 64 KiB: to feed an image too big to be held in memory.
+
+    The bytes depend on the integer `seed` alone, on every interpreter, and a shorter image is the start of a longer one.
+    """
+    generator = random.Random(seed)
+    while size > 0:
+        bits = generator.getrandbits(8 * _CHUNK)
+        if sys.version_info[0] == 2:
+            chunk = binascii.unhexlify("%0*x" % (2 * _CHUNK, bits))
+        else:
+            chunk = bits.to_bytes(_CHUNK, "big")
+        yield chunk[:size]
+        size -= _CHUNK
+
+
+def random_bytes(size, seed=0):
+    """Return `size` pseudo-random bytes, the ones that random_chunks() yields."""
+    return b"".join(random_chunks(size, seed))
+
+
+def sha256(data):
+    """Return the SHA-256 of `data` (bytes, or an iterable of chunks of bytes) in hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in [data] if isinstance(data, bytes) else data:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+_processes = []
+
+
+class Process(object):
+    """A process under test.
+
+    argv    list of the program and its arguments; those that are not text (a port, a count) are converted
+    stdin   None: /dev/null. bytes, or an iterable of chunks of bytes (a generator that sleeps is a slow producer): written
+            through a pipe by a thread, which closes the pipe at the end. An open file: used as it is. PIPE: the test
+            itself writes to `.popen.stdin`
+    stdout  KEEP: a thread reads it all, finish() returns it. HASH: a thread reads it, finish() returns its SHA-256 in
+            hexadecimal. A function: a thread calls it with each chunk (one that sleeps is a slow consumer). An open file:
+            used as it is. PIPE: the test itself reads from `.popen.stdout`. With the last three finish() returns None
+            for it
+    env     changes to the environment, a dict; a value of None removes a variable
+    cwd     the directory to run in, a path
+
+    stderr always goes to a nameless file, so a process that says much is never held up by a full pipe.
+
+    Attributes: `.popen`, `.pid`, and `.peak_kib`: the peak of its resident memory in KiB, as far as it was seen by
+    poll(), which wait() and finish() call all the time.
+    """
+
+    def __init__(self, argv, stdin=None, stdout=KEEP, env=None, cwd=None):
+        self.argv = [arg if hasattr(arg, "encode") else str(arg) for arg in argv]
+        self.peak_kib = 0
+        self._threads = []
+        self._chunks = []
+        self._digest = hashlib.sha256() if stdout == HASH else None
+        # Opened for appending: the process and we share one file offset, and only appending ignores it.
+        self._stderr = tempfile.TemporaryFile("a+b")
+
+        # A process that hangs gets SIGABRT for a traceback (see finish()); it shall not leave a core file as well.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        feed = isinstance(stdin, bytes) or hasattr(stdin, "__next__") or isinstance(stdin, (list, tuple)) \
+            or (hasattr(stdin, "next") and not hasattr(stdin, "fileno"))
+        read = stdout in (KEEP, HASH) or (callable(stdout) and not hasattr(stdout, "fileno"))
+        null = open(os.devnull, "rb") if stdin is None else None
+        try:
+            self.popen = subprocess.Popen(
+                self.argv, stdin=PIPE if feed else null or stdin, stdout=PIPE if read else stdout, stderr=self._stderr,
+                env=_environment(env), cwd=cwd, bufsize=0, close_fds=True, preexec_fn=os.setsid)
+        finally:
+            if null:
+                null.close()
+        self.pid = self.popen.pid
+        _processes.append(self)
+        if feed:
+            self._run(self._write_stdin, stdin)
+        if read:
+            take = stdout if callable(stdout) else self._digest.update if stdout == HASH else self._chunks.append
+            self._keeps = stdout == KEEP
+            self._run(self._read_stdout, take)
+        else:
+            self._keeps = False
+
+    def _run(self, function, argument):
+        thread = threading.Thread(target=function, args=(argument,))
+        thread.daemon = True
+        thread.start()
+        self._threads.append(thread)
+
+    def _write_stdin(self, data):
+        pieces = [memoryview(data)[start:start + _CHUNK] for start in range(0, len(data), _CHUNK)] \
+            if isinstance(data, bytes) else data
+        try:
+            for piece in pieces:
+                while len(piece):
+                    piece = piece[os.write(self.popen.stdin.fileno(), piece):]
+        except (OSError, IOError) as error:
+            if error.errno != errno.EPIPE:      # EPIPE: the process ended without reading everything
+                raise
+        finally:
+            self.popen.stdin.close()
+
+    def _read_stdout(self, take):
+        while True:
+            chunk = os.read(self.popen.stdout.fileno(), _CHUNK)
+            if not chunk:
+                self.popen.stdout.close()
+                return
+            take(chunk)
+
+    def __repr__(self):
+        return "<%s: pid %d, %s>" % (" ".join(self.argv), self.pid,
+                                     "running" if self.popen.returncode is None else "exit %d" % self.popen.returncode)
+
+    @property
+    def stderr(self):
+        """What the process has said on stderr until now, as text."""
+        self._stderr.seek(0)
+        return self._stderr.read().decode("utf-8", "replace")
+
+    def poll(self):
+        """Return the exit code (-N if signal N ended it), or None while the process runs."""
+        try:
+            with open("/proc/%d/status" % self.pid) as status:
+                for line in status:
+                    if line.startswith("VmHWM:"):
+                        self.peak_kib = max(self.peak_kib, int(line.split()[1]))
+        except (OSError, IOError):
+            pass
+        return self.popen.poll()
+
+    def wait(self, timeout):
+        """Wait for the end, at most `timeout` seconds; return the exit code, or None if it still runs."""
+        deadline = time.time() + timeout
+        while self.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        return self.popen.returncode
+
+    def wait_stderr(self, text, timeout=30):
+        """Wait until stderr contains `text`; fail if the process ends, or `timeout` seconds pass, without it."""
+        deadline = time.time() + timeout
+        while text not in self.stderr:
+            ended = self.poll() is not None
+            if (ended or time.time() > deadline) and text not in self.stderr:
+                raise AssertionError("%r did not say %r. Its stderr:\n%s" % (self, text, self.stderr))
+            time.sleep(0.01)
+
+    def signal(self, number):
+        """Send signal `number` to the process, and to no child of it."""
+        os.kill(self.pid, number)
+
+    def finish(self, timeout=120):
+        """Wait for the end of the process; return (exit code, stderr as text, stdout as `stdout=` of the start says).
+
+        One that still runs after `timeout` seconds fails the test, with the tracebacks of its threads (on Python 3)
+        in the message.
+        """
+        if self.wait(timeout) is None:
+            self.signal(signal.SIGABRT)         # PYTHONFAULTHANDLER is set: prints where each thread is
+            self.wait(2)
+            self.stop()
+            raise AssertionError("%r still ran after %g s. Its stderr:\n%s" % (self, timeout, self.stderr))
+        for thread in self._threads:
+            thread.join(10)
+            if thread.is_alive():
+                self.stop()
+                raise AssertionError("%r ended, but something still holds its stdin or stdout open, or the function that "
+                                     "takes its stdout did not come back" % self)
+        data = b"".join(self._chunks) if self._keeps else self._digest.hexdigest() if self._digest else None
+        return self.popen.returncode, self.stderr, data
+
+    def stop(self):
+        """Kill the process and its whole process group; harmless when they have ended."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except OSError:
+            pass                                # no process of the group is left
+        self.popen.wait()
+
+
+def _environment(changes=None):
+    """Return the environment for a process: ours without what would change how an interpreter works."""
+    env = dict(os.environ)
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONOPTIMIZE"):
+        env.pop(name, None)
+    env["PYTHONFAULTHANDLER"] = "1"
+    for name, value in (changes or {}).items():
+        env.pop(name, None)
+        if value is not None:
+            env[name] = value
+    return env
+
+
+def stop_all():
+    """Kill every process that was started here and still runs."""
+    while _processes:
+        _processes.pop().stop()
+
+
+atexit.register(stop_all)
+
+
+def start(argv, **options):
+    """Start any program; see Process for the options. Returns the Process."""
+    return Process(argv, **options)
+
+
+def start_kmcast(args, python=None, prefix=(), program=None, **options):
+    """Start kmcast with `args`.
+
+    python   path of the interpreter; None: the one that runs this
+    prefix   what goes before it, e.g. ["ip", "netns", "exec", "host1"] or ["strace", "-f"]
+    program  path of a kmcast.pyz; None: kmcast.py
+
+    The other options are those of Process. Returns the Process.
+    """
+    return Process(list(prefix) + [python or sys.executable, program or KMCAST] + list(args), **options)
+
+
+def start_server(args, python=None, **options):
+    """Start `kmcast server` with `args` (a list: options, LOCAL_IP, CLIENTS, PORT); options as for start_kmcast()."""
+    return start_kmcast(["server"] + list(args), python, **options)
+
+
+def start_client(args, python=None, **options):
+    """Start `kmcast client` with `args` (a list: options, LOCAL_IP, SERVER_IP, PORT); options as for start_kmcast()."""
+    return start_kmcast(["client"] + list(args), python, **options)
+
+
+def start_base_server(args, **options):
+    """Start the server of base_peer.py with `args` (a list: LOCAL_IP, CLIENTS, PORT, options)."""
+    return start_kmcast(["server"] + list(args), program=BASE_PEER, **options)
+
+
+def start_base_client(args, **options):
+    """Start the client of base_peer.py with `args` (a list: LOCAL_IP, SERVER_IP, PORT, options)."""
+    return start_kmcast(["client"] + list(args), program=BASE_PEER, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole transfer
+
+ServerResult = collections.namedtuple("ServerResult", "code stderr")
+ClientResult = collections.namedtuple("ClientResult", "code stderr data")
+
+
+class Transfer(object):
+    """How a transfer ended: `.server` (code, stderr), `.clients` (a list of code, stderr, data), `.port`, `.seconds`."""
+
+    def __init__(self, server, clients, port, seconds):
+        self.server = server
+        self.clients = clients
+        self.port = port
+        self.seconds = seconds
+
+    def __str__(self):
+        ends = [("server", self.server)] + [("client %d" % number, end) for number, end in enumerate(self.clients)]
+        return "\n".join("%s: exit %d, stderr:\n%s" % (name, end.code, end.stderr) for name, end in ends)
+
+    def check(self, data):
+        """Fail unless every process exited 0 and every client has `data` (bytes; or SHA-256 in hex with stdout=HASH)."""
+        assert self.server.code == 0 and all(client.code == 0 for client in self.clients), str(self)
+        for number, client in enumerate(self.clients):
+            # Compared outside of the assert: pytest would explain at length how two images of megabytes differ.
+            equal = client.data == data
+            assert equal, "client %d got %d bytes instead of %d, or others; %s" % (
+                number, len(client.data), len(data), self)
+
+
+def transfer(data, clients=1, server_args=(), client_args=(), server_python=None, client_python=None, port=None,
+             timeout=120, stdout=KEEP, program=None):
+    """Send `data` from one kmcast server to `clients` kmcast clients over loopback, as processes connected by pipes.
+
+    data           the image: whatever `stdin=` of Process takes
+    server_args    options of the server, a list
+    client_args    options of every client, a list; or a function of the client's number, from 0, that returns one
+    client_python  interpreter of every client, or a list of them, used in turn
+    port           None: a free one
+    timeout        seconds for the whole of it; a process that then still runs fails the test
+    stdout         KEEP or HASH: whether `.data` of a client is its bytes or their SHA-256
+    program        path of a kmcast.pyz; None: kmcast.py
+
+    Exit codes are not checked here (see Transfer.check). Returns a Transfer.
+    """
+    port = port or free_port()
+    began = time.time()
+    pythons = client_python if isinstance(client_python, (list, tuple)) else [client_python]
+    server = start_server(list(server_args) + [LOOPBACK, clients, port], server_python, program=program, stdin=data)
+    started = []
+    for number in range(clients):
+        args = client_args(number) if callable(client_args) else client_args
+        started.append(start_client(list(args) + [LOOPBACK, LOOPBACK, port], pythons[number % len(pythons)],
+                                    program=program, stdout=stdout))
+    ends = []
+    try:
+        for process in [server] + started:
+            ends.append(process.finish(max(1, began + timeout - time.time())))
+    except AssertionError as error:
+        # Who hangs is seldom who is to blame: show what all of them said.
+        others = "\n".join("%r:\n%s" % (other, other.stderr) for other in [server] + started)
+        raise AssertionError("%s\nAll processes:\n%s" % (error, others))
+    seconds = time.time() - began
+    return Transfer(ServerResult(*ends[0][:2]), [ClientResult(*end) for end in ends[1:]], port, seconds)
