@@ -888,9 +888,9 @@ NO_SUCH_WAY = frozenset((errno.EIO, errno.EINVAL, errno.EMSGSIZE,
 QUEUE_FULL = frozenset((errno.ENOBUFS, errno.ENOMEM))
 
 # struct iovec, and struct mmsghdr: name, its length, iovec, how many,
-# control, its length, flags, bytes received.
+# control, its length, flags; bytes received (0P: aligned as a pointer is).
 IOVEC = struct.Struct('@PL')
-MMSGHDR = '@' + 'PIPLPLiI0P'
+MMSGHDR = 'PIPLPLi0PI0P'
 CMSG = struct.Struct('@Liii')           # struct cmsghdr with an int as its data
 CONTROL_SIZE = 64                       # bytes, room for CMSG
 
@@ -911,7 +911,7 @@ class MessageVector(object):
         for i, iovec in enumerate(iovecs):
             IOVEC.pack_into(self._iovecs, i * IOVEC.size, *iovec)
         where = address_of(self._iovecs)
-        self._one = struct.Struct(MMSGHDR)
+        self._one = struct.Struct('@' + MMSGHDR)
         self._all = {}
         self._template = bytearray(self._one.size * len(messages))
         for i, (vector, control, size) in enumerate(messages):
@@ -930,7 +930,7 @@ class MessageVector(object):
         self._headers[:] = self._template
         got = self._call('recvmmsg', fd, count, None)
         if got not in self._all:
-            self._all[got] = struct.Struct('@' + MMSGHDR[1:] * got)
+            self._all[got] = struct.Struct('@' + MMSGHDR * got)
         fields = self._all[got].unpack_from(self._headers)
         return fields[7::8], fields[5::8]
 
@@ -1219,6 +1219,10 @@ class Pacer(object):
     def __init__(self):
         self.rate = UNLIMITED           # bit/s of IP packets
         self._next = 0.0
+
+    def start(self):
+        """Begin afresh: time that has passed is not made good."""
+        self._next = monotonic()
 
     def burst(self, packet_size):
         """How many packets of so many bytes to send in one go."""
@@ -2070,8 +2074,7 @@ class Multicaster(object):
         self.tcp = TcpServer(self.session, self, self.link.spawn(), self.listener)
         self.pacer = Pacer()
         self.control = RateControl() if options.rate == 'auto' else None
-        if not self.control:
-            self.pacer.rate = options.rate
+        self.pacer.rate = self.control.rate if self.control else options.rate
         self.multicasting = not options.unicast
         self.unicast = options.unicast
         self.buffers = [Buffer(self.session.payload, options.buffer_packets,
@@ -2230,6 +2233,7 @@ class Multicaster(object):
     def _multicast(self, buffer, last):
         """Multicast the packets up to index `last`; returns bit/s achieved."""
         started, place, size = monotonic(), 0, buffer.slot + UDP_OVERHEAD
+        self.pacer.start()
         while place < last:
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
