@@ -879,7 +879,7 @@ MSG_MORE = 0x8000
 
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
-SOCKET_BUFFER = 32 << 20                # what a receiver asks for, bytes
+SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
 
 # These mean that a way of sending does not work here, not that a packet
 # could not be sent (udp(7); EIO: no checksum offload on this device).
@@ -976,6 +976,7 @@ class DatagramSender(object):
         self.way = WAYS[0] if way == 'auto' else way
         self.strict = way != 'auto'
         self.trouble = None             # the last error that lost packets
+        self._full = 0                  # calls in a row that found no memory
         self._slot = None               # what the kernel or _vector is set up for
 
     def fileno(self):
@@ -1001,13 +1002,14 @@ class DatagramSender(object):
             number = errno_of(error)
             if number in TRY_AGAIN:
                 return first
-            if number in QUEUE_FULL:
+            if number in QUEUE_FULL and self._full < 1000:
+                self._full += 1
                 time.sleep(0.001)       # writable, yet full: no use in select
                 return first
             if number in NO_SUCH_WAY and self.way != WAYS[-1]:
                 self._fall_back(error)
                 return first
-            self.trouble = explain(error)
+            self.trouble, self._full = explain(error), 0
             return last
 
     def _fall_back(self, error):
@@ -1302,27 +1304,63 @@ def bits(rate):
 # 9. Ends
 # ---------------------------------------------------------------------------
 
+class Command(object):
+    """A shell command at one end of the image, in a process group of its own."""
+
+    def __init__(self, text, **pipes):
+        """text: for the shell; pipes: as subprocess.Popen takes them."""
+        self.text = text
+        self._process = subprocess.Popen(text, shell=True, preexec_fn=self._set_up, **pipes)
+        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+
+    @staticmethod
+    def _set_up():
+        os.setpgid(0, 0)                # so that all of a pipeline can be ended
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    def finish(self):
+        """Wait for its end.  Raises Failure unless it exits with 0."""
+        code = uninterrupted(self._process.wait)
+        if code:
+            raise Failure('the command %s: %s' % (
+                'was ended by signal %d' % -code if code < 0 else 'failed with exit code %d' % code,
+                printable(self.text)))
+
+    def end(self):
+        """End it, if it still runs."""
+        try:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGTERM)
+        except OS_ERRORS:
+            pass
+
+
 class Source(object):
-    """Where the server's image comes from: a file, or standard input.
+    """Where the server's image comes from: standard input, a file, a command.
 
     name, size (bytes) are None where they are not known.
     """
 
-    def __init__(self, path=None, name=None, digest=True):
-        """path: of a file, None for standard input.  Raises Failure."""
+    def __init__(self, path=None, command=None, digest=True):
+        """path: of a file; command: for the shell.  Raises Failure."""
+        self._command = None
         try:
-            self._file = io.open(0 if path is None else path, 'rb', buffering=0,
-                                 closefd=path is not None)
+            if command is not None:
+                self._command = Command(command, stdout=subprocess.PIPE)
+                descriptor = self._command.stdout.fileno()
+            else:
+                descriptor = 0 if path is None else path
+            self._file = io.open(descriptor, 'rb', buffering=0, closefd=path is not None)
             status = os.fstat(self._file.fileno())
             if stat.S_ISDIR(status.st_mode):
                 raise IOError(errno.EISDIR, os.strerror(errno.EISDIR))
         except OS_ERRORS as error:
             raise Failure('cannot read %s: %s' % (path or 'standard input',
                                                   explain(error)), USAGE)
-        if path is None and os.isatty(0):
-            raise Failure('standard input is a terminal; give the image as '
-                          '"< FILE", through a pipe, or with -i FILE', USAGE)
-        self.name = name or (path and os.path.basename(path))
+        if descriptor == 0 and os.isatty(0):
+            raise Failure('standard input is a terminal; give the image as "< FILE", '
+                          'through a pipe, with -i FILE or with --pipe COMMAND', USAGE)
+        self.name = path and os.path.basename(path)
         self.size = None
         if stat.S_ISREG(status.st_mode):
             self.size = max(0, status.st_size - os.lseek(self.fileno(), 0, os.SEEK_CUR))
@@ -1346,11 +1384,16 @@ class Source(object):
         return memoryview(self._staging)
 
     def read_into(self, view):
-        """Read once; returns bytes read, 0 at the image's end.  Raises Failure."""
+        """Read once; returns bytes read, 0 at the image's end.
+
+        Raises Failure, also at the end when the command failed.
+        """
         try:
             got = uninterrupted(self._file.readinto, view)
         except OS_ERRORS as error:
             raise Failure('cannot read the image: %s' % explain(error))
+        if not got and self._command:
+            self._command.finish()
         self.bytes += got
         if self._hash:
             self._hash.update(view[:got])
@@ -1362,25 +1405,30 @@ class Source(object):
 
     def close(self):
         """Stop reading."""
+        if self._command:
+            self._command.end()
         self._file.close()
 
 
 class Sink(object):
-    """Where the client's image goes: standard output, or a file.
+    """Where the client's image goes: standard output, a file, a command.
 
     A file is written under a temporary name beside its target and takes its
     place at commit(); what is not a regular file is written in place.
     """
 
-    def __init__(self, path=None):
-        """path: of the target, None for standard output.  Raises Failure."""
-        self._target = self._temporary = None
+    def __init__(self, path=None, command=None):
+        """path: of the target; command: for the shell.  Raises Failure."""
+        self._target = self._temporary = self._command = None
         self.written = 0                # bytes
         try:
-            if path is None:
+            if command is not None:
+                self._command = Command(command, stdin=subprocess.PIPE)
+                self._fd = self._command.stdin.fileno()
+            elif path is None:
                 if os.isatty(1):
-                    raise Failure('standard output is a terminal; give "> FILE", '
-                                  'a pipe, or -o FILE', USAGE)
+                    raise Failure('standard output is a terminal; give "> FILE", a pipe, '
+                                  '-o FILE or --pipe COMMAND', USAGE)
                 self._fd = 1
                 os.fstat(1)
             elif os.path.exists(path) and not os.path.isfile(path):
@@ -1403,18 +1451,18 @@ class Sink(object):
                 data = data[count:]
         except OS_ERRORS as error:
             if errno_of(error) == errno.EPIPE:
-                raise Failure('the program that reads the image has ended')
+                raise Failure('what reads the image has ended')
             raise Failure('cannot write the image: %s' % explain(error))
 
     def commit(self):
         """The image is complete and verified: make it so.  Raises Failure."""
         try:
+            if self._command:
+                self._command.stdin.close()
+                self._command.finish()
+                return
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-                try:
-                    os.fsync(self._fd)
-                except OS_ERRORS as error:
-                    if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
-                        raise           # these: a device that has no such thing
+                self._sync(self._fd)
             if self._target:
                 os.fchmod(self._fd, self._mode())
             os.close(self._fd)
@@ -1422,10 +1470,18 @@ class Sink(object):
                 os.rename(self._temporary, self._target)
                 self._temporary = None
                 folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
-                os.fsync(folder)
+                self._sync(folder)
                 os.close(folder)
         except OS_ERRORS as error:
             raise Failure('cannot finish the image: %s' % explain(error))
+
+    @staticmethod
+    def _sync(fd):
+        try:
+            os.fsync(fd)
+        except OS_ERRORS as error:
+            if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise                   # these: a device that has no such thing
 
     def _mode(self):
         """The permissions of the file that is replaced, or of a new one."""
@@ -1437,7 +1493,9 @@ class Sink(object):
             return 0o666 & ~mask
 
     def discard(self):
-        """Leave no temporary file behind."""
+        """Unless it was committed: leave nothing behind."""
+        if self._command:
+            self._command.end()
         if self._temporary:
             try:
                 os.unlink(self._temporary)
@@ -1477,6 +1535,33 @@ def keep_alive(sock):
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+class AtMost(logging.Filter):
+    """Lets few enough lines into the log; the next one says how many it hid."""
+
+    MOST, PERIOD = 10, 10.0             # lines, seconds
+
+    def __init__(self):
+        logging.Filter.__init__(self)
+        self._since, self._shown, self._hidden = 0.0, 0, 0
+
+    def filter(self, record):
+        """Whether to show a record: logging.Filter.filter."""
+        if monotonic() - self._since > self.PERIOD:
+            self._since, self._shown = monotonic(), 0
+        self._shown += 1
+        if self._shown > self.MOST:
+            self._hidden += 1
+            return False
+        if self._hidden:
+            record.msg = '(%d more like these) %s' % (self._hidden, record.msg)
+            self._hidden = 0
+        return True
+
+
+strangers = logging.getLogger('kmcast.strangers')   # who connects, but is no client
+strangers.addFilter(AtMost())
+
+
 class Session(object):
     """What is agreed for a transfer; nobody changes it once clients come."""
 
@@ -1486,6 +1571,8 @@ class Session(object):
         self.per_thread = options.clients_per_thread
         self.compat = options.compat
         self.stall_timeout = options.stall_timeout
+        self.enough = options.min_clients
+        self.start_by = None if options.start_wait is None else monotonic() + options.start_wait
         self.payload = payload
         salts = struct.unpack('<II', os.urandom(8))
         self.salt, self.repair_salt = (0, 0) if self.compat else salts
@@ -1519,7 +1606,7 @@ class Step(object):
                'finish': (COMPLETION,), 'abort': ()}
 
     def __init__(self, kind, buffer=None, digest=b'', coded=(), message=None,
-                 places=0, info=None):
+                 places=0, info=None, dropped=None):
         self.kind = kind
         self.buffer = buffer
         self.digest = digest
@@ -1527,6 +1614,7 @@ class Step(object):
         self.message = message
         self.places = places
         self.info = info
+        self.dropped = dropped or {}    # peers to drop, and why
         self.awaited = self.AWAITED[kind]
 
 
@@ -1544,6 +1632,9 @@ class Peer(object):
         self.need = 1                   # bytes before it is worth to parse again
         self.owes = None                # a key of PAYS
         self.moved = monotonic()        # when it last got something done
+        self.paid = 0.0                 # when it last owed nothing more
+        self.signs = 0                  # ALIVE messages
+        self.since = monotonic()        # when it connected
         self.told = monotonic()         # when it was last sent something
         self.request = None             # places in the round, asked for
         self.listening = False          # to multicast, until SENT
@@ -1562,6 +1653,8 @@ class Peer(object):
         """From now on the peer owes us something (or, None, nothing)."""
         self.owes = what
         self.moved = monotonic()
+        if what is None:
+            self.paid = self.moved
 
     def flush(self):
         """Send what can be sent without waiting.  Raises Gone."""
@@ -1618,10 +1711,12 @@ class TcpServer(threading.Thread):
     """
 
     STATES = {None: 'INIT', 'accept': 'ACCEPT', 'announce': 'SYNC'}
+    PATIENCE = 5.0                      # seconds, until it says whom it waits for
 
-    def __init__(self, session, parent, link, listener, pending=()):
+    def __init__(self, session, parent, link, listener, before=0, pending=()):
         """parent: who publishes `step`; link: ours; listener: a socket that
-        listens; pending: connections that are still to say HELLO."""
+        listens; before: clients that the servers above have; pending:
+        connections that are still to say HELLO."""
         threading.Thread.__init__(self, name='tcp-server')
         self.daemon = True
         self.session, self.parent, self.link = session, parent, link
@@ -1632,6 +1727,7 @@ class TcpServer(threading.Thread):
         self.members = []               # counted clients that are still here
         self.everyone = []              # counted clients, whatever became of them
         self.failure = None             # why this thread ended, if not in order
+        self._before = before
         self._wanted = 0                # members to take
         self._unplaced = 0              # members for the child to take
         self._pending = list(pending)
@@ -1640,6 +1736,7 @@ class TcpServer(threading.Thread):
         self._child_released = True
         self._over = False
         self._next_look = 0.0
+        self._next_words = 0.0          # when to say whom we wait for
         self._poller = select.poll()
         self._handlers = {}
 
@@ -1720,6 +1817,14 @@ class TcpServer(threading.Thread):
         if now < self._next_look:
             return
         self._next_look = now + TICK
+        if self._released:
+            self._next_words = now + self.PATIENCE
+        elif now > self._next_words:
+            self._next_words = now + 2 * self.PATIENCE
+            late = [str(peer) for peer in self.members if peer.owes in self.step.awaited]
+            if late:
+                log.info('waiting for %s', ', '.join(late[:8]) + (
+                    ' and %d more' % (len(late) - 8) if len(late) > 8 else ''))
         for peer in self._pending[:]:
             if now - peer.moved > GREETING_TIME:
                 self._drop(peer, 'no %s within %d s' % (peer.owes, GREETING_TIME))
@@ -1758,6 +1863,9 @@ class TcpServer(threading.Thread):
         self.step = step
         self._child_released = self.link.child_fd is None
         self.link.release_child()
+        for peer in self.members[:]:
+            if peer in step.dropped:
+                self._drop(peer, step.dropped[peer])
 
     def _on_child(self, _event):
         fd = self.link.child_fd
@@ -1786,7 +1894,9 @@ class TcpServer(threading.Thread):
     def _all_here(self):
         """Whether all clients came; passes the listener on when it is time."""
         if not self.child:
-            if len(self.members) < self._wanted:
+            if self._time_is_up():
+                self._unplaced = 0
+            elif len(self.members) < self._wanted:
                 return False
             if not self._unplaced:
                 return True
@@ -1794,7 +1904,8 @@ class TcpServer(threading.Thread):
             for peer in self._pending:
                 self._unwatch(peer.fileno())
             self.child = TcpServer(self.session, self, self.link.spawn(),
-                                   self.listener, self._pending)
+                                   self.listener, self._before + len(self.members),
+                                   self._pending)
             self._pending = []
             self._watch(self.link.child_fd, self._on_child)
             self.child.start()
@@ -1804,6 +1915,12 @@ class TcpServer(threading.Thread):
         self._unplaced = 0
         self._begin(step)
         return False
+
+    def _time_is_up(self):
+        """Whether --start-wait is over and enough clients are there."""
+        start_by = self.session.start_by
+        return (start_by is not None and monotonic() > start_by
+                and self._before + len(self.members) >= self.session.enough)
 
     def _do_announce(self, step):
         self._begin(step)
@@ -1861,7 +1978,7 @@ class TcpServer(threading.Thread):
                 self.session.group, self.session.port, not self.session.compat))
             if self.session.compat:
                 if not self._has_place():
-                    log.info('%s: refused, all places are taken', peer)
+                    strangers.info('%s: refused, all places are taken', peer)
                     sock.close()
                     continue
                 self._watch_peer(peer)
@@ -1874,14 +1991,15 @@ class TcpServer(threading.Thread):
                 self._drop(self._pending[0], 'too many connections that say nothing')
 
     def _has_place(self):
-        return (self.step.kind == 'accept' and not self.child
+        return (self.step.kind == 'accept' and not self._released and not self.child
                 and len(self.members) < self._wanted)
 
     def _admit(self, peer):
         peer.owe(None)
         self.members.append(peer)
         self.everyone.append(peer)
-        log.info('%s is here', peer)
+        log.info('%s is here, %d of %d', peer, self._before + len(self.members),
+                 self.session.places)
 
     def _on_peer(self, event, peer):
         try:
@@ -1933,6 +2051,9 @@ class TcpServer(threading.Thread):
             self._drop(peer, 'it says: %s' % field(fields, 'reason', TEXT), tell=False)
         elif kind == ALIVE and peer.owes != GREETING and not self.session.compat:
             peer.moved = monotonic()
+            peer.signs += 1
+            if peer.signs > 20 + (peer.moved - peer.since):
+                raise ProtocolError('far too many signs of life')
         elif kind in PAYS.get(peer.owes, ()):
             self.HANDLERS[kind](self, peer, message)
         else:
@@ -1943,7 +2064,9 @@ class TcpServer(threading.Thread):
         field(fields, 'version', TEXT)
         peer.host = field(fields, 'host', TEXT)
         if not self._has_place():
-            self._drop(peer, 'refused: all %d places are taken' % self.session.places)
+            self._drop(peer, 'refused: the transfer has begun with the clients that were there'
+                       if self.session.start_by else
+                       'refused: all %d places are taken' % self.session.places)
             return
         self._pending.remove(peer)
         self._admit(peer)
@@ -1986,7 +2109,7 @@ class TcpServer(threading.Thread):
                     self._unplaced += 1
         elif peer in self._pending:
             self._pending.remove(peer)
-            log.info('%s: %s', peer, reason)
+            strangers.info('%s: %s', peer, reason)
         if peer.outgoing.count and not self._over:
             tell = False                # packets of a buffer that will be used again
         if tell and not peer.leaving and not self.session.compat:
@@ -2055,6 +2178,9 @@ class Multicaster(object):
     WORTH_CODING = 16                   # packets by TCP are no trouble
     PROBE = 16                          # packets, where no multicast gets through
     PATIENCE = 1.0                      # seconds to wait for the first multicast
+    STUCK = 5.0                         # seconds without room to send a packet
+    ENDURANCE = 10.0                    # seconds below --min-rate
+    FIRST_SEQ = 0
 
     def __init__(self, options, source):
         """options: of the command line; source: a Source.  Raises Failure."""
@@ -2085,6 +2211,11 @@ class Multicaster(object):
         self.repair_number = 0
         self.coded = self.by_tcp = self.data = 0        # packets, for the summary
         self.last_heard = None          # when a client last got any multicast
+        self.min_rate = options.min_rate
+        self.brake = None               # the client that alone keeps the rate down
+        self.held_by = None             # (client, since when) below --min-rate
+        self.alone = {}                 # client -> seconds waited for it alone
+        self.dropped = {}               # client -> why to drop it
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -2118,7 +2249,7 @@ class Multicaster(object):
             self.tcp.start()
             log.info('waiting for %d clients on port %d, group %s',
                      self.session.places, self.session.port, self.session.group)
-            self._fill_next(0)
+            self._fill_next(self.FIRST_SEQ)
             self._do('accept', places=self.session.places)
             started = monotonic()
             log.debug('sending from the interface with MTU %d, %d bytes a packet, by %s',
@@ -2142,6 +2273,7 @@ class Multicaster(object):
             thread.join(2 * FAREWELL_TIME)
         self.listener.close()
         self.sender.close()
+        self.source.close()
         return self._summary(failure, monotonic() - started)
 
     def _threads(self):
@@ -2152,10 +2284,17 @@ class Multicaster(object):
 
     def _do(self, kind, **parts):
         """Have the TCP servers do a step; returns what clients asked for."""
+        started = monotonic()
         self.step = Step(kind, **parts)
         self.link.release_child()
         self._wait(link=True)
+        if self.min_rate and kind != 'accept':
+            self._time_alone(started)
         return self.tcp.answers
+
+    def _everybody(self):
+        """The clients that are still with us."""
+        return [peer for thread in self._threads() for peer in thread.members]
 
     def _wait(self, until=None, link=False, sender=False):
         """Fill the next buffer until a time (seconds on the monotonic clock),
@@ -2209,7 +2348,8 @@ class Multicaster(object):
         self.data += buffer.count
         if buffer.count:
             self._fill_next(buffer.base + buffer.count)
-        self._do('announce', buffer=buffer, info=info)
+        started, dropped, self.dropped = monotonic(), self.dropped, {}
+        self._do('announce', buffer=buffer, info=info, dropped=dropped)
         if not buffer.count:
             self._do('finish', buffer=buffer, digest=digest, message=self._farewell())
             return False
@@ -2220,6 +2360,9 @@ class Multicaster(object):
         if not self.unicast:
             self._learn(buffer, count, answers, achieved)
         self._repair(buffer, digest, answers)
+        if self.min_rate:
+            seconds = monotonic() - started
+            self._judge(buffer.size * 8 / seconds, seconds)
         return True
 
     def _farewell(self):
@@ -2233,13 +2376,19 @@ class Multicaster(object):
     def _multicast(self, buffer, last):
         """Multicast the packets up to index `last`; returns bit/s achieved."""
         started, place, size = monotonic(), 0, buffer.slot + UDP_OVERHEAD
+        stuck = None
         self.pacer.start()
         while place < last:
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
             if done == place:
-                self._wait(sender=True)
+                stuck = stuck or monotonic() + self.STUCK
+                if monotonic() > stuck:
+                    self.sender.trouble = 'no packet could be sent for %d s' % self.STUCK
+                    break
+                self._wait(until=stuck + TICK, sender=True)
                 continue
+            stuck = None
             until = self.pacer.sent((done - place) * size)
             place = done
             if until > monotonic():
@@ -2248,11 +2397,11 @@ class Multicaster(object):
 
     def _learn(self, buffer, count, answers, achieved):
         """Set the rate, and whether to multicast at all, from what was lost."""
-        lost = [sorted(place for place in set(places) if place < count)
-                for places in answers.values()]
-        silent = len([places for places in lost if len(places) == count])
-        heard = [places for places in lost if len(places) < count]
-        everybody = sum(len(thread.members) for thread in self._threads())
+        lost = [(len(places), peer, places) for peer, places in (
+            (peer, sorted(place for place in set(places) if place < count))
+            for peer, places in answers.items())]
+        heard = sorted(entry for entry in lost if entry[0] < count)
+        silent, everybody = len(lost) - len(heard), len(self._everybody())
         now = monotonic()
         if self.last_heard is None or silent < everybody:
             self.last_heard = now
@@ -2270,12 +2419,51 @@ class Multicaster(object):
             log.warning('no client receives multicast, all is sent by TCP; %s', CAUSES)
             self.multicasting = False
         elif self.control and silent < everybody:
-            worst = max(heard, key=len) if heard else []
-            why = self.control.round_over(count, worst, achieved)
+            before = self.control.rate
+            why = self.control.round_over(count, heard[-1][2] if heard else [], achieved)
+            if self.control.rate < before:
+                self._look_for_brake(heard, everybody)
             if why:
                 log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
                           bits(achieved), bits(self.control.rate), why)
             self.pacer.rate = self.control.rate
+
+    # ---- the slowest
+
+    def _look_for_brake(self, heard, everybody):
+        """Whether the rate went down for one client alone."""
+        brake = None
+        if everybody > 1 and (len(heard) < 2 or heard[-2][0] < heard[-1][0] / 4):
+            brake = heard[-1][1]
+        if brake and brake is not self.brake:
+            log.info('%s alone takes no more than %s', brake, bits(self.control.rate))
+        self.brake = brake
+
+    def _time_alone(self, started):
+        """Note for how long a step waited for one client alone."""
+        paid = sorted((max(peer.paid, started), peer) for peer in self._everybody())
+        if len(paid) > 1:
+            last = paid[-1][1]
+            self.alone[last] = self.alone.get(last, 0) + paid[-1][0] - paid[-2][0]
+
+    def _judge(self, goodput, seconds):
+        """Drop the client that alone has held the session below --min-rate."""
+        alone, self.alone = self.alone, {}
+        culprit = self.brake
+        for peer in alone:
+            if alone[peer] > seconds / 2:
+                culprit = peer
+        everybody = self._everybody()
+        if goodput >= self.min_rate or culprit not in everybody or len(everybody) < 2:
+            self.held_by = None
+        elif not self.held_by or self.held_by[0] is not culprit:
+            self.held_by = culprit, monotonic() - seconds
+        elif monotonic() - self.held_by[1] >= self.ENDURANCE:
+            self.dropped = {culprit: 'alone it kept the transfer below %s, now at %s'
+                                     % (bits(self.min_rate), bits(goodput))}
+            self.held_by = self.brake = None
+            if self.control:
+                self.control = RateControl()
 
     # ---- repair
 
@@ -2332,10 +2520,13 @@ class Multicaster(object):
                  seconds, bits(self.source.bytes * 8 / max(1e-6, seconds)))
         log.info('repair: %d packets by multicast, %d packets by TCP',
                  self.coded, self.by_tcp)
-        log.info('%d of %d clients have the image', len(served), len(everyone))
+        absent = self.session.places - len(everyone)
+        if absent and not failure:
+            log.error('%d clients never came', absent)
+        log.info('%d of %d clients have the image', len(served), self.session.places)
         if failure and not served:
             return FAILED
-        return OK if len(served) == len(everyone) and not failure else PARTLY
+        return PARTLY if failure or len(served) < self.session.places else OK
 
 
 # ---------------------------------------------------------------------------
@@ -2526,7 +2717,7 @@ class Client(object):
 
     def run(self):
         """Receive the image; returns an exit code.  Raises Failure."""
-        self.sink = Sink(self.options.output)
+        self.sink = Sink(self.options.output, self.options.pipe)
         try:
             try:
                 self._connect()
@@ -2614,7 +2805,7 @@ class Client(object):
         name = field(fields, 'name', TEXT, optional=True)
         size = field(fields, 'size', NUMBER, optional=True)
         digest = field(fields, 'digest', TEXT, optional=True)
-        if not 16 <= self.payload <= payload_for(65535) or self.payload % 4:
+        if not 16 <= self.payload <= payload_for(9000) or self.payload % 4:
             raise ProtocolError('a payload of %d bytes' % self.payload)
         if digest not in (None, 'sha256'):
             raise ProtocolError('an unknown digest, %s' % digest)
@@ -2929,6 +3120,14 @@ def rate_type(text):
     return rate
 
 
+def least_rate_type(text):
+    """An argument type: bit/s as in 940M."""
+    rate = rate_type(text)
+    if rate in ('auto', UNLIMITED):
+        raise argparse.ArgumentTypeError('%s is not a rate such as 940M (bit/s)' % text)
+    return rate
+
+
 def group_type(text):
     """An argument type: a multicast group."""
     try:
@@ -2973,6 +3172,8 @@ def command_line():
                         help='how many clients to wait for')
     server.add_argument('port', **port)
     server.add_argument('-i', '--input', metavar='FILE', help='the image, instead of standard input')
+    server.add_argument('--pipe', metavar='COMMAND', help='the image is what COMMAND writes, and '
+                        'is complete only if COMMAND exits with 0')
     server.add_argument('--name', help='what to call the image (the name of FILE)')
     server.add_argument('--group', type=group_type, default=GROUP,
                         help='multicast group (%s)' % GROUP)
@@ -2984,6 +3185,12 @@ def command_line():
                         help='bit/s as in 940M, auto: as fast as the slowest link, max (auto)')
     server.add_argument('--unicast', action='store_true',
                         help='no multicast, TCP only: for a few hosts')
+    server.add_argument('--start-wait', type=seconds_type, metavar='SECONDS',
+                        help='start after so long, even if not all clients came')
+    server.add_argument('--min-clients', type=whole(1, 100000), default=1, metavar='M',
+                        help='how many must be there for --start-wait to start (1)')
+    server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
+                        help='drop a client that alone keeps the transfer slower for 10 s')
     server.add_argument('--buffer-packets', type=whole(1, MAX_PACKETS), default=8192, metavar='N',
                         help='packets in a round at the most (8192)')
     server.add_argument('--clients-per-thread', type=whole(1, 1000), default=64, metavar='N',
@@ -3000,6 +3207,8 @@ def command_line():
     client.add_argument('port', **port)
     client.add_argument('-o', '--output', metavar='FILE', help='write here instead of to standard '
                         'output; the file appears when it is complete and verified')
+    client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
+                        'success only if COMMAND exits with 0')
     client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
                         help='how long to try to reach the server (60)')
 
@@ -3043,25 +3252,36 @@ def on_signal(number, _frame):
 
 def allow_descriptors(clients):
     """Make sure that there are enough file descriptors.  Raises Failure."""
-    needed = clients + 64
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise Failure('%d clients need %d file descriptors, and the limit is %d; '
-                          'raise it with "ulimit -n"' % (clients, needed, hard), USAGE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    needed = clients + 32
+    soft, hard = [limit if limit != resource.RLIM_INFINITY else 1 << 20
+                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE)]
+    if hard < needed:
+        raise Failure('%d clients need %d file descriptors, and the limit is %d; '
+                      'raise it with "ulimit -n"' % (clients, needed, hard), USAGE)
+    if soft < needed + MOST_PENDING:
+        resource.setrlimit(resource.RLIMIT_NOFILE,
+                           (min(needed + MOST_PENDING, hard), hard))
 
 
 def server_command(options):
     """`kmcast server`."""
+    if options.input and options.pipe is not None:
+        raise Failure('give one of --input and --pipe', USAGE)
+    if options.min_clients > options.clients:
+        raise Failure('--min-clients %d is more than CLIENTS, %d'
+                      % (options.min_clients, options.clients), USAGE)
+    if options.min_clients > 1 and options.start_wait is None:
+        raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     allow_descriptors(options.clients)
     options.local_ip = local_address(options.local_ip)
-    source = Source(options.input, options.name, not (options.no_digest or options.compat))
+    source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
     return Multicaster(options, source).run()
 
 
 def client_command(options):
     """`kmcast client`."""
+    if options.output and options.pipe is not None:
+        raise Failure('give one of --output and --pipe', USAGE)
     if re.match(r'[0-9.]+$', options.server_ip):
         try:
             socket.inet_pton(socket.AF_INET, options.server_ip)
@@ -3163,7 +3383,10 @@ def main(arguments=None):
         return error.code
     except Interrupted as error:
         log.error('stopped by %s', error)
-        return FAILED
+    except Exception as error:          # pylint: disable=broad-except
+        log.debug('please report this', exc_info=True)
+        log.error('internal error: %s: %s', type(error).__name__, error)
+    return FAILED
 
 
 if __name__ == '__main__':
