@@ -2397,10 +2397,10 @@ class Multicaster(object):
 
     def _learn(self, buffer, count, answers, achieved):
         """Set the rate, and whether to multicast at all, from what was lost."""
-        lost = [(len(places), peer, places) for peer, places in (
-            (peer, sorted(place for place in set(places) if place < count))
-            for peer, places in answers.items())]
-        heard = sorted(entry for entry in lost if entry[0] < count)
+        lost = dict((peer, sorted(place for place in set(places) if place < count))
+                    for peer, places in answers.items())
+        heard = sorted((peer for peer in lost if len(lost[peer]) < count),
+                       key=lambda peer: len(lost[peer]))
         silent, everybody = len(lost) - len(heard), len(self._everybody())
         now = monotonic()
         if self.last_heard is None or silent < everybody:
@@ -2420,9 +2420,9 @@ class Multicaster(object):
             self.multicasting = False
         elif self.control and silent < everybody:
             before = self.control.rate
-            why = self.control.round_over(count, heard[-1][2] if heard else [], achieved)
+            why = self.control.round_over(count, lost[heard[-1]] if heard else [], achieved)
             if self.control.rate < before:
-                self._look_for_brake(heard, everybody)
+                self._look_for_brake([(len(lost[peer]), peer) for peer in heard], everybody)
             if why:
                 log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
                           bits(achieved), bits(self.control.rate), why)
@@ -2441,10 +2441,11 @@ class Multicaster(object):
 
     def _time_alone(self, started):
         """Note for how long a step waited for one client alone."""
-        paid = sorted((max(peer.paid, started), peer) for peer in self._everybody())
+        paid = sorted(self._everybody(), key=lambda peer: peer.paid)
         if len(paid) > 1:
-            last = paid[-1][1]
-            self.alone[last] = self.alone.get(last, 0) + paid[-1][0] - paid[-2][0]
+            last = paid[-1]
+            seconds = last.paid - max(paid[-2].paid, started)
+            self.alone[last] = self.alone.get(last, 0) + max(0, seconds)
 
     def _judge(self, goodput, seconds):
         """Drop the client that alone has held the session below --min-rate."""
