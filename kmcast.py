@@ -457,6 +457,13 @@ def c_sum(payload, _number):
     return struct.unpack('<' + CRC_TYPE, U32.pack(total))[0]
 
 
+def consecutive(seq, count):
+    """`count` seqs from `seq` on, modulo 2^32."""
+    if seq + count <= MASK:
+        return tuple(range(seq, seq + count))
+    return tuple([(seq + i) & MASK for i in range(count)])
+
+
 class Batch(object):
     """Structs for many adjacent packets at once, by their number.
 
@@ -578,12 +585,11 @@ class Buffer(object):
         count = self._rest // payload
         if count:
             pieces = self._batch.payloads(count).unpack_from(staging)
-            seqs = [(self.base + i) & MASK for i in range(first, first + count)]
-            check, salt = self.checks[0], self.salt
+            seq = (self.base + first) & MASK
             fields = [payload] * (4 * count)
-            fields[0::4] = seqs
-            fields[1::4] = [check(piece, salt + seq)
-                            for piece, seq in zip(pieces, seqs)]
+            fields[0::4] = consecutive(seq, count)
+            fields[1::4] = map(self.checks[0], pieces,
+                               range(self.salt + seq, self.salt + seq + count))
             fields[3::4] = pieces
             self._batch.packets(count).pack_into(
                 self._bytes, first * self.slot, *fields)
@@ -647,37 +653,33 @@ class Buffer(object):
             batch = self._others[payload]
         fields = batch.packets(count).unpack_from(data, offset)
         seqs, crcs, pieces = fields[0::4], fields[1::4], fields[3::4]
-        check, salt = self.checks[0], self.salt
         if len(self.checks) > 1:
-            matching = [c for c in self.checks if c(pieces[0], 0) == crcs[0]]
-            if not matching:
-                self.damaged += count
-                return
-            self.checks[:] = matching[:1]
-            check = self.checks[0]
-        sums = tuple([check(piece, salt + seq)
-                      for piece, seq in zip(pieces, seqs)])
-        first, last = self.index(seqs[0]), self.index(seqs[0]) + count
-        if (sums == crcs and payload == self.payload
-                and last <= self._full_sized
-                and seqs == tuple(range(seqs[0], seqs[0] + count))
+            matching = [check for check in self.checks if check(pieces[0], 0) == crcs[0]]
+            self.checks[:] = matching[:1] or self.checks
+        salt, first = self.salt, (seqs[0] - self.base) & MASK
+        in_order = seqs == consecutive(seqs[0], count)
+        # A check takes its number modulo 2^32.
+        sums = tuple(map(self.checks[0], pieces,
+                         range(salt + seqs[0], salt + seqs[0] + count) if in_order
+                         else [salt + seq for seq in seqs]))
+        if (in_order and sums == crcs and payload == self.payload
+                and first + count <= self._full_sized
                 and fields[2::4] == (payload,) * count
-                and self._have.find(b'\1', first, last) < 0):
-            start = first * self.slot
-            size = count * self.slot
+                and self._have.find(b'\1', first, first + count) < 0):
+            start, size = first * self.slot, count * self.slot
             self._view[start:start + size] = memoryview(data)[offset:offset + size]
-            self._have[first:last] = b'\1' * count
+            self._have[first:first + count] = b'\1' * count
             self._missing -= count
             self.received += count
             return
         for i in range(count):
             index = (seqs[i] - self.base) & MASK
-            if (index < self.count and not self._have[index]
-                    and sums[i] == crcs[i] and fields[4 * i + 2] == payload
-                    and (self._any_size or payload == self.packet_size(index))):
-                self._store(index, payload, data, offset + i * (PACKET.size + payload))
-            elif sums[i] != crcs[i]:
+            if sums[i] != crcs[i]:
                 self.damaged += 1
+            elif (index < self.count and not self._have[index]
+                  and fields[4 * i + 2] == payload
+                  and (self._any_size or payload == self.packet_size(index))):
+                self._store(index, payload, data, offset + i * (PACKET.size + payload))
 
     def _store(self, index, payload, data, offset):
         start, size = index * self.slot, PACKET.size + payload
@@ -1058,13 +1060,14 @@ class DatagramSender(object):
 class DatagramReceiver(object):
     """Receives a group's datagrams, many a call.
 
-    Every datagram has a slot of one packet's size, and the slots are adjacent,
-    so full packets that arrive one by one lie back to back as those do that
-    the kernel joined.  What is longer than its slot (datagrams that the
-    kernel joined) goes on in a spill area.
+    Each message of a call has a slot of one packet's size, and the slots are
+    adjacent, so full packets that arrive one by one lie back to back, as those
+    do that the kernel joined.  What is longer than its slot goes on in a spill
+    area.  While the kernel joins datagrams, slots are as large as they can be.
     """
 
-    MESSAGES = 64                       # in a call; with UDP_GRO each is many
+    MESSAGES = 64                       # in a call
+    JOINED = 16                         # in a call, where each is many datagrams
     SPILL = 65536                       # bytes
 
     def __init__(self, local_ip, group, port, payload, way='auto'):
@@ -1094,19 +1097,17 @@ class DatagramReceiver(object):
                 self.way = 'mmsg'
         self.slot = PACKET.size + payload
         self._slots = bytearray(self.MESSAGES * self.slot + 1)
-        if self.way != 'plain':
-            self._set_up_vector()
-
-    def _set_up_vector(self):
-        spill = self.SPILL if self.way == 'gso' else 1
-        self._spill = bytearray(self.MESSAGES * spill)
+        self._spill = bytearray(self.MESSAGES * self.SPILL)
         self._control = bytearray(self.MESSAGES * CONTROL_SIZE)
-        slots, spills, controls = [
+        slots, spill, control = [
             address_of(data) for data in (self._slots, self._spill, self._control)]
-        self._vector = MessageVector([
-            ([(slots + i * self.slot, self.slot), (spills + i * spill, spill)],
-             controls + i * CONTROL_SIZE, CONTROL_SIZE)
-            for i in range(self.MESSAGES)])
+        self._single = MessageVector([
+            ([(slots + i * self.slot, self.slot), (spill + i * self.SPILL, self.SPILL)],
+             control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.MESSAGES)])
+        self._joined = MessageVector([
+            ([(spill + i * self.SPILL, self.SPILL)],
+             control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.JOINED)])
+        self._joins = False             # whether the last call got joined datagrams
 
     def fileno(self):
         """For poll(): readable when there are datagrams."""
@@ -1118,32 +1119,50 @@ class DatagramReceiver(object):
         A batch is what Buffer.put takes: (data, offset, count, payload), valid
         until the next call.  None when nothing has arrived.
         """
+        joins = self._joins
         try:
             if self.way == 'plain':
                 sizes, controls = self._receive_one_by_one(), ()
+            elif joins:
+                sizes, controls = self._joined.receive(self.fileno(), self.JOINED)
             else:
-                sizes, controls = self._vector.receive(self.fileno(), self.MESSAGES)
+                sizes, controls = self._single.receive(self.fileno(), self.MESSAGES)
         except OS_ERRORS as error:
             if errno_of(error) in NO_SUCH_WAY and self.way != 'plain':
                 log.debug('receiving by %s does not work here (%s), so by plain',
                           self.way, explain(error))
                 if self.way == 'gso':
                     self.sock.setsockopt(SOL_UDP, UDP_GRO, 0)
-                self.way = 'plain'
+                self.way, self._joins = 'plain', False
                 return []
             return None                 # nothing there, or a passing error
         if not sizes:
             return None
         slot = self.slot
-        if sizes.count(slot) == len(sizes):
+        self._joins = any(controls)
+        if not joins and sizes.count(slot) == len(sizes) and not self._joins:
             return [(self._slots, 0, len(sizes), slot - PACKET.size)]
         batches = []
         for i, size in enumerate(sizes):
-            if controls and controls[i]:
-                batches += self._joined(i, size)
-            elif PACKET.size < size <= slot:
-                batches.append((self._slots, i * slot, 1, size - PACKET.size))
+            segment = self._segment_size(i) if controls and controls[i] else size
+            data, offset = self._spill, i * self.SPILL
+            if not joins:
+                data, offset = self._slots, i * slot
+                if size > slot:
+                    data = data[offset:offset + slot] + self._spill[i * self.SPILL:i * self.SPILL + size]
+                    offset = 0
+            while size > PACKET.size and segment > PACKET.size:
+                count = min(max(1, size // segment), Batch.MOST)
+                segment = min(segment, size)        # the last may be shorter
+                batches.append((data, offset, count, segment - PACKET.size))
+                offset += count * segment
+                size -= count * segment
         return batches
+
+    def _segment_size(self, i):
+        """The size in bytes of the datagrams that are joined in message i."""
+        _, level, kind, segment = CMSG.unpack_from(self._control, i * CONTROL_SIZE)
+        return segment if (level, kind) == (SOL_UDP, UDP_GRO) else 0
 
     def _receive_one_by_one(self):
         sizes, slots = [], memoryview(self._slots)
@@ -1154,30 +1173,6 @@ class DatagramReceiver(object):
         except OS_ERRORS:
             pass
         return sizes
-
-    def _joined(self, i, size):
-        """The batches in message i: datagrams that the kernel joined."""
-        _, level, kind, segment = CMSG.unpack_from(self._control, i * CONTROL_SIZE)
-        if (level, kind) != (SOL_UDP, UDP_GRO) or segment <= PACKET.size:
-            return []
-        slot, spill = self.slot, self.SPILL
-        if segment == slot:
-            batches = [(self._slots, i * slot, 1, slot - PACKET.size)]
-            data, offset, size = self._spill, i * spill, size - slot
-        else:
-            batches = []
-            data = (self._slots[i * slot:(i + 1) * slot]
-                    + self._spill[i * spill:(i + 1) * spill])
-            offset = 0
-        count, rest = divmod(size, segment)
-        while count > 0:
-            some = min(count, Batch.MOST)
-            batches.append((data, offset, some, segment - PACKET.size))
-            offset += some * segment
-            count -= some
-        if rest > PACKET.size:
-            batches.append((data, offset, 1, rest - PACKET.size))
-        return batches
 
     def overflows(self):
         """Datagrams that this host's own socket buffer had no room for.

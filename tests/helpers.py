@@ -25,6 +25,7 @@ import hashlib
 import os
 import random
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -149,6 +150,7 @@ def sha256(data):
 # Processes
 
 _processes = []
+_networks = []
 
 
 class Process(object):
@@ -182,8 +184,8 @@ class Process(object):
 
         # A process that hangs gets SIGABRT for a traceback (see finish()); it shall not leave a core file as well.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-        feed = isinstance(stdin, bytes) or hasattr(stdin, "__next__") or isinstance(stdin, (list, tuple)) \
-            or (hasattr(stdin, "next") and not hasattr(stdin, "fileno"))
+        feed = isinstance(stdin, (bytes, list, tuple)) or (
+            not hasattr(stdin, "fileno") and (hasattr(stdin, "__next__") or hasattr(stdin, "next")))
         read = stdout in (KEEP, HASH) or (callable(stdout) and not hasattr(stdout, "fileno"))
         null = open(os.devnull, "rb") if stdin is None else None
         try:
@@ -315,9 +317,11 @@ def _environment(changes=None):
 
 
 def stop_all():
-    """Kill every process that was started here and still runs."""
+    """Kill every process that was started here and still runs, and end every Network."""
     while _processes:
         _processes.pop().stop()
+    while _networks:
+        _networks.pop().close()
 
 
 atexit.register(stop_all)
@@ -424,3 +428,168 @@ def transfer(data, clients=1, server_args=(), client_args=(), server_python=None
         raise AssertionError("%s\nAll processes:\n%s" % (error, others))
     seconds = time.time() - began
     return Transfer(ServerResult(*ends[0][:2]), [ClientResult(*end) for end in ends[1:]], port, seconds)
+
+
+def leftovers(process):
+    """Return whether a process of the ended `process`'s process group still runs: a child that it left behind."""
+    try:
+        os.killpg(process.pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def payload_size(mtu=1500):
+    """Return the bytes of a full packet's payload at `mtu`, by PROTOCOL.md."""
+    return (mtu - 28 - 12) // 4 * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands between a server and its clients
+
+GROUP = "239.255.83.83"     # kmcast's default group
+
+
+def group_socket(group, port, receive_buffer=16 << 20):
+    """Return a UDP socket that receives what is multicast to `group` and `port` over loopback; it does not block."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, 33, receive_buffer)      # SO_RCVBUFFORCE: root only
+    except socket.error:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.bind((group, port))
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + socket.inet_aton(LOOPBACK))
+    sock.setblocking(False)
+    return sock
+
+
+def datagrams_in(sock):
+    """Return the datagrams that wait in a socket that does not block, as a list of bytes."""
+    datagrams = []
+    while True:
+        try:
+            datagrams.append(sock.recv(65536))
+        except socket.error as error:
+            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
+                return datagrams
+            raise
+
+
+def loss(percent, seed=0):
+    """Return a function for Network.path() that loses a share of the datagrams, the same ones for the same seed."""
+    generator = random.Random(seed)
+    return lambda datagram: [] if generator.random() * 100 < percent else [datagram]
+
+
+class Network(object):
+    """A bad network between a server and its clients on this host: no root, no laboratory, all in this process.
+
+    A client gets a path of its own: it connects to the path's port, which passes TCP on to the server. On the way the
+    group info is changed to name a group of the path's own, to which the server's datagrams are passed on.
+
+    server_port  the port of the server, for TCP and for its group
+    """
+
+    def __init__(self, server_port, group=GROUP):
+        self.server_port = server_port
+        self._paths = []                    # (group, function of a datagram)
+        self._sockets = []
+        self._closed = False
+        self._from_server = self._keep(group_socket(group, server_port))
+        self._to_clients = self._keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self._to_clients.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LOOPBACK))
+        self._run(self._pass_datagrams)
+        _networks.append(self)
+
+    def path(self, datagrams=None, tcp=None):
+        """Return the port that a client is to connect to.
+
+        datagrams  function of a datagram that returns a list of those that the client receives instead; None: all pass
+        tcp        function of (bytes from the server, their offset in the connection) that returns what the client
+                   receives instead; None: all pass
+        """
+        path_group = "239.255.84.%d" % (1 + len(self._paths))
+        listener = self._keep(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        listener.bind((LOOPBACK, 0))
+        listener.listen(8)
+        self._paths.append((path_group, datagrams or (lambda datagram: [datagram])))
+        self._run(self._accept, listener, path_group, tcp or (lambda data, offset: data))
+        return listener.getsockname()[1]
+
+    def close(self):
+        """End it: the connections that pass through it are reset."""
+        self._closed = True
+        for sock in self._sockets:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except socket.error:
+                pass
+            sock.close()
+
+    def _keep(self, sock):
+        self._sockets.append(sock)
+        return sock
+
+    @staticmethod
+    def _run(function, *arguments):
+        thread = threading.Thread(target=function, args=arguments)
+        thread.daemon = True
+        thread.start()
+
+    def _pass_datagrams(self):
+        while not self._closed:
+            try:
+                if not select.select([self._from_server], [], [], 0.2)[0]:
+                    continue
+                for datagram in datagrams_in(self._from_server):
+                    for group, change in list(self._paths):
+                        for changed in change(datagram):
+                            self._to_clients.sendto(changed, (group, self.server_port))
+            except (OSError, ValueError, socket.error, select.error):
+                if not self._closed:
+                    raise
+
+    def _accept(self, listener, group, change):
+        while True:
+            try:
+                client, _ = listener.accept()
+            except (OSError, socket.error):
+                return
+            server = self._keep(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            try:
+                server.connect((LOOPBACK, self.server_port))
+            except socket.error:
+                client.close()              # there is no server yet; the client tries again
+                continue
+            for sock in (client, server):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._keep(client)
+            address = bytearray(socket.inet_aton(group))
+
+            def from_server(data, offset, change=change):
+                data = bytearray(change(data, offset))
+                for i in range(4):
+                    if 0 <= 4 + i - offset < len(data):
+                        data[4 + i - offset] = address[i]
+                return bytes(data)
+            self._run(self._pump, server, client, from_server)
+            self._run(self._pump, client, server, lambda data, offset: data)
+
+    @staticmethod
+    def _pump(source, target, change):
+        offset = 0
+        try:
+            while True:
+                data = source.recv(_CHUNK)
+                if not data:
+                    target.shutdown(socket.SHUT_WR)
+                    return
+                target.sendall(change(data, offset))
+                offset += len(data)
+        except (OSError, socket.error):
+            for sock in (source, target):
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except (OSError, socket.error):
+                    pass
