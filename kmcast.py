@@ -1247,6 +1247,9 @@ class RateControl(object):
     LOWEST = 1e6                        # bit/s
     TOLERATED = 0.02                    # share of loss cheaper to repair than to avoid
     CLEAN = 0.005                       # share of loss that allows to go faster
+    STEP = 0.01                         # how much faster after a loss, as a share
+    TELLING = 1024                      # packets: of a shorter round, queues hide too much
+    MOST_MEDIUM = 0.3                   # a larger share of loss is no medium's
 
     def __init__(self):
         self.rate = self.START
@@ -1271,17 +1274,18 @@ class RateControl(object):
             self.rate *= 1 + self._step
             self._step = min(1.0, 2 * self._step)
             return 'no loss to speak of'
-        if self._cut and share > 0.6 * self._cut[1]:
+        telling = count >= self.TELLING
+        if telling and self._cut and self.MOST_MEDIUM > share > 0.6 * self._cut[1]:
             self.rate, self.medium, self._cut = self._cut[0], share, None
             return 'a loss of %.1f %% at any rate' % (100 * share)
         # Once the queue before the slow link is full, the share that still
         # gets through tells how slow that link is.
         behind = count - lost[0]
-        through = 1 - (len(lost) / behind if behind >= 64 else share)
-        self._cut = (self.rate, share)
-        self._step = 0.01
-        self.rate = max(self.LOWEST, min(self.rate, achieved) * max(through, 0.01)
-                        / (1 - self.medium))
+        through = 1 - (len(lost) / behind if behind >= count / 4 else share)
+        self._cut = (self.rate, share) if telling else None
+        self._step = self.STEP if telling else 8 * self.STEP
+        self.rate = max(self.LOWEST, min(self.rate, achieved) / (1 - self.medium)
+                        * max(through, (1 - share) / 2))
         return '%.1f %% lost' % (100 * share)
 
 
