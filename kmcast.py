@@ -464,39 +464,57 @@ def consecutive(seq, count):
     return tuple([(seq + i) & MASK for i in range(count)])
 
 
+def runs(numbers):
+    """Where consecutive numbers stand in a sequence: (start, stop) of each run."""
+    start = 0
+    for i in range(1, len(numbers)):
+        if numbers[i] != numbers[i - 1] + 1:
+            yield start, i
+            start = i
+    if len(numbers):
+        yield start, len(numbers)
+
+
 class Batch(object):
-    """Structs for many adjacent packets at once, by their number.
+    """Structs for many adjacent packets of one size at once, by their number.
 
     One call takes 44 packets apart into 44 x (seq, crc, size, payload), or
     puts them together; that is what makes the per-packet loops short.
     """
 
     MOST = 128                          # packets in one call
+    _known = {}
 
     def __init__(self, payload):
         """payload: bytes in each packet."""
-        self._packet = 'I' + CRC_TYPE + 'I%ds' % payload
-        self._payload = '%ds' % payload
-        self._slot = '%dx' % PACKET.size + self._payload
-        self._packets, self._payloads, self._slots = {}, {}, {}
+        self._formats = {'packets': 'I%sI%ds' % (CRC_TYPE, payload),
+                         'payloads': '%ds' % payload,
+                         'slots': '%dx%ds' % (PACKET.size, payload)}
+        self._structs = {}
 
-    @staticmethod
-    def _cached(cache, one, count):
-        if count not in cache:
-            cache[count] = struct.Struct('<' + one * count)
-        return cache[count]
+    @classmethod
+    def of(cls, payload):
+        """The Batch for a payload in bytes, made once."""
+        if payload not in cls._known:
+            cls._known[payload] = cls(payload)
+        return cls._known[payload]
+
+    def _struct(self, kind, count):
+        if (kind, count) not in self._structs:
+            self._structs[kind, count] = struct.Struct('<' + self._formats[kind] * count)
+        return self._structs[kind, count]
 
     def packets(self, count):
         """A Struct of count x (seq, crc, size, payload)."""
-        return self._cached(self._packets, self._packet, count)
+        return self._struct('packets', count)
 
     def payloads(self, count):
         """A Struct of count x payload, back to back."""
-        return self._cached(self._payloads, self._payload, count)
+        return self._struct('payloads', count)
 
     def slots(self, count):
         """A Struct of count x payload, each behind its packet header."""
-        return self._cached(self._slots, self._slot, count)
+        return self._struct('slots', count)
 
 
 class Buffer(object):
@@ -529,8 +547,7 @@ class Buffer(object):
         self.damaged = 0
         self._bytes = bytearray(capacity * self.slot)
         self._view = memoryview(self._bytes)
-        self._batch = Batch(payload)
-        self._others = {}               # by payload size: the short packets
+        self._batch = Batch.of(payload)
         self.start(0, 0, 0)
 
     # ---- what a round is
@@ -643,43 +660,41 @@ class Buffer(object):
         behind its header.  Those outside the round, duplicates, and those
         whose size or checksum is wrong are ignored.
         """
-        batch = self._batch
-        if payload != self.payload:
-            if not 0 < payload < self.payload:
-                self.damaged += count
-                return
-            if payload not in self._others:
-                self._others[payload] = Batch(payload)
-            batch = self._others[payload]
-        fields = batch.packets(count).unpack_from(data, offset)
-        seqs, crcs, pieces = fields[0::4], fields[1::4], fields[3::4]
+        if not 0 < payload <= self.payload:
+            self.damaged += count
+            return
+        fields = Batch.of(payload).packets(count).unpack_from(data, offset)
+        seqs, crcs, sizes, pieces = [fields[i::4] for i in range(4)]
         if len(self.checks) > 1:
             matching = [check for check in self.checks if check(pieces[0], 0) == crcs[0]]
             self.checks[:] = matching[:1] or self.checks
-        salt, first = self.salt, (seqs[0] - self.base) & MASK
+        salt = self.salt
         in_order = seqs == consecutive(seqs[0], count)
         # A check takes its number modulo 2^32.
         sums = tuple(map(self.checks[0], pieces,
                          range(salt + seqs[0], salt + seqs[0] + count) if in_order
                          else [salt + seq for seq in seqs]))
-        if (in_order and sums == crcs and payload == self.payload
-                and first + count <= self._full_sized
-                and fields[2::4] == (payload,) * count
-                and self._have.find(b'\1', first, first + count) < 0):
-            start, size = first * self.slot, count * self.slot
-            self._view[start:start + size] = memoryview(data)[offset:offset + size]
-            self._have[first:first + count] = b'\1' * count
-            self._missing -= count
-            self.received += count
-            return
-        for i in range(count):
-            index = (seqs[i] - self.base) & MASK
-            if sums[i] != crcs[i]:
-                self.damaged += 1
-            elif (index < self.count and not self._have[index]
-                  and fields[4 * i + 2] == payload
-                  and (self._any_size or payload == self.packet_size(index))):
-                self._store(index, payload, data, offset + i * (PACKET.size + payload))
+        slot = PACKET.size + payload
+        for start, stop in [(0, count)] if in_order else runs(seqs):
+            first = (seqs[start] - self.base) & MASK
+            last = first + stop - start
+            if (payload == self.payload and last <= self._full_sized
+                    and sums[start:stop] == crcs[start:stop]
+                    and sizes[start:stop] == (payload,) * (stop - start)
+                    and self._have.find(b'\1', first, last) < 0):
+                self._view[first * slot:last * slot] = memoryview(data)[
+                    offset + start * slot:offset + stop * slot]
+                self._have[first:last] = b'\1' * (stop - start)
+                self._missing -= stop - start
+                self.received += stop - start
+                continue
+            for i in range(start, stop):
+                index = (seqs[i] - self.base) & MASK
+                if sums[i] != crcs[i] or sizes[i] != payload:
+                    self.damaged += 1
+                elif (index < self.count and not self._have[index]
+                      and (self._any_size or payload == self.packet_size(index))):
+                    self._store(index, payload, data, offset + i * slot)
 
     def _store(self, index, payload, data, offset):
         start, size = index * self.slot, PACKET.size + payload
@@ -1066,7 +1081,7 @@ class DatagramReceiver(object):
     area.  While the kernel joins datagrams, slots are as large as they can be.
     """
 
-    MESSAGES = 64                       # in a call
+    MESSAGES = 32                       # in a call
     JOINED = 16                         # in a call, where each is many datagrams
     SPILL = 65536                       # bytes
 
@@ -1816,9 +1831,7 @@ class TcpServer(threading.Thread):
         if now < self._next_look:
             return
         self._next_look = now + TICK
-        if self._released:
-            self._next_words = now + self.PATIENCE
-        elif now > self._next_words:
+        if not self._released and now > self._next_words:
             self._next_words = now + 2 * self.PATIENCE
             late = [str(peer) for peer in self.members if peer.owes in self.step.awaited]
             if late:
@@ -1862,6 +1875,7 @@ class TcpServer(threading.Thread):
         self.step = step
         self._child_released = self.link.child_fd is None
         self.link.release_child()
+        self._next_words = monotonic() + self.PATIENCE
         for peer in self.members[:]:
             if peer in step.dropped:
                 self._drop(peer, step.dropped[peer])
@@ -1952,8 +1966,8 @@ class TcpServer(threading.Thread):
             peer.owe(COMPLETION)
             if not self.session.compat:
                 peer.outgoing.put_tail(PACKETS)
-            for first, last in runs(places):
-                for data in step.buffer.packets(first, last):
+            for start, stop in runs(places):
+                for data in step.buffer.packets(places[start], places[stop - 1] + 1):
                     peer.outgoing.put_tail(data)
             self._update(peer)
 
@@ -2144,19 +2158,6 @@ class TcpServer(threading.Thread):
                 break
         for peer in self._leaving + self._pending + self.members:
             self._close(peer)
-
-
-def runs(places):
-    """Places in the order asked for, as (first, last + 1) of adjacent ones."""
-    first = last = None
-    for place in places:
-        if place != last:
-            if last is not None:
-                yield first, last
-            first = place
-        last = place + 1
-    if last is not None:
-        yield first, last
 
 
 class Interrupted(Exception):
