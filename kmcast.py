@@ -1252,10 +1252,11 @@ class Pacer(object):
 class RateControl(object):
     """Finds the fastest rate that the slowest link carries: `--rate auto`.
 
-    The only evidence are the losses of each round.  Doubles the rate while
-    there are none to speak of.  After a loss it goes straight down to what got
-    through.  If the same share is lost at the lower rate, then the loss is the
-    medium's own: it is remembered as such, and the rate goes back up.
+    The only evidence are the losses of each round.  Doubles the rate from
+    round to round until that costs packets, then goes straight down to what
+    got through, and from there up in small steps that grow.  A loss that does
+    not fall with the rate, or does not rise with it, is the medium's own: it
+    is remembered as such, and only what is lost beyond it counts.
     """
 
     START = 200e6                       # bit/s
@@ -1265,12 +1266,17 @@ class RateControl(object):
     STEP = 0.01                         # how much faster after a loss, as a share
     TELLING = 1024                      # packets: of a shorter round, queues hide too much
     MOST_MEDIUM = 0.3                   # a larger share of loss is no medium's
+    HOLD = 4                            # rounds to stay where some loss is, until a trial
+    TRIAL = 0.03                        # how much faster a trial is, as a share
 
     def __init__(self):
         self.rate = self.START
         self.medium = 0.0               # share of packets lost at any rate
+        self._starting = True           # no loss yet that made us slower
         self._step = 1.0                # how much faster next, as a share
         self._cut = None                # (rate, share lost) before the last cut
+        self._held = 0                  # rounds at this rate, with some loss
+        self._trial = None              # (rate, share lost) before a trial
 
     def round_over(self, count, lost, achieved):
         """Learn from a round, and set the next one's `rate`.
@@ -1281,14 +1287,32 @@ class RateControl(object):
         """
         share = len(lost) / count
         allowed = (self.medium + self.TOLERATED) * count
-        if len(lost) <= allowed + 3 * math.sqrt(allowed) + 1:
-            self.medium = min(self.medium, share)
-            self._cut = None
-            if achieved < 0.7 * self.rate or share > self.medium + self.CLEAN:
-                return None             # we are the slowest, or it just fits
+        if len(lost) > allowed + 3 * math.sqrt(allowed) + 1:
+            return self._too_much(count, lost, share, achieved)
+        self._cut = None
+        if self._starting or share < self.medium:
+            self.medium += 0.25 * (share - self.medium)
+        trial, self._trial = self._trial, None
+        if trial and count >= self.TELLING:
+            if share > trial[1] + self.TRIAL / 2:
+                self.rate, self._held = trial[0], 0
+                return 'faster costs packets'
+            self.medium = min(share, self.medium + self.TOLERATED)
+        if achieved < 0.7 * self.rate:
+            return None                 # we are the slowest
+        if self._starting or share <= self.medium + self.CLEAN:
             self.rate *= 1 + self._step
-            self._step = min(1.0, 2 * self._step)
+            self._step, self._held = min(1.0, 2 * self._step), 0
             return 'no loss to speak of'
+        self._held += 1                 # about as fast as it can be, or the medium
+        if self._held < self.HOLD:
+            return None
+        self._trial, self._held = (self.rate, share), 0
+        self.rate *= 1 + self.TRIAL
+        return 'to see whether %.1f %% are lost at any rate' % (100 * share)
+
+    def _too_much(self, count, lost, share, achieved):
+        """Slow down, unless that did not help the last time."""
         telling = count >= self.TELLING
         if telling and self._cut and self.MOST_MEDIUM > share > 0.6 * self._cut[1]:
             self.rate, self.medium, self._cut = self._cut[0], share, None
@@ -1297,6 +1321,7 @@ class RateControl(object):
         # gets through tells how slow that link is.
         behind = count - lost[0]
         through = 1 - (len(lost) / behind if behind >= count / 4 else share)
+        self._starting, self._trial, self._held = False, None, 0
         self._cut = (self.rate, share) if telling else None
         self._step = self.STEP if telling else 8 * self.STEP
         self.rate = max(self.LOWEST, min(self.rate, achieved) / (1 - self.medium)

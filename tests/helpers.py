@@ -482,6 +482,10 @@ def loss(percent, seed=0):
     return lambda datagram: [] if generator.random() * 100 < percent else [datagram]
 
 
+class Cut(Exception):
+    """Raised by `tcp` of Network.path(): the connection is to end in order, after the bytes that are its argument."""
+
+
 class Network(object):
     """A bad network between a server and its clients on this host: no root, no laboratory, all in this process.
 
@@ -507,7 +511,7 @@ class Network(object):
 
         datagrams  function of a datagram that returns a list of those that the client receives instead; None: all pass
         tcp        function of (bytes from the server, their offset in the connection) that returns what the client
-                   receives instead; None: all pass
+                   receives instead, or raises Cut; None: all pass
         """
         path_group = "239.255.84.%d" % (1 + len(self._paths))
         listener = self._keep(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
@@ -587,6 +591,10 @@ class Network(object):
                     return
                 target.sendall(change(data, offset))
                 offset += len(data)
+        except Cut as cut:
+            target.sendall(cut.args[0])
+            for sock in (source, target):
+                sock.shutdown(socket.SHUT_WR)
         except (OSError, socket.error):
             for sock in (source, target):
                 try:
