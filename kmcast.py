@@ -1792,8 +1792,6 @@ class TcpServer(threading.Thread):
         """The thread.  Whatever happens, the neighbours see it end."""
         try:
             self._watch(self.link.parent_fd, self._on_parent)
-            for peer in self._pending:
-                self._watch_peer(peer)
             while not self._over:
                 self._poll(TICK)
                 self._look_at_clocks()
@@ -1928,6 +1926,8 @@ class TcpServer(threading.Thread):
         self.step = step
         if not self.child:
             self._watch(self.listener.fileno(), self._on_connection)
+            for peer in self._pending:
+                self._watch_peer(peer)
 
     def _all_here(self):
         """Whether all clients came; passes the listener on when it is time."""
@@ -2021,6 +2021,8 @@ class TcpServer(threading.Thread):
                     continue
                 self._watch_peer(peer)
                 self._admit(peer)
+                if self.child:
+                    return              # who takes the others
                 continue
             peer.owe(GREETING)
             self._pending.append(peer)
@@ -2038,6 +2040,7 @@ class TcpServer(threading.Thread):
         self.everyone.append(peer)
         log.info('%s is here, %d of %d', peer, self._before + len(self.members),
                  self.session.places)
+        self._advance()                 # the next may already be at the door
 
     def _on_peer(self, event, peer):
         try:
@@ -2107,8 +2110,9 @@ class TcpServer(threading.Thread):
                        'refused: all %d places are taken' % self.session.places)
             return
         self._pending.remove(peer)
-        self._admit(peer)
         self._send(peer, self.session.welcome)
+        if not peer.leaving and peer.sock:
+            self._admit(peer)
 
     def _on_ready(self, peer, _message):
         peer.owe(None)
@@ -2550,7 +2554,7 @@ class Multicaster(object):
         if absent and not failure:
             log.error('%d clients never came', absent)
         log.info('%d of %d clients have the image', len(served), self.session.places)
-        if failure and not served:
+        if not served:
             return FAILED
         return PARTLY if failure or len(served) < self.session.places else OK
 
@@ -2622,19 +2626,26 @@ class Connection(object):
             raise Refused('the server says: %s' % field(fields, 'reason', TEXT))
         return fields
 
-    def signal(self, *expected):
-        """The next signal, which must be one of those expected.
+    def signal_or_alive(self, *expected):
+        """The next signal if it is one of those expected, None if it is ALIVE.
 
-        ALIVE is passed over.  Raises Refused, Lost, ProtocolError.
+        Raises Refused, Lost, ProtocolError.
         """
-        while True:
-            kind = self.read(1)
-            if kind == BYE and self.session and BYE not in expected:
-                self.farewell()
-            if kind in expected:
-                return kind
-            if kind != ALIVE or not self.session:
-                raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        kind = self.read(1)
+        if kind in expected:
+            return kind
+        if kind == BYE and self.session:
+            self.farewell()
+        if kind != ALIVE or not self.session:
+            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        return None
+
+    def signal(self, *expected):
+        """The next signal but ALIVE.  Raises Refused, Lost, ProtocolError."""
+        kind = None
+        while kind is None:
+            kind = self.signal_or_alive(*expected)
+        return kind
 
     def send(self, data):
         """Send all of it.  Raises Failure."""
@@ -2739,6 +2750,7 @@ class Client(object):
         self.begun = None               # when the first round began
         self.by_multicast = 0           # packets, as in by_tcp and coded
         self.by_tcp = self.coded = 0
+        self.overflows = None           # datagrams lost in this host
         self.told_alive = (0, 0)        # when, and the bytes written by then
 
     def run(self):
@@ -2761,6 +2773,10 @@ class Client(object):
             raise
         finally:
             self.sink.discard()
+            if self.server:
+                self.server.sock.close()
+            if self.receiver:
+                self.receiver.close()
         self._summary()
         return OK
 
@@ -2940,14 +2956,16 @@ class Client(object):
 
     def _listen(self, buffer):
         """Receive multicast until SENT; returns the digest that came with it."""
-        tcp, link = self.server.fileno(), self.writer.link.child_fd
+        tcp, udp = self.server.fileno(), self.receiver.fileno()
+        link = self.writer.link.child_fd
         control, everything = select.poll(), select.poll()
         for fd in (tcp, link):
             control.register(fd, select.POLLIN)
             everything.register(fd, select.POLLIN)
-        everything.register(self.receiver.fileno(), select.POLLIN)
+        everything.register(udp, select.POLLIN)
         ample = self.receiver.socket_buffer >= self.AMPLE
-        digest, settled, calls, before = None, False, 0, buffer.received
+        digest = settled = None         # settled: when to wait no more, after SENT
+        calls, before = 0, buffer.received
         while True:
             batches = self.receiver.receive()
             if batches is not None:
@@ -2956,24 +2974,25 @@ class Client(object):
                 calls += 1
                 if calls % 64:          # a flood must not keep us from TCP
                     continue
+            now = monotonic()
             if buffer.received > before:
-                before, settled = buffer.received, False
-                self.server.heard = monotonic()
-            if digest is not None and (settled or not self._may_come(buffer)):
+                before = buffer.received
+                self.server.heard = now
+                settled = now + self.SETTLE
+            if digest is not None and (now > settled or not self._may_come(buffer)):
                 return digest
-            timeout = TICK if digest is None else self.SETTLE
-            events = uninterrupted(everything.poll, timeout * 1000)
-            if ample and digest is None and len(events) == 1 and events[0][0] not in (tcp, link):
-                events = uninterrupted(control.poll, self.NAP * 1000)
+            events = uninterrupted(everything.poll, 1000 * (
+                TICK if digest is None else self.SETTLE))
             fds = [fd for fd, _ in events]
-            if tcp in fds and digest is None:
-                self.server.signal(SENT)
-                digest = self.server.read(DIGEST_SIZE if self.digest else 0)
-                continue
+            if fds == [udp] and ample and digest is None:
+                fds = [fd for fd, _ in uninterrupted(control.poll, self.NAP * 1000)]
             if link in fds:
                 self._writer_released()
-            if not events:
-                settled = digest is not None
+            if tcp in fds and self.server.signal_or_alive(SENT):
+                digest = self.server.read(DIGEST_SIZE if self.digest else 0)
+                settled = monotonic() + self.SETTLE
+                everything.unregister(tcp)
+            if not fds:
                 self.server.check_stall()
                 self._look_for_silence()
 
@@ -3013,8 +3032,8 @@ class Client(object):
                 self._writer_released()
                 self.server.heard = monotonic()
                 return
-            if fds and self.server.read(1) != ALIVE:
-                raise ProtocolError('a signal out of turn')
+            if fds:
+                self.server.signal_or_alive()
             since, written = self.told_alive
             if (self.session and monotonic() - since > ALIVE_EVERY
                     and (moving or self.sink.written != written)):
@@ -3040,6 +3059,7 @@ class Client(object):
                 raise Failure('the digest of the image differs')
         self.writer.commit()
         self._await_writer(moving=True)
+        self.overflows = self.receiver.overflows()
         self.server.send(DONE)
 
     def _summary(self):
@@ -3048,11 +3068,10 @@ class Client(object):
         if size and not self.by_multicast and not self.unicast:
             log.warning('multicast does not reach this host, everything came by TCP; %s',
                         CAUSES)
-        overflows = self.receiver.overflows()
-        if overflows:
+        if self.overflows:
             log.info('%d datagrams found no room in this host\'s socket buffer of %d bytes; '
                      'a larger net.core.rmem_max helps (sysctl), or root',
-                     overflows, self.receiver.socket_buffer)
+                     self.overflows, self.receiver.socket_buffer)
         log.info('%d bytes in %.1f s, %s; repaired %d packets by multicast, %d by TCP; %s',
                  size, seconds, bits(size * 8 / max(1e-6, seconds)), self.coded,
                  self.by_tcp, 'SHA-256 %s' % self.writer.hash.hexdigest()
@@ -3174,11 +3193,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, '%s: error: %s (see %s --help)\n' % (self.prog, message, self.prog))
 
 
+class PrintVersion(argparse.Action):
+    """--version, on standard output also with Python 2."""
+
+    def __call__(self, parser, *_others):
+        print('kmcast ' + __version__)
+        parser.exit()
+
+
 def command_line():
     """The parser of the command line."""
     parser = Parser(prog='kmcast', description='Send one image to many hosts at once, '
                     'reliably: multicast carries it once, TCP what was lost.')
-    parser.add_argument('--version', action='version', version='kmcast ' + __version__)
+    parser.add_argument('--version', action=PrintVersion, nargs=0, help='say the version')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--datagrams', choices=('auto',) + WAYS, default='auto',
@@ -3187,7 +3214,7 @@ def command_line():
                         help='give up a peer that does nothing for so long; 0: never (30)')
     common.add_argument('-v', '--verbose', action='store_true', help='say more')
     common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
-    port = {'nargs': '?', 'type': whole(1, 65535), 'default': DEFAULT_PORT, 'metavar': 'PORT',
+    port = {'nargs': '?', 'type': whole(1, 65535), 'metavar': 'PORT',
             'help': 'of UDP and TCP (%d)' % DEFAULT_PORT}
 
     server = commands.add_parser('server', parents=[common], help='send an image',
@@ -3396,7 +3423,18 @@ COMMANDS = {'server': server_command, 'client': client_command, 'demo': demo_com
 def main(arguments=None):
     """The program; returns its exit code."""
     parser = command_line()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command in ('server', 'client') and options.port is None:
+        # argparse wants an optional positional right behind the others.
+        if len(rest) == 1 and rest[0].isdigit():
+            try:
+                options.port = whole(1, 65535)(rest.pop())
+            except argparse.ArgumentTypeError as error:
+                parser.error('argument PORT: %s' % error)
+        else:
+            options.port = DEFAULT_PORT
+    if rest:
+        parser.error('unrecognized arguments: %s' % printable(' '.join(rest)))
     if not options.command:             # Python 3 lets it be missing
         parser.error('which COMMAND? one of server, client, demo')
     start_logging(options.command, options.verbose, options.quiet)

@@ -1,0 +1,131 @@
+"""A bad network: datagrams are lost, damaged, doubled or late (helpers.Network), and every byte arrives all the same."""
+
+import random
+import re
+
+import pytest
+
+import helpers
+from helpers import LOOPBACK, payload_size
+
+OLDEST, NEWEST = helpers.oldest(), helpers.newest()
+BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+PAYLOAD = payload_size(1500)
+
+#: bit/s that helpers.Network passes on without losing more than it is told to
+RATE = ["--rate", "30M"]
+
+
+def transfer(data, changes, server_args=(), client_args=(), server_python=None, client_pythons=(None,)):
+    """Send `data` to one client for each of `changes` (for Network.path()); check it; return the server's result and the
+    clients' stderrs."""
+    port = helpers.free_port()
+    server = helpers.start_server(["-v"] + list(server_args) + [LOOPBACK, len(changes), port], server_python, stdin=data)
+    server.wait_stderr("waiting")
+    network = helpers.Network(port)
+    clients = [helpers.start_client(list(client_args) + [LOOPBACK, LOOPBACK, network.path(change)],
+                                    client_pythons[number % len(client_pythons)])
+               for number, change in enumerate(changes)]
+    said = []
+    for client in clients:
+        code, stderr, received = client.finish(60)
+        assert code == 0, stderr + server.stderr
+        equal = received == data
+        assert equal, stderr
+        said.append(stderr)
+    code, stderr, _ = server.finish(20)
+    assert code == 0, stderr
+    return stderr, said
+
+
+def repairs(stderr):
+    """(packets by multicast, packets by TCP) of the server's summary."""
+    return tuple(int(number) for number in re.search(r"repair: (\d+) packets by multicast, (\d+) packets by TCP", stderr).groups())
+
+
+@pytest.mark.parametrize("server_python, client_pythons", [
+    (NEWEST, [OLDEST, NEWEST]), (OLDEST, [NEWEST, OLDEST])],
+    ids=["server " + helpers.version_name(NEWEST), "server " + helpers.version_name(OLDEST)])
+@pytest.mark.parametrize("percent", [1, 5, 30])
+def test_independent_loss_is_repaired_by_multicast(percent, server_python, client_pythons):
+    """In two TCP threads; the coded packets and their recipes are lost like all others."""
+    packets, clients = 1500, 6
+    data = helpers.random_bytes(packets * PAYLOAD - 7, seed=percent)
+    server, said = transfer(data, [helpers.loss(percent, seed) for seed in range(clients)],
+                            RATE + ["--clients-per-thread", 4], (), server_python, client_pythons)
+    coded, by_tcp = repairs(server)
+    assert coded > 0
+    lost = clients * packets * percent / 100
+    assert coded + by_tcp < lost, "coding saved nothing: %d packets lost, %d coded, %d by TCP" % (lost, coded, by_tcp)
+    assert all(re.search(r"repaired [1-9]\d* packets by multicast", stderr) for stderr in said)
+
+
+def test_shared_loss_is_repaired_once_for_all():
+    """Every client lacks the same packets: one coded packet a lost one."""
+    data = helpers.random_bytes(600 * PAYLOAD)
+    server, _ = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE)
+    coded, by_tcp = repairs(server)
+    assert 0 < coded + by_tcp < 2 * 600 * 5 / 100
+
+
+@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+def test_one_client_with_loss_is_repaired_by_tcp_or_multicast(python):
+    data = helpers.random_bytes(200 * PAYLOAD + 1)
+    transfer(data, [helpers.loss(20, seed=3), None], RATE + ["--buffer-packets", 50], (), python, [python])
+
+
+@BOTH
+def test_multicast_that_reaches_nobody(python):
+    data = helpers.random_bytes(300 * PAYLOAD + 5)
+    server, said = transfer(data, [lambda datagram: []] * 2, (), (), python, [python])
+    assert repairs(server) == (0, 602)
+    for stderr in said:
+        assert "multicast does not reach this host" in stderr and "firewall" in stderr
+        assert "IGMP snooping" in stderr and "LOCAL_IP" in stderr
+
+
+def test_multicast_that_reaches_all_but_one():
+    data = helpers.random_bytes(800 * PAYLOAD + 5)
+    server, said = transfer(data, [lambda datagram: [], helpers.loss(2, 1), helpers.loss(2, 2), None], RATE)
+    assert ["multicast does not reach this host" in stderr for stderr in said] == [True, False, False, False]
+    assert repairs(server)[1] >= 801
+
+
+class Disturbance(object):
+    """Loses some datagrams, doubles some, damages some, and keeps some back for the next ones."""
+
+    def __init__(self, seed):
+        self._random = random.Random(seed)
+        self._late = []
+
+    def __call__(self, datagram):
+        chance = self._random.random()
+        if chance < 0.03:
+            return []
+        if chance < 0.06:
+            return [datagram, datagram]
+        if chance < 0.12:
+            damaged = bytearray(datagram)
+            damaged[self._random.randrange(min(len(damaged), 12 if chance < 0.09 else len(damaged)))] ^= 1 << self._random.randrange(8)
+            return [bytes(damaged)] + ([datagram] if chance < 0.07 else [])
+        if chance < 0.14:
+            return [datagram[:self._random.randrange(len(datagram))], datagram + b"x"]
+        if chance < 0.30:
+            self._late.append(datagram)
+            return []
+        if chance < 0.4 and self._late:
+            late, self._late = self._late, []
+            self._random.shuffle(late)
+            return [datagram] + late
+        return [datagram]
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
+@pytest.mark.parametrize("base", [[], ["--compat"]], ids=["session", "base protocol"])
+def test_datagrams_lost_doubled_damaged_and_late(python, way, base):
+    """Late ones come in later rounds, and in repair passes that they do not belong to."""
+    data = helpers.random_bytes(600 * PAYLOAD + 99)
+    # The last rounds are small, so that what was kept back comes in another round.
+    transfer(data, [Disturbance(seed) for seed in range(4)], RATE + ["--buffer-packets", 100] + base, ["--datagrams", way],
+             python, [python])

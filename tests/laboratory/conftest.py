@@ -1,0 +1,295 @@
+"""What the laboratory tests share: an image brought from the server to the clients of a laboratory.
+
+    def test_a_client_that_is_killed_does_not_stop_the_others(laboratory, deploy):
+        run = deploy(laboratory(), IMAGE, server_args=["--rate", "40M"])
+        run.wait_received(1 << 20)              # in mid-transfer
+        run.clients[1].signal(signal.SIGKILL)
+        run.finish()
+        run.check_complete(run.clients[0], run.clients[2], run.clients[3])
+
+Whatever a test does, and whether it passes or not, one thing is checked at its end: **a client that exited 0 has exactly
+the server's bytes.**
+"""
+
+import os
+import re
+import threading
+import time
+
+import pytest
+
+import helpers
+import lab as laboratories
+
+MIB = 1 << 20
+
+
+class Consumer(object):
+    """What reads a client's output: keeps it all, and can stop reading or take its time.
+
+    size    bytes until now
+    pace    None, or a function of the bytes until now that returns how many seconds to wait before the next read
+    """
+
+    def __init__(self, pace=None):
+        self.size = 0
+        self.pace = pace
+        self._chunks = []
+        self._reading = threading.Event()
+        self._reading.set()
+
+    def __call__(self, chunk):
+        self._chunks.append(chunk)
+        self.size += len(chunk)
+        if self.pace:
+            time.sleep(self.pace(self.size))
+        self._reading.wait()
+
+    def stop(self):
+        """Read no more; what is in the pipe stays there."""
+        self._reading.clear()
+
+    def go_on(self):
+        """Read again."""
+        self._reading.set()
+
+    def data(self):
+        """All that came, bytes."""
+        return b"".join(self._chunks)
+
+
+class Client(helpers.Process):
+    """A client of a deployment: a Process that knows its `.host`, its `.consumer`, and the file of its -o, `.output`.
+
+    consumer and output: at most one of them is not None; with neither its output is not looked at.
+    """
+
+    def __init__(self, argv, host, consumer, output, stdout, **options):
+        super().__init__(argv, stdout=consumer or stdout, **options)
+        self.host = host
+        self.consumer = consumer
+        self.output = output
+
+    @property
+    def code(self):
+        """The exit code, None while it runs."""
+        return self.poll()
+
+    def received(self):
+        """The image as this client handed it over, bytes; None where that is not kept, or there is no file."""
+        if self.consumer:
+            return self.consumer.data()
+        if self.output and os.path.exists(self.output):
+            with open(self.output, "rb") as file:
+                return file.read()
+        return None
+
+    def repaired(self):
+        """How many packets it got by repair, as its summary says: (by multicast, by TCP)."""
+        match = re.search(r"repaired (\d+) packets by multicast, (\d+) by TCP", self.stderr)
+        assert match, self.stderr
+        return int(match.group(1)), int(match.group(2))
+
+
+class Deployment(object):
+    """A server and clients on the hosts of a laboratory.
+
+    lab       the Laboratory
+    server    helpers.Process
+    clients   Clients, in the order of lab.clients
+    data      the image that the server gets, bytes
+    seconds   from the start to the end of finish()
+    """
+
+    def __init__(self, lab, data, server_args, port, places, on_server, stdin, server_options):
+        self.lab = lab
+        self.data = data
+        self.port = port
+        self.clients = []
+        self.others = []                        # processes beside the server and the clients, for the report
+        self.began = time.monotonic()
+        self.seconds = None
+        prefix = on_server.command([])
+        start = server_options.pop("start", helpers.start_server)
+        self.server = start(list(server_args) + [on_server.address, places, port], prefix=prefix,
+                            stdin=data if stdin is None else stdin, **server_options)
+
+    def add_client(self, host, args=(), consumer="keep", output=None, stdout=None, python=None, server=None,
+                   program=helpers.KMCAST, prefix=(), **options):
+        """Start a client on a host.
+
+        consumer  a Consumer; "keep": a new one; None: `stdout` says where its output goes, or `output`
+        output    a path for its -o
+        server    the Host that the image comes from, if not lab.server
+        program   which client: kmcast.py or base_peer.py
+        prefix    a command that runs it, e.g. ["strace", "-f"]
+        """
+        if output or stdout is not None:
+            consumer = None
+        elif consumer == "keep":
+            consumer = Consumer()
+        argv = host.command(list(prefix) + [python or helpers.newest(), program, "client"]) + list(args)
+        if output:
+            argv += ["-o", output]
+        argv += [host.address, (server or self.lab.server).address, self.port]
+        client = Client(argv, host, consumer, output, stdout, **options)
+        self.clients.append(client)
+        return client
+
+    # --- while it goes on ---
+
+    def wait_received(self, size=MIB, clients=None, timeout=60):
+        """Wait until each of these clients (None: all) has handed over so many bytes: the transfer is under way."""
+        deadline = time.monotonic() + timeout
+        for client in self.clients if clients is None else clients:
+            while client.consumer.size < size:
+                assert client.code is None and time.monotonic() < deadline, \
+                    "%r has handed over %d bytes, not %d\n%s" % (client, client.consumer.size, size, self)
+                time.sleep(0.01)
+
+    def wait_packets(self, host, packets, timeout=60):
+        """Wait until the server's interface has sent so many frames since the laboratory was built."""
+        deadline = time.monotonic() + timeout
+        # /sys would show the interfaces of our own namespace: the mount stays the same.
+        while int(re.search(host.interface + r":(?: +\d+){9} *(\d+)",
+                            host.run(["cat", "/proc/net/dev"], capture_output=True, text=True).stdout).group(1)) < packets:
+            assert time.monotonic() < deadline, "%r sent less than %d packets\n%s" % (host, packets, self)
+            time.sleep(0.02)
+
+    # --- the end ---
+
+    def wait_end(self, *processes, timeout=60):
+        """Wait until these processes have ended; return their exit codes. One that goes on for longer fails the test."""
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            if process.wait(max(0.1, deadline - time.monotonic())) is None:
+                try:
+                    process.finish(0)           # for the tracebacks
+                except AssertionError as error:
+                    raise AssertionError("%s\n%s" % (error, self))
+        return [process.poll() for process in processes]
+
+    def finish(self, timeout=60):
+        """Wait until server and clients have ended, at most `timeout` seconds in all, and take all that they wrote."""
+        deadline = time.monotonic() + timeout
+        for process in [self.server] + self.clients:
+            self.wait_end(process, timeout=max(0.1, deadline - time.monotonic()))
+        self.seconds = time.monotonic() - self.began
+        for client in self.clients:
+            if client.consumer:
+                client.consumer.pace = None
+                client.consumer.go_on()
+            client.finish(10)
+        self.server.finish(10)
+        self.check_invariant()
+        return self
+
+    def check_invariant(self):
+        """A client that exited 0 has exactly the server's bytes."""
+        for client in self.clients:
+            if client.code == 0 and (client.consumer or client.output):
+                received = client.received()
+                # Compared outside of the assert: pytest would explain at length how two images of megabytes differ.
+                equal = received == self.data
+                assert equal, "%s exited 0 with %s bytes of %d, or with others\n%s" % (
+                    client.host.name, "no" if received is None else len(received), len(self.data), self)
+
+    def check_complete(self, *clients):
+        """Fail unless these clients (none given: all, and then the server too) have exited 0 with the image."""
+        if not clients:
+            assert self.server.poll() == 0, str(self)
+        for client in clients or self.clients:
+            assert client.code == 0, "%s exited %s\n%s" % (client.host.name, client.code, self)
+        self.check_invariant()
+
+    def check_failed(self, *clients):
+        """Fail unless these clients have exited 1, and without a crash."""
+        for client in clients:
+            assert client.code == 1, "%s exited %s\n%s" % (client.host.name, client.code, self)
+            assert "Traceback" not in client.stderr and "internal error" not in client.stderr, str(self)
+
+    def check_server(self, code, *hosts):
+        """Fail unless the server exited with `code`, without a crash, and names exactly these hosts as without the image."""
+        said = self.server.stderr
+        assert self.server.poll() == code, str(self)
+        assert "Traceback" not in said and "internal error" not in said, str(self)
+        named = re.findall(r"(\S+) \(\S+\) does not have the image", said)
+        assert sorted(named) == sorted(host.name for host in hosts), str(self)
+
+    def repair(self):
+        """The packets of repair in the server's summary: (by multicast, by TCP)."""
+        match = re.search(r"repair: (\d+) packets by multicast, (\d+) packets by TCP", self.server.stderr)
+        assert match, str(self)
+        return int(match.group(1)), int(match.group(2))
+
+    def __str__(self):
+        parts = [("server", self.server)] + [(client.host.name, client) for client in self.clients] \
+            + [("other", other) for other in self.others]
+        return "\n".join("%s: exit %s, stderr:\n%s" % (name, process.poll(), process.stderr) for name, process in parts)
+
+
+@pytest.fixture
+def laboratory():
+    """A function that builds a laboratory with `clients` hosts beside the server, in wire mode, for this one test."""
+    built = []
+
+    def build(clients=4, **options):
+        lab = laboratories.Laboratory(clients=clients, **options)
+        lab.build()
+        built.append(lab)
+        return lab
+
+    yield build
+    for lab in built:
+        lab.demolish()
+
+
+@pytest.fixture
+def deploy(laboratory, request):
+    """A function that starts a server and clients; what was checked at its end is said at the top of this file.
+
+    lab          the Laboratory
+    data         the image, bytes
+    server_args  options of the server
+    client_args  options of every client; or a function of the client's number, from 0, that returns them
+    clients      how many clients, one a host; None: on every host, 0: the test adds them itself
+    places       how many the server waits for; None: as many
+    stdin        what the server reads if not `data` all at once: as for helpers.Process, but it must give `data`
+    outputs      a directory: the clients write to `image-N` there with -o; None: a Consumer reads from each
+    consumers    a Consumer for each client, None: a plain one each
+    client_python, server_python   interpreters; the former may be a list, used in turn
+    on_server    the Host that the server runs on, if not lab.server
+    server       a dict of further options of helpers.start_server(): env, prefix… and `start`, another start function
+
+    Returns the Deployment.
+    """
+    deployments = []
+
+    def start(lab, data, server_args=(), client_args=(), clients=None, places=None, stdin=None, outputs=None,
+              consumers=None, client_python=None, server_python=None, port=18383, on_server=None, server=None,
+              client=None):
+        hosts = lab.clients if clients is None else lab.clients[:clients]
+        options = dict(server or {})
+        options["python"] = server_python or helpers.newest()
+        run = Deployment(lab, data, server_args, port, len(hosts) if places is None else places,
+                         on_server or lab.server, stdin, options)
+        deployments.append(run)
+        pythons = client_python if isinstance(client_python, (list, tuple)) else [client_python]
+        for number, host in enumerate(hosts):
+            run.add_client(host, client_args(number) if callable(client_args) else client_args,
+                           consumer=consumers[number] if consumers else "keep",
+                           output=outputs and os.path.join(str(outputs), "image-%d" % number),
+                           python=pythons[number % len(pythons)], server=on_server, **(client or {}))
+        return run
+
+    yield start
+    for run in deployments:
+        print("-- deployment --\n%s" % run)     # shown by pytest when the test has failed
+    for run in deployments:
+        for made in run.clients:
+            if made.consumer:
+                made.consumer.pace = None
+                made.consumer.go_on()
+            if made.code == 0:
+                made.finish(10)
+        run.check_invariant()

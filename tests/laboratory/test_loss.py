@@ -1,0 +1,216 @@
+"""A network that loses packets, or carries no multicast at all: the image is right, and repair is sparing."""
+
+import re
+import time
+
+import pytest
+
+import helpers
+
+IMAGE = helpers.random_bytes(6000000, seed=1)
+PACKETS = -(-len(IMAGE) // 1460)
+
+MULTICAST_MISSING = ["multicast does not reach this host", "IGMP snooping", "firewall", "LOCAL_IP"]
+
+
+def lost(run):
+    """The packets that the clients were without after the multicast, in all, and of the worst."""
+    each = [sum(client.repaired()) for client in run.clients]
+    return sum(each), max(each)
+
+
+@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
+def test_loss_at_every_client(laboratory, deploy, way):
+    lab = laboratory()
+    for host in lab.clients:
+        host.lose(5)
+    run = deploy(lab, IMAGE, ["--datagrams", way], ["--datagrams", way])
+    run.finish()
+    run.check_complete()
+    for client in run.clients:
+        assert sum(client.repaired()) > 0.02 * PACKETS, str(run)    # else this was no test
+
+
+def test_loss_at_every_client_with_the_oldest_and_the_newest_interpreter(laboratory, deploy):
+    """Run by tests/run.sh: 2.7 and the newest 3; each is the server once, and the clients are both."""
+    for server in (helpers.oldest(), helpers.newest()):
+        lab = laboratory()
+        for host in lab.clients:
+            host.lose(2)
+        run = deploy(lab, IMAGE, server_python=server, client_python=[helpers.oldest(), helpers.newest()])
+        run.finish()
+        run.check_complete()
+
+
+def test_little_loss_at_every_client(laboratory, deploy):
+    lab = laboratory()
+    for host in lab.clients:
+        host.lose(1)
+    run = deploy(lab, IMAGE)
+    run.finish()
+    run.check_complete()
+    assert lost(run)[0] > 0.01 * PACKETS, str(run)
+
+
+def test_heavy_loss(laboratory, deploy):
+    """More than half: too much for coding, so what is left comes by TCP."""
+    lab = laboratory(clients=2)
+    lab.clients[0].lose(70)
+    lab.clients[1].lose(30)
+    run = deploy(lab, IMAGE)
+    run.finish()
+    run.check_complete()
+    assert sum(run.clients[0].repaired()) > 0.5 * PACKETS, str(run)
+    assert run.clients[0].repaired()[1] > 0.4 * PACKETS, str(run)
+
+
+def test_loss_shared_by_all_is_repaired_by_multicast(laboratory, deploy):
+    """What all have lost is sent once more to all, not once to each."""
+    lab = laboratory()
+    lab.server.lose_egress(2)
+    run = deploy(lab, IMAGE)
+    run.finish()
+    run.check_complete()
+    in_all, worst = lost(run)
+    by_multicast, by_tcp = run.repair()
+    assert worst > 0.01 * PACKETS, str(run)
+    assert by_multicast > 0, str(run)
+    assert by_multicast + by_tcp < 0.6 * in_all, str(run)
+
+
+def test_independent_losses_are_repaired_by_multicast(laboratory, deploy):
+    """Each client has lost other packets, and yet one combination repairs a loss of several of them."""
+    lab = laboratory(clients=8)
+    for host in lab.clients:
+        host.lose(2)
+    run = deploy(lab, IMAGE)
+    run.finish()
+    run.check_complete()
+    in_all, _ = lost(run)
+    by_multicast, by_tcp = run.repair()
+    assert in_all > 8 * 0.01 * PACKETS, str(run)
+    assert by_multicast > 0, str(run)
+    assert by_multicast + by_tcp < 0.6 * in_all, str(run)
+    for client in run.clients:
+        assert client.repaired()[0] > 0, str(run)
+
+
+def test_loss_at_clients_of_two_tcp_threads(laboratory, deploy):
+    """What clients of one thread ask for is coded together with what those of the other do."""
+    lab = laboratory(clients=8)
+    for host in lab.clients:
+        host.lose(2)
+    run = deploy(lab, IMAGE, ["--clients-per-thread", 4])
+    run.finish()
+    run.check_complete()
+    in_all, _ = lost(run)
+    by_multicast, by_tcp = run.repair()
+    assert by_multicast > 0, str(run)
+    assert by_multicast + by_tcp < 0.6 * in_all, str(run)
+
+
+def test_image_that_is_no_multiple_of_a_payload_with_loss(laboratory, deploy):
+    """The short last packet is lost like others, and is a member of combinations like others."""
+    lab = laboratory()
+    for host in lab.clients:
+        host.lose(60)
+    for size in (1, 1461, 64 * 1460 + 1):
+        run = deploy(lab, IMAGE[:size])
+        run.finish()
+        run.check_complete()
+
+
+def test_multicast_missing_at_one_client(laboratory, deploy):
+    """It gets everything by TCP and says what the cause may be; the others lose nothing by it."""
+    lab = laboratory()
+    lab.clients[1].block_multicast()
+    run = deploy(lab, IMAGE, ["--rate", "100M"])
+    run.finish()
+    run.check_complete()
+    for client in run.clients:
+        warned = [text in client.stderr for text in MULTICAST_MISSING]
+        if client.host is lab.clients[1]:
+            assert all(warned), str(run)
+            assert client.repaired() == (0, PACKETS), str(run)
+        else:
+            assert not any(warned), str(run)
+            assert sum(client.repaired()) < 0.2 * PACKETS, str(run)
+    assert "no client receives multicast" not in run.server.stderr, str(run)
+
+
+def test_multicast_missing_at_all_clients(laboratory, deploy):
+    """The server notices, says what the cause may be, and serves by TCP."""
+    lab = laboratory()
+    for host in lab.clients:
+        host.block_multicast()
+    run = deploy(lab, IMAGE, ["--rate", "20M"])
+    run.finish()
+    run.check_complete()
+    for client in run.clients:
+        assert all(text in client.stderr for text in MULTICAST_MISSING), str(run)
+        assert client.repaired() == (0, PACKETS), str(run)
+    assert "no client receives multicast" in run.server.stderr, str(run)
+    assert all(text in run.server.stderr for text in MULTICAST_MISSING[1:]), str(run)
+
+
+def test_multicast_that_comes_back_is_used_again(laboratory, deploy):
+    lab = laboratory(clients=2)
+    for host in lab.clients:
+        host.block_multicast()
+    slowly = (IMAGE[at:at + 100000] for at in range(0, len(IMAGE), 100000))
+
+    def produce():
+        for number, piece in enumerate(slowly):
+            if number == 40:
+                run.server.wait_stderr("no client receives multicast")
+                for host in lab.clients:
+                    host.unblock_multicast()
+            if number < 40:
+                time.sleep(0.04)
+            yield piece
+
+    run = deploy(lab, IMAGE, ["--buffer-packets", "256"], stdin=produce())
+    run.finish()
+    run.check_complete()
+    assert "multicast gets through" in run.server.stderr, str(run)
+    for client in run.clients:
+        assert 0.3 * PACKETS < sum(client.repaired()) < 0.9 * PACKETS, str(run)
+
+
+def test_unicast(laboratory, deploy):
+    """--unicast: nothing is multicast, and nobody is warned that nothing came."""
+    run = deploy(laboratory(clients=2), IMAGE, ["--unicast"])
+    run.finish()
+    run.check_complete()
+    for client in run.clients:
+        assert client.repaired() == (0, PACKETS), str(run)
+        assert "warning" not in client.stderr, str(run)
+    assert "warning" not in run.server.stderr, str(run)
+
+
+@pytest.mark.parametrize("slow", ["one port of 100 Mbit/s", "all ports of 100 Mbit/s"])
+def test_slow_port_loses_little(laboratory, deploy, slow):
+    """`--rate auto` finds the rate of the slowest link instead of losing what does not fit."""
+    lab = laboratory()
+    image = IMAGE * 3
+    for host in lab.clients[:1] if slow.startswith("one") else lab.clients:
+        host.limit(100)
+    run = deploy(lab, image, ["-v"])
+    run.finish()
+    run.check_complete()
+    packets = -(-len(image) // 1460)
+    assert lost(run)[1] < 0.15 * packets, str(run)
+    assert "rate now" in run.server.stderr, str(run)
+
+
+def test_loss_of_the_medium_does_not_slow_the_session_down(laboratory, deploy):
+    """5 % at any rate: after the attempt to evade it, the rate is back where it was."""
+    lab = laboratory()
+    for host in lab.clients:
+        host.lose(5)
+    run = deploy(lab, IMAGE * 3, ["-v"])
+    run.finish()
+    run.check_complete()
+    assert "at any rate" in run.server.stderr, str(run)
+    rate, unit = re.findall(r"rate now ([0-9.]+) ([GMk])bit/s .a loss of .* at any rate", run.server.stderr)[-1]
+    assert float(rate) * {"G": 1e9, "M": 1e6, "k": 1e3}[unit] >= 100e6, str(run)
