@@ -833,7 +833,9 @@ def encode_repair(buffer, groups, number, salt):
 
 def read_recipe(payload):
     """(repair number, members) of each combination in a recipe."""
-    number, offset = U32.unpack_from(payload)[0], 4
+    if len(payload) < U32.size:
+        return
+    number, offset = U32.unpack_from(payload)[0], U32.size
     while offset + 2 <= len(payload):
         count = struct.unpack_from('<H', payload, offset)[0]
         if offset + 2 + 2 * count > len(payload):
@@ -2992,9 +2994,8 @@ class Client(object):
                 digest = self.server.read(DIGEST_SIZE if self.digest else 0)
                 settled = monotonic() + self.SETTLE
                 everything.unregister(tcp)
-            if not fds:
-                self.server.check_stall()
-                self._look_for_silence()
+            self.server.check_stall()
+            self._look_for_silence()
 
     @staticmethod
     def _may_come(buffer):

@@ -42,6 +42,14 @@ def others(run, *out):
     return [client for client in run.clients if client not in out]
 
 
+def changed_kmcast(directory, change):
+    """Return the path of a program that is kmcast after `change`, some lines of Python."""
+    program = directory / "changed_kmcast.py"
+    program.write_text("import sys\nsys.path.insert(0, %r)\nimport kmcast\n%s\nsys.exit(kmcast.main())\n"
+                       % (helpers.ROOT, change))
+    return str(program)
+
+
 def no_file(directory):
     """Fail if a client has left anything in the directory for its -o, be it under the final name or another one."""
     assert os.listdir(str(directory)) == []
@@ -299,6 +307,50 @@ def test_server_told_to_stop(laboratory, deploy, tmp_path):
         assert "the server says: stopped by SIGINT" in client.stderr, str(run)
 
 
+@pytest.mark.parametrize("thread", ["first", "second"])
+@pytest.mark.parametrize("step", ["announce", "sent", "repair"])
+def test_a_thread_of_the_server_dies(laboratory, deploy, tmp_path, thread, step):
+    """Of an exception that nobody expects, in the third round: all are told, and nothing hangs."""
+    program = changed_kmcast(tmp_path, DIES.format(step=step, mine="not " * (thread == "second") + "self.child"))
+    lab = laboratory(clients=3)
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2"], outputs=outputs, server={"program": program})
+    run.finish(20)
+    assert run.server.poll() == 1 and "internal error: ZeroDivisionError" in run.server.stderr, str(run)
+    for client in run.clients:
+        assert client.code == 1 and "the server says: internal error: ZeroDivisionError" in client.stderr, str(run)
+    no_file(outputs)
+
+
+DIES = """
+right = kmcast.TcpServer._do_{step}
+rounds = []
+
+def wrong(self, step):
+    if {mine}:
+        rounds.append(step)
+        if len(rounds) == 3:
+            1 // 0
+    return right(self, step)
+
+kmcast.TcpServer._do_{step} = wrong
+"""
+
+
+@pytest.mark.parametrize("where", ["Writer._write", "Client._listen"])
+def test_a_client_meets_an_error_of_its_own(laboratory, deploy, tmp_path, where):
+    """An exception that nobody expects, in one of its threads: it fails, the server lists it, the others go on."""
+    program = changed_kmcast(tmp_path, "def wrong(*args):\n    1 // 0\nkmcast.%s = wrong" % where)
+    lab = laboratory(clients=3)
+    run = deploy(lab, IMAGE, RATE, clients=2, places=3)
+    victim = run.add_client(lab.clients[2], program=program)
+    run.finish(20)
+    run.check_complete(*others(run, victim))
+    assert victim.code == 1 and "internal error" in victim.stderr, str(run)
+    assert run.server.poll() == 3 and victim.host.name + " (" in run.server.stderr, str(run)
+
+
 def test_producer_silent(laboratory, deploy):
     """For longer than either side's --stall-timeout: that is no stall, wherever in the image it happens."""
     def produce():
@@ -429,24 +481,14 @@ def test_two_servers_on_one_group_and_port(laboratory, deploy):
             assert sum(client.repaired()) < 0.4 * PACKETS, str(run)
 
 
-FIRST_SEQ = """
-import sys
-sys.path.insert(0, %r)
-import kmcast
-kmcast.Multicaster.FIRST_SEQ = int(sys.argv.pop(1))
-sys.exit(kmcast.main())
-""" % helpers.ROOT
-
-
 @pytest.mark.parametrize("first", [2**32 - 64, 2**32 - 1000, 2**32 - 1, 2**31 - 100])
 def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
     """More than 2^32 packets: here the first one has a seq just before the wrap, in the middle of a round or at its end."""
     lab = laboratory()
     for host in lab.clients:
         host.lose(3)
-    program = tmp_path / "late_server.py"
-    program.write_text(FIRST_SEQ.replace("sys.argv.pop(1)", repr(str(first))))
-    run = deploy(lab, IMAGE[:3000000], ["-v"], server={"program": str(program)})
+    program = changed_kmcast(tmp_path, "kmcast.Multicaster.FIRST_SEQ = %d" % first)
+    run = deploy(lab, IMAGE[:3000000], server={"program": program})
     run.finish()
     run.check_complete()
     for client in run.clients:
@@ -457,9 +499,8 @@ def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
 def test_packet_seqs_start_where_the_hook_says(laboratory, deploy, tmp_path):
     """What the test above rests on."""
     lab = laboratory(clients=2)
-    program = tmp_path / "late_server.py"
-    program.write_text(FIRST_SEQ.replace("sys.argv.pop(1)", "'4294967290'"))
-    run = deploy(lab, IMAGE[:20 * 1460], ["--rate", "5M"], clients=0, places=1, server={"program": str(program)})
+    program = changed_kmcast(tmp_path, "kmcast.Multicaster.FIRST_SEQ = 2**32 - 6")
+    run = deploy(lab, IMAGE[:20 * 1460], ["--rate", "5M"], clients=0, places=1, server={"program": program})
     spy = helpers.start(lab.clients[1].command([sys.executable, "-c", SPY, lab.clients[1].address, helpers.GROUP]))
     spy.wait_stderr("ready")
     run.add_client(lab.clients[0])

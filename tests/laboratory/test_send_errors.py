@@ -16,7 +16,7 @@ from helpers import LOOPBACK
 
 IMAGE = helpers.random_bytes(1500000, seed=5)
 PACKETS = -(-len(IMAGE) // 1460)
-LIMIT = 60                  # seconds against a hang
+LIMIT = 40                  # seconds against a hang
 
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
 
@@ -85,8 +85,10 @@ def repaired(clients):
                                                        stderr).groups()) for _, stderr in clients)
 
 
-@pytest.mark.parametrize("when", ["3+2", "3+"], ids=["now and then", "for ever"])
-@pytest.mark.parametrize("error", ["ENOBUFS", "EAGAIN", "EPERM", "ENETDOWN", "EIO", "EMSGSIZE"])
+@pytest.mark.parametrize("error, when", [
+    (error, when) for error in ("ENOBUFS", "EAGAIN", "EPERM", "ENETDOWN", "EIO", "EMSGSIZE") for when in ("3+2", "3+")
+    if (error, when) != ("EAGAIN", "3+")],      # no kernel says for ever both that there is room and that there is none
+    ids=lambda value: {"3+2": "now and then", "3+": "for ever"}.get(value, value))
 def test_multicast_send_error(error, when):
     """What could not be sent by multicast comes by TCP, and every client has the image."""
     server, port = start_server("-v")
