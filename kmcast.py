@@ -1462,6 +1462,7 @@ class Sink(object):
         """path: of the target; command: for the shell.  Raises Failure."""
         self._target = self._temporary = self._command = None
         self.written = 0                # bytes
+        self._chunk = 1 << 20           # bytes in a write
         try:
             if command is not None:
                 self._command = Command(command, stdin=subprocess.PIPE)
@@ -1479,6 +1480,8 @@ class Sink(object):
                 folder, name = os.path.split(self._target)
                 self._fd, self._temporary = tempfile.mkstemp(
                     '.part', '.%s.' % name, folder)
+            if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+                self._chunk = 1 << 16   # so that a slow consumer is seen to move
         except OS_ERRORS as error:
             raise Failure('cannot write %s: %s' % (path or 'standard output',
                                                    explain(error)), USAGE)
@@ -1487,7 +1490,7 @@ class Sink(object):
         """Write all of a memoryview.  Raises Failure."""
         try:
             while len(data):
-                count = uninterrupted(os.write, self._fd, data[:1 << 20])
+                count = uninterrupted(os.write, self._fd, data[:self._chunk])
                 self.written += count
                 data = data[count:]
         except OS_ERRORS as error:
