@@ -2551,8 +2551,9 @@ class Multicaster(object):
                           peer.outcome or failure or 'unknown')
         if failure:
             log.error('%s', failure)
-        log.info('data: %d packets, %d bytes in %.1f s, %s', self.data, self.source.bytes,
-                 seconds, bits(self.source.bytes * 8 / max(1e-6, seconds)))
+        log.info('data: %d packets in %d rounds, %d bytes in %.1f s, %s', self.data,
+                 self.rounds, self.source.bytes, seconds,
+                 bits(self.source.bytes * 8 / max(1e-6, seconds)))
         log.info('repair: %d packets by multicast, %d packets by TCP',
                  self.coded, self.by_tcp)
         absent = self.session.places - len(everyone)
