@@ -995,7 +995,6 @@ class DatagramSender(object):
         self.way = WAYS[0] if way == 'auto' else way
         self.strict = way != 'auto'
         self.trouble = None             # the last error that lost packets
-        self._full = 0                  # calls in a row that found no memory
         self._slot = None               # what the kernel or _vector is set up for
 
     def fileno(self):
@@ -1021,14 +1020,13 @@ class DatagramSender(object):
             number = errno_of(error)
             if number in TRY_AGAIN:
                 return first
-            if number in QUEUE_FULL and self._full < 1000:
-                self._full += 1
+            if number in QUEUE_FULL:
                 time.sleep(0.001)       # writable, yet full: no use in select
                 return first
             if number in NO_SUCH_WAY and self.way != WAYS[-1]:
                 self._fall_back(error)
                 return first
-            self.trouble, self._full = explain(error), 0
+            self.trouble = explain(error)
             return last
 
     def _fall_back(self, error):
@@ -1555,7 +1553,7 @@ class Sink(object):
 ALIVE_EVERY = 5.0                       # seconds
 GREETING_TIME = 5.0                     # seconds for a client to say HELLO
 FAREWELL_TIME = 2.0                     # seconds for a BYE to get through
-MOST_PENDING = 256                      # connections that have not said HELLO
+MOST_PENDING = 256                      # connections that are no clients (yet)
 TICK = 0.5                              # seconds between looks at the clocks
 
 # What a client can owe its server, in words for the log, and the signals
@@ -1582,10 +1580,12 @@ def keep_alive(sock):
 class AtMost(logging.Filter):
     """Lets few enough lines into the log; the next one says how many it hid."""
 
-    MOST, PERIOD = 10, 10.0             # lines, seconds
+    PERIOD = 10.0                       # seconds
 
-    def __init__(self):
+    def __init__(self, most):
+        """most: lines in a period."""
         logging.Filter.__init__(self)
+        self._most = most
         self._since, self._shown, self._hidden = 0.0, 0, 0
 
     def filter(self, record):
@@ -1593,7 +1593,7 @@ class AtMost(logging.Filter):
         if monotonic() - self._since > self.PERIOD:
             self._since, self._shown = monotonic(), 0
         self._shown += 1
-        if self._shown > self.MOST:
+        if self._shown > self._most:
             self._hidden += 1
             return False
         if self._hidden:
@@ -1603,7 +1603,9 @@ class AtMost(logging.Filter):
 
 
 strangers = logging.getLogger('kmcast.strangers')   # who connects, but is no client
-strangers.addFilter(AtMost())
+strangers.addFilter(AtMost(10))
+arrivals = logging.getLogger('kmcast.arrivals')     # who comes, and goes before the start
+arrivals.addFilter(AtMost(200))
 
 
 class Session(object):
@@ -1615,6 +1617,7 @@ class Session(object):
         self.per_thread = options.clients_per_thread
         self.compat = options.compat
         self.stall_timeout = options.stall_timeout
+        self.strangers = options.strangers
         self.enough = options.min_clients
         self.start_by = None if options.start_wait is None else monotonic() + options.start_wait
         self.payload = payload
@@ -1718,7 +1721,7 @@ class Peer(object):
                 return
 
     def receive(self, most):
-        """The complete messages that have arrived, as a list of bytes.
+        """The complete messages that have arrived, one by one, as bytes.
 
         most: packets that a request may ask for.  Raises Gone, ProtocolError.
         """
@@ -1726,25 +1729,24 @@ class Peer(object):
             data = self.sock.recv(65536)
         except OS_ERRORS as error:
             if errno_of(error) in TRY_AGAIN:
-                return []
+                return
             raise Gone(explain(error))
         if not data:
             raise Gone('the connection was closed')
         self.incoming.put_tail(data)
-        messages = []
-        while self.incoming.size >= self.need:
-            data, start, self.need = self.incoming.flat(), 0, 1
-            while start < len(data):
-                size = client_message_size(data[start:start + 5], most)
-                if size is None or start + size > len(data):
-                    self.need = size or 5
-                    break
-                messages.append(data[start:start + size])
-                start += size
-            self.incoming.put_head(data[start:])
-            if start < len(data):
+        if self.incoming.size < self.need:
+            return
+        data, start, self.need = self.incoming.flat(), 0, 1
+        while start < len(data):
+            if self.owes == GREETING and data[start:start + 1] != HELLO:
+                raise ProtocolError('it says something else than HELLO')
+            size = client_message_size(data[start:start + 5], most)
+            if size is None or start + size > len(data):
+                self.need = size or 5
                 break
-        return messages
+            start += size
+            yield data[start - size:start]
+        self.incoming.put_head(data[start:])
 
 
 class TcpServer(threading.Thread):
@@ -1756,6 +1758,7 @@ class TcpServer(threading.Thread):
 
     STATES = {None: 'INIT', 'accept': 'ACCEPT', 'announce': 'SYNC'}
     PATIENCE = 5.0                      # seconds, until it says whom it waits for
+    AT_ONCE = 64                        # connections to accept in a turn
 
     def __init__(self, session, parent, link, listener, before=0, pending=()):
         """parent: who publishes `step`; link: ours; listener: a socket that
@@ -1808,6 +1811,8 @@ class TcpServer(threading.Thread):
             if self.failure:
                 self._dismiss_all(self.failure)
         finally:
+            for fd in (self.link.parent_fd, self.link.child_fd, self.listener.fileno()):
+                self._unwatch(fd)
             self.link.close()
             self._farewell()
 
@@ -1887,7 +1892,7 @@ class TcpServer(threading.Thread):
             self.link.wait_parent()
         except LinkClosed:
             self._unwatch(self.link.parent_fd)
-            self._dismiss_all('the server has stopped')
+            self._dismiss_all(getattr(self.parent, 'failure', None) or 'the server has stopped')
             return
         step = self.parent.step
         if step.kind == 'abort':
@@ -2006,13 +2011,17 @@ class TcpServer(threading.Thread):
     # ---- connections
 
     def _on_connection(self, _event):
-        while True:
+        for _ in range(self.AT_ONCE):   # then hear what they say
+            # Whoever is pushed out here hears nothing, and so tries again.
+            if len(self._pending) + len(self._leaving) >= self.session.strangers:
+                if self._leaving:
+                    self._close(self._leaving[0])
+                else:
+                    self._drop(self._pending[0], 'too many connections that say nothing',
+                               tell=False)
             try:
                 sock, address = self.listener.accept()
-            except OS_ERRORS as error:
-                if errno_of(error) in (errno.EMFILE, errno.ENFILE) and self._pending:
-                    self._drop(self._pending[0], 'no file descriptors left', tell=False)
-                    continue
+            except OS_ERRORS:
                 return
             sock.setblocking(False)
             keep_alive(sock)
@@ -2025,15 +2034,14 @@ class TcpServer(threading.Thread):
                     sock.close()
                     continue
                 self._watch_peer(peer)
-                self._admit(peer)
+                if peer.sock:
+                    self._admit(peer)
                 if self.child:
                     return              # who takes the others
                 continue
             peer.owe(GREETING)
             self._pending.append(peer)
             self._watch_peer(peer)
-            if len(self._pending) > MOST_PENDING:
-                self._drop(self._pending[0], 'too many connections that say nothing')
 
     def _has_place(self):
         return (self.step.kind == 'accept' and not self._released and not self.child
@@ -2043,7 +2051,7 @@ class TcpServer(threading.Thread):
         peer.owe(None)
         self.members.append(peer)
         self.everyone.append(peer)
-        log.info('%s is here, %d of %d', peer, self._before + len(self.members),
+        arrivals.info('%s is here, %d of %d', peer, self._before + len(self.members),
                  self.session.places)
         self._advance()                 # the next may already be at the door
 
@@ -2149,8 +2157,9 @@ class TcpServer(threading.Thread):
         if peer in self.members:
             self.members.remove(peer)
             peer.outcome = reason
-            log.warning('%s: %s', peer, reason)
-            if self.step.kind == 'accept' and not self._released:
+            starting = self.step.kind == 'accept' and not self._released
+            (arrivals if starting else log).warning('%s: %s', peer, reason)
+            if starting:
                 self.everyone.remove(peer)      # its place is free again
                 if self.child:
                     self._unplaced += 1
@@ -2416,9 +2425,9 @@ class Multicaster(object):
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
             if done == place:
-                stuck = stuck or monotonic() + self.STUCK
+                stuck = stuck or monotonic() + (self.STUCK if self.multicasting else 0)
                 if monotonic() > stuck:
-                    self.sender.trouble = 'no packet could be sent for %d s' % self.STUCK
+                    self.sender.trouble = 'the kernel takes no packets'
                     break
                 self._wait(until=stuck + TICK, sender=True)
                 continue
@@ -3308,17 +3317,18 @@ def on_signal(number, _frame):
     raise Interrupted(names[number])
 
 
-def allow_descriptors(clients):
-    """Make sure that there are enough file descriptors.  Raises Failure."""
-    needed = clients + 32
-    soft, hard = [limit if limit != resource.RLIM_INFINITY else 1 << 20
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE)]
-    if hard < needed:
-        raise Failure('%d clients need %d file descriptors, and the limit is %d; '
-                      'raise it with "ulimit -n"' % (clients, needed, hard), USAGE)
-    if soft < needed + MOST_PENDING:
-        resource.setrlimit(resource.RLIMIT_NOFILE,
-                           (min(needed + MOST_PENDING, hard), hard))
+def allow_descriptors(options):
+    """Make sure of enough file descriptors; sets `options.strangers`, how many
+    connections of others there may be.  Raises Failure."""
+    # Each client, both ends of each thread's link, a few strangers, our own.
+    needed = options.clients + 2 * (1 + options.clients // options.clients_per_thread) + 48
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limit = min(1 << 20 if hard == resource.RLIM_INFINITY else hard, needed + MOST_PENDING)
+    if limit < needed:
+        raise Failure('%d clients need %d file descriptors, and the limit is %d; raise it '
+                      'with "ulimit -n"' % (options.clients, needed, hard), USAGE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    options.strangers = 16 + limit - needed
 
 
 def server_command(options):
@@ -3330,7 +3340,7 @@ def server_command(options):
                       % (options.min_clients, options.clients), USAGE)
     if options.min_clients > 1 and options.start_wait is None:
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
-    allow_descriptors(options.clients)
+    allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
     source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
     return Multicaster(options, source).run()
