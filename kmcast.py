@@ -3350,11 +3350,11 @@ def client_command(options):
     """`kmcast client`."""
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
-    if re.match(r'[0-9.]+$', options.server_ip):
+    if re.match(r'[0-9.]*$', options.server_ip):
         try:
             socket.inet_pton(socket.AF_INET, options.server_ip)
         except OS_ERRORS:
-            raise Failure('%s is not an IPv4 address' % options.server_ip, USAGE)
+            raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
     # `auto` is the address of the connection to the server, once there is one.
     options.local_ip = None if options.local_ip == 'auto' else local_address(options.local_ip)
     return Client(options).run()

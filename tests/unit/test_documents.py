@@ -133,8 +133,7 @@ def test_defaults_of_help_are_those_of_the_program():
                 assert names[0] in ("--name", "--mtu")      # words say what it depends on
             else:
                 assert default == ("%g" % value if isinstance(value, float) else str(value)), names
-    assert "Of UDP and TCP.\nDefault: %d.\n" % server["port"] in read("man", "kmcast.1")
-    assert server["port"] == client["port"]
+    assert "Of UDP and TCP.\nDefault: %d.\n" % kmcast.DEFAULT_PORT in read("man", "kmcast.1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
