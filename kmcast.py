@@ -2242,8 +2242,11 @@ class Multicaster(object):
         self.step = None
         self.tcp = TcpServer(self.session, self, self.link.spawn(), self.listener)
         self.pacer = Pacer()
-        self.control = RateControl() if options.rate == 'auto' else None
-        self.pacer.rate = self.control.rate if self.control else options.rate
+        self.control = None
+        if options.rate == 'auto':
+            self.control = RateControl()
+        else:
+            self.pacer.rate = options.rate
         self.multicasting = not options.unicast
         self.unicast = options.unicast
         self.buffers = [Buffer(self.session.payload, options.buffer_packets,
@@ -2254,6 +2257,7 @@ class Multicaster(object):
         self.repair_number = 0
         self.coded = self.by_tcp = self.data = 0        # packets, for the summary
         self.last_heard = None          # when a client last got any multicast
+        self.trouble = None             # the last that was told
         self.min_rate = options.min_rate
         self.brake = None               # the client that alone keeps the rate down
         self.held_by = None             # (client, since when) below --min-rate
@@ -2420,6 +2424,8 @@ class Multicaster(object):
         """Multicast the packets up to index `last`; returns bit/s achieved."""
         started, place, size = monotonic(), 0, buffer.slot + UDP_OVERHEAD
         stuck = None
+        if self.control:
+            self.pacer.rate = self.control.rate
         self.pacer.start()
         while place < last:
             done = self.sender.send(buffer, place,
@@ -2449,7 +2455,9 @@ class Multicaster(object):
         if self.last_heard is None or silent < everybody:
             self.last_heard = now
         if self.sender.trouble:
-            log.warning('multicast failed at this host: %s', self.sender.trouble)
+            if self.sender.trouble != self.trouble:
+                self.trouble = self.sender.trouble
+                log.warning('multicast failed at this host: %s', self.trouble)
             self.sender.trouble = None
         if not self.multicasting:
             if silent < everybody:
@@ -2469,7 +2477,6 @@ class Multicaster(object):
             if why:
                 log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
                           bits(achieved), bits(self.control.rate), why)
-            self.pacer.rate = self.control.rate
 
     # ---- the slowest
 
@@ -2513,6 +2520,8 @@ class Multicaster(object):
 
     def _repair(self, buffer, digest, answers):
         """Bring to the clients what they asked for."""
+        if not answers:
+            return
         for _ in range(self.PASSES):
             groups, asked = self._plan(buffer, answers)
             if not groups:
