@@ -1472,10 +1472,13 @@ class Sink(object):
                 self._fd = 1
                 os.fstat(1)
             elif os.path.exists(path) and not os.path.isfile(path):
-                self._fd = os.open(path, os.O_WRONLY)
+                disk = stat.S_ISBLK(os.stat(path).st_mode)      # not one that is mounted
+                self._fd = os.open(path, os.O_WRONLY | (os.O_EXCL if disk else 0))
             else:
                 self._target = os.path.realpath(path)
                 folder, name = os.path.split(self._target)
+                if folder == '/dev':    # a mistyped disk, and memory for what is meant for it
+                    raise OSError(errno.ENOENT, 'no such device')
                 self._fd, self._temporary = tempfile.mkstemp(
                     '.part', '.%s.' % name, folder)
             if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
@@ -2215,6 +2218,7 @@ class Multicaster(object):
     the next buffer.
     """
 
+    ROUND = 12 << 20                    # bytes in a round at the most
     FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
     LONGEST_ROUND = 1.0                 # seconds
     PASSES = 3                          # of coded repair in a round
@@ -2249,8 +2253,9 @@ class Multicaster(object):
             self.pacer.rate = options.rate
         self.multicasting = not options.unicast
         self.unicast = options.unicast
-        self.buffers = [Buffer(self.session.payload, options.buffer_packets,
-                               self.session.salt, self.session.checks) for _ in (0, 1)]
+        capacity = options.buffer_packets or self.ROUND // self.session.payload
+        self.buffers = [Buffer(self.session.payload, capacity, self.session.salt,
+                               self.session.checks) for _ in (0, 1)]
         self.upcoming = None            # the buffer that is being filled
         self.limit = self.FIRST_ROUND   # packets in the next buffer
         self.rounds = 0
@@ -3115,7 +3120,9 @@ def interfaces():
     with_address = []
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        for name in sorted(os.listdir('/sys/class/net')):
+        with open('/proc/net/dev') as table:
+            names = sorted(line.split(':')[0].strip() for line in table if ':' in line)
+        for name in names:
             try:
                 request = struct.pack('256s', name.encode('ascii')[:15])
                 answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
@@ -3234,11 +3241,12 @@ def command_line():
     common.add_argument('--datagrams', choices=('auto',) + WAYS, default='auto',
                         help='how to send or receive many packets at once (auto)')
     common.add_argument('--stall-timeout', type=seconds_type, default=30.0, metavar='SECONDS',
-                        help='give up a peer that does nothing for so long; 0: never (30)')
+                        help='give up a peer that has got nothing done for so long; '
+                        '0: never (30)')
     common.add_argument('-v', '--verbose', action='store_true', help='say more')
     common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
     port = {'nargs': '?', 'type': whole(1, 65535), 'metavar': 'PORT',
-            'help': 'of UDP and TCP (%d)' % DEFAULT_PORT}
+            'help': 'TCP port of the server, and its UDP port (%d)' % DEFAULT_PORT}
 
     server = commands.add_parser('server', parents=[common], help='send an image',
                                  description='Send standard input, or a file, to CLIENTS clients.')
@@ -3267,8 +3275,8 @@ def command_line():
                         help='how many must be there for --start-wait to start (1)')
     server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
                         help='drop a client that alone keeps the transfer slower for 10 s')
-    server.add_argument('--buffer-packets', type=whole(1, MAX_PACKETS), default=8192, metavar='N',
-                        help='packets in a round at the most (8192)')
+    server.add_argument('--buffer-packets', type=whole(1, MAX_PACKETS), metavar='N',
+                        help='packets in a round at the most; memory is two rounds (12 MB in packets)')
     server.add_argument('--clients-per-thread', type=whole(1, 1000), default=64, metavar='N',
                         help='clients that one TCP thread serves (64)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')

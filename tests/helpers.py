@@ -24,6 +24,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -428,6 +429,26 @@ def transfer(data, clients=1, server_args=(), client_args=(), server_python=None
         raise AssertionError("%s\nAll processes:\n%s" % (error, others))
     seconds = time.time() - began
     return Transfer(ServerResult(*ends[0][:2]), [ClientResult(*end) for end in ends[1:]], port, seconds)
+
+
+Summary = collections.namedtuple("Summary", "packets bytes coded by_tcp served clients")
+
+
+def summary(stderr):
+    """Return what a server's summary says, as numbers: packets and bytes of the image, repair packets by multicast
+    (`coded`) and by TCP, clients that have the image, clients there were."""
+    found = [re.search(pattern, stderr) for pattern in (
+        r"data: (\d+) packets.*? (\d+) bytes", r"repair: (\d+) packets by multicast, (\d+) packets by TCP",
+        r"(\d+) of (\d+) clients have the image")]
+    assert all(found), "no summary in:\n" + stderr
+    return Summary(*[int(number) for match in found for number in match.groups()])
+
+
+def repaired(stderr):
+    """Return what a client's summary says: (packets repaired by multicast, by TCP)."""
+    found = re.search(r"repaired (\d+) packets by multicast, (\d+) by TCP", stderr)
+    assert found, "no summary in:\n" + stderr
+    return int(found.group(1)), int(found.group(2))
 
 
 def leftovers(process):

@@ -39,8 +39,8 @@ def test_an_image_of_any_size_arrives(size):
     data = helpers.random_bytes(size, seed=size)
     result = helpers.transfer(data, clients=2, server_args=SMALL)
     result.check(data)
-    assert "data: %d packets, %d bytes" % (-(-size // PAYLOAD), size) in result.server.stderr
-    assert "2 of 2 clients" in result.server.stderr
+    summary = helpers.summary(result.server.stderr)
+    assert (summary.packets, summary.bytes, summary.served, summary.clients) == (-(-size // PAYLOAD), size, 2, 2)
 
 
 @pytest.mark.parametrize("packets", [1, 2, 64, 65536])
@@ -124,7 +124,7 @@ def test_the_chain_of_tcp_threads_serves_everyone(clients, a_thread):
     data = helpers.random_bytes(200000)
     result = helpers.transfer(data, clients=clients, server_args=SMALL + ["--clients-per-thread", a_thread])
     result.check(data)
-    assert "%d of %d clients" % (clients, clients) in result.server.stderr
+    assert helpers.summary(result.server.stderr).served == clients
 
 
 @pytest.mark.parametrize("server_args", [[], ["--clients-per-thread", 9]], ids=["two threads", "eight threads"])
@@ -132,7 +132,7 @@ def test_seventy_clients(server_args):
     data = helpers.random_bytes(1000000)
     result = helpers.transfer(data, clients=70, server_args=server_args, client_python=[NEWEST, OLDEST])
     result.check(data)
-    assert "70 of 70 clients" in result.server.stderr
+    assert helpers.summary(result.server.stderr).served == 70
 
 
 def test_seventy_clients_of_the_oldest_interpreter_by_unicast():
@@ -198,7 +198,8 @@ def test_unicast_sends_no_datagram_and_tells_the_client_to_expect_none(python):
                                   client_python=python)
         assert helpers.datagrams_in(listener) == []
     result.check(data)
-    assert "repair: 0 packets by multicast, 2002 packets by TCP" in result.server.stderr
+    summary = helpers.summary(result.server.stderr)
+    assert (summary.coded, summary.by_tcp) == (0, 2002)
     for client in result.clients:
         assert "warning" not in client.stderr
 
@@ -272,7 +273,7 @@ def test_a_client_takes_its_local_ip_as_address_interface_or_auto(local_ip):
     client = helpers.start_client([local_ip, "localhost" if local_ip == "auto" else LOOPBACK, port])
     code, stderr, received = client.finish(60)
     assert code == 0 and received == data, stderr
-    assert "repaired 0 packets by multicast, 0 by TCP" in stderr        # so multicast has reached it
+    assert helpers.repaired(stderr) == (0, 0)       # so multicast has reached it
     assert server.finish(10)[0] == 0
 
 

@@ -57,7 +57,7 @@ def test_heavy_loss(laboratory, deploy):
     lab = laboratory(clients=2)
     lab.clients[0].lose(70)
     lab.clients[1].lose(30)
-    run = deploy(lab, IMAGE)
+    run = deploy(lab, IMAGE, ["--rate", "200M"])
     run.finish()
     run.check_complete()
     assert sum(run.clients[0].repaired()) > 0.5 * PACKETS, str(run)
@@ -203,14 +203,15 @@ def test_slow_port_loses_little(laboratory, deploy, slow):
     assert "rate now" in run.server.stderr, str(run)
 
 
-def test_loss_of_the_medium_does_not_slow_the_session_down(laboratory, deploy):
-    """5 % at any rate: after the attempt to evade it, the rate is back where it was."""
+@pytest.mark.parametrize("percent", [5, 50])
+def test_loss_that_does_not_fall_with_the_rate_is_not_fought(laboratory, deploy, percent):
+    """The medium's own loss, at any rate: the session may try to evade it, but does not end as slow as can be."""
     lab = laboratory()
     for host in lab.clients:
-        host.lose(5)
-    run = deploy(lab, IMAGE * 3, ["-v"])
-    run.finish()
+        host.lose(percent)
+    run = deploy(lab, IMAGE * 2, ["-v"])
+    run.finish(120)
     run.check_complete()
-    assert "at any rate" in run.server.stderr, str(run)
-    rate, unit = re.findall(r"rate now ([0-9.]+) ([GMk])bit/s .a loss of .* at any rate", run.server.stderr)[-1]
-    assert float(rate) * {"G": 1e9, "M": 1e6, "k": 1e3}[unit] >= 100e6, str(run)
+    rates = [float(number) * {"G": 1e9, "M": 1e6, "k": 1e3}[unit] for number, unit in
+             re.findall(r"rate now ([0-9.]+) ([GMk])bit/s", run.server.stderr)]
+    assert not rates or rates[-1] > 20e6, str(run)

@@ -1,0 +1,1311 @@
+#!/usr/bin/env python3
+"""Fuzz kmcast: plays damaged sessions to its real server and its real client, and random bytes to its parsers.
+
+    python3 tests/fuzz.py --endpoint client --rounds 100000 --seed 1
+    python3 tests/fuzz.py --endpoint server --rounds 100000 --seed 1 --python ~/.pyenv/versions/2.7.18/bin/python
+    python3 tests/fuzz.py --endpoint server --seed 1 --only 4711        # one case again; 4680-4719: those, in one session
+
+A session is built message by message as PROTOCOL.md has it, with no code of kmcast. Most cases then change it on the way:
+bits flipped, messages cut, left out, sent twice, swapped, replaced, made up; lengths, counts and seqs at the ends of their
+ranges; JSON with keys missing, of another type, absurdly large or deep; EOF, RST or silence at any point; bytes in odd
+pieces; and datagrams lost, repeated, reordered, damaged, foreign. Each case follows from the seed and its number alone,
+as far as timing lets it.
+
+What is played to are real processes with real sockets on loopback: one process, which has imported kmcast, forks for each
+transfer a child that calls kmcast.main(), so a case costs milliseconds.
+    client   one transfer a case. It must end in time with exit code 0 and exactly the image, or 1 or 3, one line that says
+             why, no file under the final name, and nothing in its output that is not the image's beginning
+    server   one connection a case; PEERS of them beside one or two real clients in each transfer. The real clients must get
+             the image, undamaged peers must be served, and the server must end in time with the right exit code, no thread
+             or descriptor left and a bounded log
+    parsers  the functions that read a peer's bytes, called directly, against models where there are some
+In all cases: no traceback, no "internal error", and memory within a bound.
+
+Shortened in the processes under test, for speed: see PATCHES.
+
+A finding says how to play it again. Exit code: 0 nothing was found, 1 something was, 2 wrong usage.
+The driver runs on Python 3.6 and later; what runs under --python, which is part of this file, on 2.7 as well.
+"""
+
+from __future__ import print_function
+
+import argparse
+import binascii
+import collections
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zlib
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+LOOPBACK = "127.0.0.1"
+
+#: What is changed in the processes under test: seconds that are only waited for, else a case would take that long.
+PATCHES = {
+    "TICK": 0.02,               # 0.5: the grain of all clocks
+    "GREETING_TIME": 0.5,       # 5: for a HELLO
+    "FAREWELL_TIME": 0.2,       # 2: for a BYE to get through
+    "ALIVE_EVERY": 0.3,         # 5: so that there is ALIVE in the sessions
+}
+CLIENT_STALL = 0.4              # --stall-timeout of clients that are played to, seconds
+SERVER_STALL = 3.0              # --stall-timeout of servers that are played to: real clients must never be that slow
+CASE_LIMIT = 15.0               # seconds after which a process is taken to hang; the machine may be busy
+PEERS = 40                      # cases in one transfer of a server
+MOST_KIB = 200 << 10            # of resident memory, in a process under test
+BASELINE_KIB = 40 << 10         # about what an idle one has
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The wire, as PROTOCOL.md has it
+
+ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
+HELLO, WELCOME, AGAIN, BYE = b"\x10", b"\x20", b"\x40", b"\x80"
+U32 = struct.Struct("<I")
+HEADER = struct.Struct("<3I")
+MASK = 0xffffffff
+
+
+def group_info(group, port, session=True):
+    """The first message of a server."""
+    return struct.pack("<H", 2) + struct.pack(">H", port) + socket.inet_aton(group) + (
+        b"KMCAST\1\0" if session else bytes(bytearray(8)))
+
+
+def frame(kind, fields):
+    """A signal and a JSON object; `fields` may be text to be sent as it is."""
+    text = (fields if hasattr(fields, "encode") else json.dumps(fields)).encode("utf-8")
+    return kind + U32.pack(len(text)) + text
+
+
+def hello(host="fuzz"):
+    """HELLO."""
+    return frame(HELLO, {"version": "1.0.0", "host": host})
+
+
+def welcome_fields(payload=100, salt=7, repair_salt=9, digest="sha256"):
+    """What WELCOME says."""
+    return {"version": "1.0.0", "salt": salt, "repair_salt": repair_salt, "payload": payload, "name": "image", "size": None,
+            "digest": digest}
+
+
+def welcome(**fields):
+    """WELCOME; see welcome_fields()."""
+    return frame(WELCOME, welcome_fields(**fields))
+
+
+def buffer_info(base, count, size, number=0):
+    """A buffer info without its signal."""
+    return struct.pack("<4I", number & MASK, size & MASK, base & MASK, count)
+
+
+def salted(payload, number):
+    """The checksum in a session; `number` is salt + seq."""
+    return zlib.crc32(payload, number & MASK) & MASK
+
+
+def c_sum(payload, _number):
+    """The checksum of the C implementation."""
+    padded = payload + b"\0" * (-len(payload) % 4)
+    return sum(struct.unpack("<%dI" % (len(padded) // 4), padded)) & MASK
+
+
+def plain_crc(payload, _number):
+    """The checksum of a base-protocol server that takes CRC-32."""
+    return zlib.crc32(payload) & MASK
+
+
+def packet(seq, payload, salt=7, check=salted):
+    """A packet, or a datagram of a repair pass."""
+    return HEADER.pack(seq & MASK, check(payload, salt + seq), len(payload)) + payload
+
+
+def request(seqs):
+    """CLIENT_REQ."""
+    return REQUEST + struct.pack("<%dI" % (1 + len(seqs)), len(seqs), *[seq & MASK for seq in seqs])
+
+
+def again(number, recipes, combinations):
+    """AGAIN."""
+    return AGAIN + struct.pack("<3I", number & MASK, recipes, combinations)
+
+
+def recipe(first, groups):
+    """The payload of a recipe: `groups` are lists of places in the round."""
+    return U32.pack(first & MASK) + b"".join(
+        struct.pack("<%dH" % (1 + len(group)), len(group), *group) for group in groups)
+
+
+def bye(ok, **fields):
+    """BYE."""
+    return frame(BYE, dict(fields, ok=ok))
+
+
+def random_bytes(generator, size):
+    """Random bytes, on both Pythons."""
+    return binascii.unhexlify(("%0*x" % (2 * size, generator.getrandbits(8 * size))).encode("ascii")) if size else b""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes
+
+BOUNDARIES = (0, 1, 2, 3, 0x7f, 0x80, 0xff, 0xffff, 65536, 65537, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff)
+WEIRD = (None, True, False, -1, 0, 1, 3, 1.5, 1e300, float("nan"), float("inf"), 1 << 31, 1 << 32, (1 << 32) - 1, 1 << 64,
+         10 ** 400, "", "x", "x" * 5000, u"\x1b[31mred\x1b[0m\r\n\0", u"\ud83d\ude00", "sha256", "sha512", [], {}, [[]],
+         {"a": {"b": []}}, 16, 20, 8960, 8961, 8964, 65536)
+SILENCE, EOF, RESET = "silence", "EOF", "reset"
+
+
+class Ended(Exception):
+    """A connection is at its end, for a reason that is the argument."""
+
+
+def change_bytes(generator, data):
+    """`data` damaged in one way."""
+    data = bytearray(data)
+    if not data:
+        return bytes(data)
+    way, place = generator.randrange(8), generator.randrange(len(data))
+    if way == 0:
+        data[place] ^= 1 << generator.randrange(8)
+    elif way == 1:
+        for _ in range(generator.randrange(2, 9)):
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    elif way == 2:
+        data[place] = generator.choice((0, 1, 0x7f, 0x80, 0xff, generator.randrange(256)))
+    elif way == 3:
+        del data[place:]
+    elif way == 4:
+        del data[place:place + generator.randrange(1, 9)]
+    elif way == 5:
+        data[place:place] = random_bytes(generator, generator.choice((1, 2, 4, 16, 300)))
+    elif way == 6:
+        start = generator.randrange(len(data))
+        data[place:place] = data[start:start + generator.randrange(1, 40)]
+    else:
+        # The integers stand behind a signal, or at a multiple of 4 in a group info, a buffer info or a packet.
+        starts = list(range(generator.randrange(2), len(data) - 3, 4))
+        if starts:
+            start = generator.choice(starts[:6])
+            number = U32.unpack(bytes(data[start:start + 4]))[0]
+            number = generator.choice(BOUNDARIES + (number + 1, number - 1, number * 2, 65536 - number)) & MASK
+            data[start:start + 4] = U32.pack(number)
+    return bytes(data)
+
+
+def change_frame(generator, data):
+    """A frame with other JSON in it, and mostly the right length."""
+    way = generator.randrange(10)
+    try:
+        fields = json.loads(data[5:].decode("utf-8"))
+    except ValueError:
+        return change_bytes(generator, data)
+    text = None
+    if way == 0:
+        text = generator.choice(("", "{", "[]", "null", "0", '"x"', "{}", "[" * 60000, '{"a":' * 9000, "NaN", "9" * 65000,
+                                 '{"version": ' + "9" * 4000 + "}", u"{\u00e9}", '{"version": "1", "version": 2}', " " * 65536))
+    elif way == 1:
+        text = json.dumps(fields)
+        return data[:1] + U32.pack(generator.choice(BOUNDARIES + (len(text) + 1, len(text) - 1))) + text.encode("ascii")
+    elif way == 2:
+        return data[:5] + change_bytes(generator, data[5:])[:len(data) - 5].ljust(len(data) - 5, b"\xff")
+    elif way <= 4:
+        fields.pop(generator.choice(sorted(fields)))
+    elif way == 5:
+        fields["more"] = generator.choice(WEIRD)            # harmless: a later version may do that
+    else:
+        fields[generator.choice(sorted(fields))] = generator.choice(WEIRD)
+    return frame(data[:1], json.dumps(fields) if text is None else text)
+
+
+class Wire(object):
+    """One end of a TCP connection that says what a session says, changed as its case wants it.
+
+    style   "clean": nothing is changed. "pieces": bytes in odd pieces, with pauses. "datagrams": only those are changed.
+            "wild": all is
+    """
+
+    def __init__(self, sock, generator, style):
+        self.sock, self.generator, self.style = sock, generator, style
+        self.changed = False            # whether the peer got anything but a right session
+        self.held = None                # a message that is sent after the next one
+        self._count = 0
+        self._target = generator.choice((0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)) if style == "wild" else None
+        self._likely = generator.choice((0.0, 0.05, 0.3))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._timeout(CASE_LIMIT)
+
+    def _timeout(self, seconds):
+        self.sock.settimeout(seconds)
+
+    def read(self, size):
+        """Exactly `size` bytes. Raises Ended."""
+        data = b""
+        if self.changed:
+            self._timeout(0.03)         # now the peer may just wait for what it does not get
+        while len(data) < size:
+            try:
+                piece = self.sock.recv(size - len(data))
+            except socket.timeout:
+                raise Ended("nothing comes")
+            except OSError as error:
+                raise Ended(str(error))
+            if not piece:
+                raise Ended("closed by the peer")
+            data += piece
+        return data
+
+    def frame(self):
+        """The dict of a frame whose signal has been read."""
+        return json.loads(self.read(U32.unpack(self.read(4))[0]).decode("utf-8"))
+
+    def send(self, data, others=()):
+        """Send a message, or what becomes of it. others: messages to say instead, or besides. Raises Ended."""
+        index, self._count = self._count, self._count + 1
+        held, self.held = self.held, None
+        if self.style == "wild" and (index == self._target or (index > self._target
+                                                               and self.generator.random() < self._likely)):
+            data = self._change(data, others)
+        self._write(data + (held or b""))
+
+    def _change(self, data, others):
+        generator, self.changed = self.generator, True
+        way = generator.randrange(16)
+        if way <= 3:
+            return change_bytes(generator, data)
+        if way <= 6:
+            return (change_frame if data[:1] in (HELLO, WELCOME, BYE) and len(data) > 5 else change_bytes)(generator, data)
+        if way == 7:
+            return b""
+        if way == 8:
+            return data + data
+        if way == 9:
+            self.held = data
+            return b""
+        other = generator.choice(tuple(others) or (ALIVE,))
+        if way == 10:
+            return other
+        if way == 11:
+            return generator.choice((data + other, other + data))
+        if way == 12:
+            return generator.choice((ALIVE * generator.choice((1, 3, 50, 3000)) + data,
+                                     data + random_bytes(generator, generator.choice((1, 5, 100, 3000))),
+                                     data * generator.choice((3, 100))))
+        if generator.randrange(2):
+            self._write(data[:generator.randrange(len(data) + 1)])
+        end = generator.choice((EOF, EOF, RESET, RESET, SILENCE) if generator.randrange(3) == 0 else (EOF, RESET))
+        if end == RESET:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif end == EOF and generator.randrange(2):
+            self.sock.shutdown(socket.SHUT_WR)          # half-closed: it may still talk to us
+            self._drain(0.03)
+        elif end == SILENCE:
+            self._drain(2 * SERVER_STALL)
+        raise Ended("on purpose")
+
+    def _drain(self, seconds):
+        """Read whatever comes, for so long at the most."""
+        self._timeout(seconds)
+        deadline = time.time() + seconds
+        try:
+            while time.time() < deadline and self.sock.recv(65536):
+                pass
+        except OSError:
+            pass
+
+    def _write(self, data):
+        try:
+            if self.style == "pieces" or (self.style == "wild" and self.generator.randrange(8) == 0):
+                while data and len(data) < 5000:
+                    size = self.generator.choice((1, 1, 2, 3, 5, 16, 100, 1000))
+                    self.sock.sendall(data[:size])
+                    data = data[size:]
+                    if self.generator.randrange(6) == 0:
+                        time.sleep(0.001)
+            self.sock.sendall(data)
+        except OSError as error:
+            raise Ended(str(error))
+
+
+def change_datagrams(generator, datagrams, seqs_are_checked=True):
+    """What a bad network makes of datagrams: the right ones may be missing, all others must do no harm."""
+    share = generator.choice((0.02, 0.2, 0.9))
+    result = []
+    for data in datagrams:
+        if generator.random() > share:
+            result.append(data)
+            continue
+        way = generator.randrange(9)
+        if way == 1:
+            result += [data] * generator.randrange(2, 5)
+        elif way == 2:
+            # In the base protocol nothing checks the seq.
+            bit = generator.randrange(0 if seqs_are_checked else 32, 8 * len(data))
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            result.append(bytes(damaged))
+        elif way == 3:
+            result.append(data[:generator.randrange(len(data))])
+        elif way == 4:
+            result.append(data + random_bytes(generator, generator.choice((1, 4, 200, 9000))))
+        elif way == 5:
+            result.append(random_bytes(generator, generator.choice((0, 1, 11, 12, 13, 100, 2000))))
+        elif way == 6:
+            result.append(data[:4] + random_bytes(generator, 4) + data[8:])
+        elif way == 7 and seqs_are_checked:                 # another session's
+            result += [packet(U32.unpack(data[:4])[0], data[12:], generator.getrandbits(32)), data]
+    if generator.randrange(2):
+        generator.shuffle(result)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The session of a server, for the client endpoint
+
+class ServerCase(object):
+    """A server's side of one transfer, and what its client may make of it."""
+
+    def __init__(self, seed, number, group, port):
+        generator = self.generator = random.Random("client %d %d" % (seed, number))
+        self.number = number
+        self.group, self.port = group, port
+        self.style = generator.choices(("clean", "pieces", "datagrams", "wild"), (3, 7, 15, 75))[0]
+        self.session = generator.random() < 0.8
+        self.digest = generator.random() < 0.85
+        self.check = salted if self.session else generator.choice((plain_crc, c_sum))
+        self.salt = generator.choice((0, 1, MASK, generator.getrandbits(32))) if self.session else 0
+        self.repair_salt = generator.getrandbits(32)
+        self.payload = generator.choice((16, 20, 100, 400, 1460)) if self.session else 1460
+        self.base = generator.choice((0, 0, 1, 2 ** 32 - 3, generator.getrandbits(32)))
+        self.repair_number = generator.choice((0, 2 ** 32 - 2, generator.getrandbits(32)))
+        self.coding = self.session and generator.random() < 0.5
+        self.loses = generator.choice((0.0, 0.3, 0.3, 1.0))
+        self.to_file = generator.random() < 0.3
+        self.rounds = []
+        rounds = generator.choice((0, 1, 1, 2, 3, 4, 6))
+        for index in range(rounds):
+            count = generator.choice((1, 1, 2, 3, 8, 12))
+            sizes = [self.payload] * count
+            if not self.session:
+                sizes = [generator.choice((self.payload, generator.randrange(1, self.payload))) for _ in sizes]
+            elif index == rounds - 1:
+                sizes[-1] = generator.choice((self.payload, 1, generator.randrange(1, self.payload + 1)))
+            self.rounds.append([random_bytes(generator, size) for size in sizes])
+        self.image = b"".join(b"".join(payloads) for payloads in self.rounds)
+        self.ended = None
+
+    def must_arrive(self):
+        """Whether nothing happens here that a client may fail for."""
+        return self.style != "wild"
+
+    def play(self, sock, cast):
+        """Play it. cast: function of a list of datagrams."""
+        try:
+            self._play(Wire(sock, self.generator, self.style), cast)
+        except Ended as end:
+            self.ended = str(end)
+        except (ValueError, KeyError, struct.error) as error:
+            # An answer that is none: only a client that was told nonsense may be that confused.
+            self.ended = "cannot understand the client: %r" % error
+        sock.close()
+
+    def _cast(self, cast, datagrams):
+        if self.style in ("datagrams", "wild"):
+            datagrams = change_datagrams(self.generator, datagrams, self.session)
+        cast(datagrams)
+
+    def _play(self, wire, cast):
+        signal_of = (lambda kind: kind) if self.session else (lambda kind: b"")
+        digest = hashlib.sha256()
+        sent = SENT + (digest.digest() if self.session and self.digest else b"")
+        others = [ALIVE, READY, REQUEST, DONE, sent, hello(), bye(False, reason="for fun"), bye(True, bytes=0, sha256=None),
+                  again(0, 1, 1), again(MASK, MASK, MASK), again(3, 0, 65536), INFO + buffer_info(self.base, 0, 0),
+                  INFO + buffer_info(self.base, 65536, 65536 * self.payload), b"GET / HTTP/1.1\r\n\r\n",
+                  INFO + buffer_info(self.base, 1, self.payload), welcome(), packet(self.base, b"x" * 16, self.salt)]
+        wire.send(group_info(self.group, self.port, self.session), others)
+        if self.session:
+            if wire.read(1) != HELLO:
+                raise ValueError("no HELLO")
+            wire.frame()
+            wire.send(welcome(payload=self.payload, salt=self.salt, repair_salt=self.repair_salt,
+                              digest="sha256" if self.digest else None), others)
+        base = self.base
+        for number, payloads in enumerate(self.rounds):
+            self._alive(wire)
+            wire.send(signal_of(INFO) + buffer_info(base, len(payloads), len(b"".join(payloads)), number), others)
+            self._expect(wire, READY)
+            packets = [packet((base + i) & MASK, payload, self.salt, self.check) for i, payload in enumerate(payloads)]
+            self._cast(cast, [data for data in packets if self.generator.random() >= self.loses])
+            digest.update(b"".join(payloads))
+            sent = SENT + (digest.digest() if self.session and self.digest else b"")
+            self._alive(wire)
+            wire.send(sent, others)
+            self._repair(wire, cast, base, payloads, packets, sent, others)
+            base = (base + len(payloads)) & MASK
+        self._alive(wire)
+        wire.send(signal_of(INFO) + buffer_info(base, 0, 0, len(self.rounds)), others)
+        self._expect(wire, READY)
+        wire.send(sent[:1] + (digest.digest() if self.session and self.digest else b""), others)
+        if self.session:
+            wire.send(bye(True, bytes=len(self.image), sha256=digest.hexdigest() if self.digest else None), others)
+        self._expect(wire, DONE)
+
+    def _alive(self, wire):
+        if self.session and self.generator.randrange(5) == 0:
+            wire.send(ALIVE)
+
+    @staticmethod
+    def _expect(wire, *kinds):
+        while True:
+            kind = wire.read(1)
+            if kind == BYE:
+                raise Ended("BYE: %s" % wire.frame().get("reason"))
+            if kind in kinds:
+                return kind
+            if kind != ALIVE:
+                raise ValueError("signal %r" % kind)
+
+    def _repair(self, wire, cast, base, payloads, packets, sent, others):
+        while self._expect(wire, REQUEST, DONE) == REQUEST:
+            count = U32.unpack(wire.read(4))[0]
+            seqs = struct.unpack("<%dI" % count, wire.read(4 * count))
+            places = [(seq - base) & MASK for seq in seqs]
+            if max(places) >= len(packets):
+                raise ValueError("a request outside the round")
+            self._alive(wire)
+            if not (self.coding and self.generator.randrange(2)):
+                data = (PACKETS if self.session else b"") + b"".join(packets[place] for place in places)
+                if self.generator.randrange(2):
+                    wire.send(data, others)
+                else:                   # so that single packets are changed
+                    if self.session:
+                        wire.send(PACKETS, others)
+                    for place in places:
+                        wire.send(packets[place], [packets[0], packets[-1]])
+                continue
+            groups, number = [[place] for place in places], self.repair_number
+            for place in range(len(packets)):               # what the client has, to be XORed with what it lacks
+                if place not in places and self.generator.randrange(2):
+                    self.generator.choice(groups).append(place)
+            coded = []
+            for group in groups:
+                total = 0
+                for place in group:
+                    total ^= int.from_bytes(payloads[place].ljust(self.payload, b"\0"), "big")
+                coded.append(total.to_bytes(self.payload, "big"))
+            room, described = (self.payload - 4) // 2 * 2, [[]]
+            for group in groups:
+                group = group[:(room - 2) // 2]
+                if sum(2 + 2 * len(other) for other in described[-1] + [group]) > room:
+                    described.append([])
+                described[-1].append(group)
+            first, texts = number + len(described), []
+            for part in described:
+                texts.append(recipe(first, part))
+                first += len(part)
+            if self.style == "wild" and self.generator.randrange(3) == 0:
+                wire.changed = True
+                place = self.generator.randrange(len(texts))
+                texts[place] = change_bytes(self.generator, texts[place])[:self.payload] or b"x"
+            self.repair_number = (number + len(texts) + len(coded)) & MASK
+            wire.send(again(number, len(texts), len(coded)), others)
+            self._cast(cast, [packet((number + i) & MASK, payload, self.repair_salt)
+                              for i, payload in enumerate(texts + coded) if self.generator.random() >= self.loses / 3])
+            wire.send(sent, others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The session of a client, for the server endpoint
+
+class PeerCase(object):
+    """A client's side of a transfer, from a client that cannot be trusted."""
+
+    def __init__(self, seed, number):
+        generator = self.generator = random.Random("server %d %d" % (seed, number))
+        self.number = number
+        self.style = generator.choices(("clean", "pieces", "wild"), (4, 6, 90))[0]
+        self.loses = generator.choice((0.0, 0.0, 0.2, 0.5, 1.0))
+        self.greeted = threading.Event()        # it has a place, or will never have one
+        self.served = False
+        self.wrong = None                       # what the server did wrong, as far as it can be told
+        self.ended = None
+
+    def play(self, port, compat, image):
+        """Play it against a server on `port`."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.compat, self.image = compat, image
+        try:
+            sock.settimeout(CASE_LIMIT)
+            sock.connect((LOOPBACK, port))
+            self._play(Wire(sock, self.generator, self.style))
+        except Ended as end:
+            self.ended = str(end)
+        except (OSError, ValueError, KeyError, struct.error) as error:
+            self.ended = "%r" % error
+        finally:
+            self.greeted.set()
+            sock.close()
+
+    def _play(self, wire):
+        generator = self.generator
+        others = [ALIVE, READY, DONE, request([0]), request([MASK]), request([0] * 8), request(range(9)), REQUEST + U32.pack(0),
+                  REQUEST + U32.pack(MASK), hello(), bye(False, reason=u"\x1b[31mfor fun\r\n"), bye(True),
+                  HELLO + U32.pack(MASK), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
+        if wire.read(16)[8:14] != (b"\0" * 6 if self.compat else b"KMCAST"):
+            self.wrong = "its group info"
+        if not self.compat:
+            wire.send(hello(), others)
+        base = count = payload = place = 0
+        missing, digest, salt = [], b"", 0
+        check = c_sum if self.compat else salted
+        last = False
+        expect_info = True                      # in the base protocol there are no signals
+        while True:
+            if self.compat and missing and not last:
+                kind = PACKETS
+            elif self.compat:
+                self.greeted.set()
+                kind = INFO if expect_info else wire.read(1)
+            else:
+                kind = wire.read(1)
+            if kind == WELCOME:
+                fields = wire.frame()
+                salt, payload = fields["salt"], fields["payload"]
+                digest = fields["digest"]
+                self.greeted.set()
+            elif kind == INFO:
+                _, size, base, count = struct.unpack("<4I", wire.read(16))
+                place += size
+                last, expect_info = not count, False
+                missing = None
+                wire.send(READY, others)
+            elif kind == SENT:
+                if digest:
+                    wire.read(32)
+                if last:
+                    if self.compat:
+                        wire.send(DONE, others)
+                        self.served = not wire.changed
+                        raise Ended("served")
+                    continue
+                if missing is None:
+                    missing = [i for i in range(count) if generator.random() < self.loses]
+                if 0 < len(missing) < count and generator.randrange(4) == 0:
+                    missing.append(generator.choice(missing))           # twice: odd, but allowed
+                if missing:
+                    wire.send(request([base + i for i in missing]), others)
+                else:
+                    wire.send(DONE, others)
+                    expect_info = True
+            elif kind == PACKETS and missing:
+                for i in missing:
+                    seq, checksum, length = HEADER.unpack(wire.read(12))
+                    data = wire.read(length)
+                    if not wire.changed and (seq != (base + i) & MASK or checksum != check(data, salt + seq)
+                                             or (payload and data != self.image[seq * payload:(seq + 1) * payload])):
+                        self.wrong = "a packet"
+                missing = []
+                wire.send(DONE, others)
+                expect_info = True
+            elif kind == AGAIN:
+                wire.read(12)
+                missing = [i for i in missing if generator.randrange(2)]
+            elif kind == BYE:
+                fields = wire.frame()
+                if fields["ok"]:
+                    wire.send(DONE, others)
+                    self.served = not wire.changed
+                raise Ended("BYE: %s" % fields.get("reason"))
+            elif kind != ALIVE or self.compat:
+                raise ValueError("signal %r" % kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes under test
+
+class Nursery(object):
+    """A process that has imported kmcast and forks a child for each transfer."""
+
+    def __init__(self, python):
+        self._process = subprocess.Popen([python, os.path.abspath(__file__), "--nursery"], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, preexec_fn=os.setsid)
+        self._lock = threading.Lock()
+        self._jobs = {}
+        self._count = 0
+        self._reader = threading.Thread(target=self._read)
+        self._reader.daemon = True
+        self._reader.start()
+
+    def start(self, args, out, err):
+        """Have kmcast.main(args) run with stdout and stderr to those files. Returns a Job."""
+        with self._lock:
+            self._count += 1
+            job = self._jobs[self._count] = Job(err)
+            line = json.dumps({"job": self._count, "args": [str(arg) for arg in args], "out": out, "err": err})
+            self._process.stdin.write(line.encode("ascii") + b"\n")
+            self._process.stdin.flush()
+        return job
+
+    def _read(self):
+        for line in iter(self._process.stdout.readline, b""):
+            report = json.loads(line.decode("ascii"))
+            self._jobs[report["job"]].report(report)
+            if "code" in report:
+                del self._jobs[report["job"]]
+
+    def close(self):
+        """End it, and all that it has started."""
+        self._process.stdin.close()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except OSError:
+            pass
+        self._process.wait()
+
+
+class Job(object):
+    """A process under test.
+
+    After its end: `.code`, `.peak` (KiB), `.seconds`, `.threads` and `.descriptors` that were left.
+    """
+
+    def __init__(self, err):
+        self.err = err
+        self.pid = None
+        self.started, self.ended = threading.Event(), threading.Event()
+
+    def report(self, report):
+        """Take what the nursery says."""
+        self.__dict__.update(report)
+        (self.ended if "code" in report else self.started).set()
+
+    def stderr(self):
+        """What it has said until now."""
+        try:
+            with open(self.err, "rb") as said:
+                return said.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    def kill(self):
+        """End it with the traceback of each thread (Python 3) in its stderr."""
+        self.started.wait(CASE_LIMIT)
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            try:
+                os.kill(self.pid, number)
+            except OSError:
+                pass
+            if self.ended.wait(2):
+                return
+
+
+def nursery():
+    """The process of a Nursery; runs on Python 2.7 and 3."""
+    sys.path.insert(0, ROOT)
+    import kmcast
+    for name in PATCHES:
+        if not hasattr(kmcast, name):
+            raise SystemExit("kmcast.%s is gone; see PATCHES" % name)
+        setattr(kmcast, name, PATCHES[name])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    reports = os.fdopen(os.dup(1), "wb", 0)
+    running = {}                        # a pipe that its end closes -> (job, pid, when it began)
+    while True:
+        for readable in select.select([0] + list(running), [], [])[0]:
+            if readable:
+                job, pid, began = running.pop(readable)
+                left = os.read(readable, 100)
+                os.close(readable)
+                _, status, usage = os.wait4(pid, 0)
+                threads, descriptors = [int(number) for number in left.split()] or (0, 0) if left else (0, 0)
+                report = {"job": job, "peak": usage.ru_maxrss, "seconds": time.time() - began, "threads": threads,
+                          "descriptors": descriptors,
+                          "code": -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}
+            else:
+                line = b""
+                while not line.endswith(b"\n"):
+                    byte = os.read(0, 1)
+                    if not byte:
+                        return
+                    line += byte
+                task = json.loads(line.decode("ascii"))
+                ours, its = os.pipe()
+                pid = os.fork()
+                if not pid:
+                    for fd in list(running) + [ours]:
+                        os.close(fd)
+                    bring_up(kmcast, task, its)
+                os.close(its)
+                running[ours] = task["job"], pid, time.time()
+                report = {"job": task["job"], "pid": pid}
+            reports.write(json.dumps(report).encode("ascii") + b"\n")
+
+
+def bring_up(kmcast, task, pipe):
+    """Be the process under test; does not return."""
+    code = 99
+    try:
+        for fd, path in ((0, os.devnull), (1, task["out"]), (2, task["err"])):
+            opened = os.open(path, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(opened, fd)
+            os.close(opened)
+        try:
+            import faulthandler
+            faulthandler.enable()
+        except ImportError:             # Python 2
+            pass
+        servers = []
+        make = kmcast.Multicaster.__init__
+
+        def remember(self, *args):
+            servers.append(self)
+            make(self, *args)
+        kmcast.Multicaster.__init__ = remember
+
+        def time_is_up(_number, _frame):
+            servers[0].session.start_by = 0.0       # --start-wait is over
+        signal.signal(signal.SIGUSR1, time_is_up)
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            code = kmcast.main(task["args"])
+        except SystemExit as end:
+            code = end.code
+        left = (threading.active_count() - 1, len(os.listdir("/proc/self/fd")) - before)
+        os.write(pipe, ("%d %d" % left).encode("ascii"))
+    except BaseException:               # pylint: disable=broad-except
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Playing, and judging what comes of it
+
+class Findings(object):
+    """Counts cases and says what was found."""
+
+    def __init__(self, endpoint, seed, python):
+        self.endpoint, self.seed, self.python = endpoint, seed, python
+        self.cases = self.found = 0
+        self.codes, self.reasons = collections.Counter(), collections.Counter()
+        self.peak = 0
+        self.slowest = 0.0
+        self.began = time.time()
+        self._lock = threading.Lock()
+        self._said = self.began
+
+    def done(self, job, cases=1):
+        """Count cases."""
+        with self._lock:
+            self.cases += cases
+            self.codes[job.code] += 1
+            for line in job.stderr().splitlines():
+                if "error: " in line:
+                    self.reasons[re.sub(r"[0-9]+|0x[0-9a-f]+", "#", line.split("error: ", 1)[1])[:70]] += 1
+            self.peak = max(self.peak, job.peak)
+            self.slowest = max(self.slowest, job.seconds)
+            if time.time() - self._said > 60:
+                self._said = time.time()
+                print("… %d cases, %.0f a second, %d findings" % (
+                    self.cases, self.cases / (time.time() - self.began), self.found), flush=True)
+
+    def add(self, only, what, details=""):
+        """Say what was found in case `only` (a number, or text A-B)."""
+        with self._lock:
+            self.found += 1
+            print("FINDING in case %s: %s\n  again: python3 tests/fuzz.py --endpoint %s --seed %d --python %s --only %s\n%s" % (
+                only, what, self.endpoint, self.seed, self.python, only,
+                "\n".join("    | " + line for line in details[-6000:].splitlines())), flush=True)
+
+    def summary(self):
+        """Say how it went; returns an exit code."""
+        seconds = time.time() - self.began
+        print("%s: %d cases in %.0f s, %.0f a second, seed %d, %s: %d findings" % (
+            self.endpoint, self.cases, seconds, self.cases / max(0.001, seconds), self.seed, self.python, self.found))
+        if self.codes:
+            print("  exit codes %s; peak memory %d KiB; longest process %.1f s" % (
+                dict(self.codes), self.peak, self.slowest))
+            for reason, count in self.reasons.most_common(60):
+                print("  %6d  %s" % (count, reason))
+        return 1 if self.found else 0
+
+
+def judge_process(job, name):
+    """What is wrong with a process that has ended, whatever was played to it: a list of texts."""
+    said = job.stderr()
+    wrong = []
+    if job.code not in (0, 1, 3):
+        wrong.append("%s ended with %d" % (name, job.code))
+    if "Traceback" in said or "internal error" in said:
+        wrong.append("%s failed in itself" % name)
+    if not re.match(r"[ -~\n]*\Z", said):
+        wrong.append("%s let control characters into its log" % name)
+    if max([len(line) for line in said.splitlines()] or [0]) > 600:
+        wrong.append("%s said a line of %d characters" % (name, max(len(line) for line in said.splitlines())))
+    if job.peak > MOST_KIB:
+        wrong.append("%s took %d KiB" % (name, job.peak))
+    if job.seconds > CASE_LIMIT:
+        wrong.append("%s took %.1f s" % (name, job.seconds))
+    return wrong
+
+
+def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
+    """Play the cases that the iterator `numbers` gives, one after the other."""
+    group = "239.255.90.%d" % (1 + worker)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((LOOPBACK, 0))
+    listener.listen(5)
+    listener.settimeout(CASE_LIMIT)
+    port = listener.getsockname()[1]
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LOOPBACK))
+    udp.connect((group, port))
+
+    def cast(datagrams):
+        for data in datagrams:
+            try:
+                udp.send(data)
+            except OSError:
+                pass
+    out, err = os.path.join(folder, "out"), os.path.join(folder, "err")
+    target = os.path.join(folder, "target")
+    os.mkdir(target)
+    for number in numbers:
+        case = ServerCase(seed, number, group, port)
+        image = os.path.join(target, "image")
+        args = ["client", "--wait", 0, "--stall-timeout", CASE_LIMIT if case.must_arrive() else CLIENT_STALL]
+        job = nursery_.start(args + (["-o", image] if case.to_file else []) + [LOOPBACK, LOOPBACK, port], out, err)
+        case.play(listener.accept()[0], cast)
+        wrong = []
+        if not job.ended.wait(CASE_LIMIT):
+            wrong = ["the client hangs"]
+            job.kill()
+        wrong += judge_process(job, "the client")
+        said = job.stderr()
+        written = b""
+        if job.code == 0 or not case.to_file:
+            try:
+                with open(image if case.to_file else out, "rb") as output:
+                    written = output.read()
+            except OSError:
+                wrong.append("exit code 0, and no file")
+        if job.code == 0 and written != case.image:
+            # In the base protocol nothing but a round of no packets marks the end, so a server that says it early is believed.
+            boundaries = [b"".join(b"".join(payloads) for payloads in case.rounds[:i]) for i in range(len(case.rounds) + 1)]
+            if case.session or case.must_arrive() or written not in boundaries:
+                wrong.append("exit code 0, and %d bytes that are not the image of %d" % (len(written), len(case.image)))
+        if job.code != 0:
+            if case.must_arrive():
+                wrong.append("the client fails without a reason")
+            if case.session and case.digest and not case.image.startswith(written):
+                wrong.append("unverified bytes were written")
+            errors = [line for line in said.splitlines() if "error: " in line]
+            if len(errors) != 1:
+                wrong.append("%d error lines" % len(errors))
+        for name in os.listdir(target):
+            path = os.path.join(target, name)
+            with open(path, "rb") as left:
+                # After a session's BYE the image is complete and verified, even if the server is gone when the client says so.
+                if job.code != 0 and (name != "image" or left.read() != case.image):
+                    wrong.append("it left %s" % name)
+            os.unlink(path)
+        findings.done(job)
+        if wrong:
+            findings.add(number, "; ".join(wrong), "style %s, session %s, digest %s, script's end: %s\n%s" % (
+                case.style, case.session, case.digest, case.ended, said))
+    listener.close()
+    udp.close()
+
+
+def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
+    """Play the transfers that the iterator `sessions` gives: lists of numbers of cases."""
+    group = "239.255.91.%d" % (1 + worker)
+    probe = socket.socket()
+    probe.bind((LOOPBACK, 0))           # stays bound: nobody else gets it
+    port = probe.getsockname()[1]
+    probe.close()
+    port = 20000 + (port + os.getpid()) % 12000
+    for numbers in sessions:
+        generator = random.Random("transfer %d %d" % (seed, numbers[0] // PEERS))
+        compat = generator.random() < 0.2
+        cases = [PeerCase(seed, number) for number in numbers]
+        image = random_bytes(generator, generator.choice((0, 1, 216 * 8, 216 * 20, 216 * 33 + 100)))
+        clients = generator.choice((1, 1, 2))
+        path = os.path.join(folder, "image")
+        with open(path, "wb") as file:
+            file.write(image)
+        args = ["server", "-i", path, "--mtu", 256, "--buffer-packets", generator.choice((1, 8, 8, 8, 64)), "--group", group,
+                "--stall-timeout", SERVER_STALL, "--start-wait", 60, "--rate", generator.choice(("max", "auto", "100M")),
+                "--clients-per-thread", generator.choice((1, 5, 64))]
+        args += ["--compat"] if compat else []
+        args += ["--no-digest"] if generator.randrange(8) == 0 else []
+        args += ["--unicast"] if generator.randrange(8) == 0 else []
+        while True:
+            port = 20000 + (port + 1) % 12000
+            server = nursery_.start(args + [LOOPBACK, len(cases) + clients, port],
+                                    os.path.join(folder, "s.out"), os.path.join(folder, "s.err"))
+            while "waiting for" not in server.stderr() and not server.ended.wait(0.002):
+                pass
+            if "cannot listen" not in server.stderr():
+                break
+        real = [nursery_.start(["client", LOOPBACK, LOOPBACK, port],
+                               os.path.join(folder, "c%d.out" % i), os.path.join(folder, "c%d.err" % i)) for i in range(clients)]
+        for job in real:
+            deadline = time.time() + CASE_LIMIT
+            while "connected to" not in job.stderr() and not job.ended.is_set() and time.time() < deadline:
+                time.sleep(0.002)
+        threads = [threading.Thread(target=case.play, args=(port, compat, image)) for case in cases]
+        for thread in threads:
+            thread.start()
+        for case in cases:
+            case.greeted.wait(1)
+        try:
+            os.kill(server.pid, signal.SIGUSR1)
+        except OSError:
+            pass
+        wrong = []
+        for name, job in [("the server", server)] + [("a real client", job) for job in real]:
+            if not job.ended.wait(2 * CASE_LIMIT):
+                wrong.append("%s hangs" % name)
+                job.kill()
+            wrong += judge_process(job, name)
+        for thread in threads:
+            thread.join()
+        said = server.stderr()
+        for i, job in enumerate(real):
+            with open(os.path.join(folder, "c%d.out" % i), "rb") as output:
+                if job.code != 0:
+                    wrong.append("a real client failed")
+                elif output.read() != image:
+                    wrong.append("a real client got other bytes")
+        served = re.search(r"(\d+) of (\d+) clients have the image", said)
+        good = clients + len([case for case in cases if case.served])
+        if not served or int(served.group(1)) < good:
+            wrong.append("the server served less than %d" % good)
+        elif server.code != (0 if served.group(1) == served.group(2) else 3):
+            wrong.append("the server's exit code is %d" % server.code)
+        if server.threads or server.descriptors:
+            wrong.append("%d threads and %d descriptors were left" % (server.threads, server.descriptors))
+        if said.count("\n") > 20 + 3 * (len(cases) + clients):
+            wrong.append("a log of %d lines" % said.count("\n"))
+        findings.done(server, len(cases))
+        only = "%d-%d" % (numbers[0], numbers[-1]) if len(numbers) > 1 else numbers[0]
+        if wrong:
+            findings.add(only, "; ".join(wrong), "compat %s, %s\n%s\n%s" % (
+                compat, args, said, "\n".join(job.stderr() for job in real)))
+        for case in cases:
+            if case.style != "wild" and not case.served and not wrong:
+                findings.add(case.number, "an undamaged peer was not served: %s" % case.ended, said)
+            if case.wrong:
+                findings.add(case.number, "the server got %s wrong" % case.wrong, said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsers
+
+class FakeSocket(object):
+    """What a Peer reads from."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def recv(self, size):
+        piece = self.pieces.pop(0) if self.pieces else b""
+        if len(piece) > size:
+            self.pieces.insert(0, piece[size:])
+        return piece[:size]
+
+
+def pieces_of(generator, data):
+    """`data` cut at random."""
+    pieces = []
+    while data:
+        size = generator.choice((1, 1, 2, 5, 30, 1000, 100000))
+        pieces.append(data[:size])
+        data = data[size:]
+    return pieces
+
+
+def parse_frames(kmcast, generator):
+    """unpack_frame, field, unpack_group_info."""
+    fields = generator.choice((welcome_fields(), {"version": "1", "host": "h"}, {"ok": True, "bytes": 5, "sha256": None}))
+    data = change_frame(generator, frame(WELCOME, fields))
+    if generator.randrange(3) == 0:
+        data = change_bytes(generator, data)
+    try:
+        got = kmcast.unpack_frame(data[5:])
+        for key in sorted(fields):
+            for kinds in (kmcast.NUMBER, kmcast.TEXT):
+                try:
+                    value = kmcast.field(got, key, kinds, generator.randrange(2))
+                except kmcast.ProtocolError:
+                    continue
+                assert value is None or isinstance(value, kinds)
+                if value is not None and kinds is kmcast.TEXT:
+                    assert len(value) <= 200 and re.match("[ -~]*$", value), repr(value)
+    except kmcast.ProtocolError as error:
+        assert re.match("[ -~]{,300}$", str(error)), str(error)
+    data = group_info("239.1.2.3", 18383)
+    data = change_bytes(generator, data)[:16].ljust(16, b"\0")
+    try:
+        group, port, version = kmcast.unpack_group_info(data)
+        assert 224 <= int(group.split(".")[0]) <= 239 and 0 < port < 65536
+        assert version is None or 0 <= version < 256
+    except kmcast.ProtocolError:
+        pass
+
+
+def parse_messages(kmcast, generator):
+    """Peer.receive: the same messages, however the bytes are cut."""
+    most = generator.choice((0, 1, 8, 65536))
+    messages = [generator.choice((ALIVE, READY, DONE, hello(), bye(False, reason="x"), request(range(generator.choice((1, 8))))))
+                for _ in range(generator.randrange(1, 12))]
+    data = b"".join(messages)
+    if generator.randrange(3):
+        for _ in range(generator.randrange(1, 4)):
+            data = change_bytes(generator, data)
+
+    def received(pieces):
+        peer = kmcast.Peer(FakeSocket(pieces), "test")
+        got = []
+        try:
+            while True:
+                for message in peer.receive(most):
+                    got.append(bytes(message))
+        except kmcast.Gone:
+            return got, "gone"
+        except kmcast.ProtocolError as error:
+            return got, str(error)
+    whole, end = received([data] if data else [])
+    cut, cut_end = received(pieces_of(generator, data))
+    assert end == cut_end, (end, cut_end)
+    # What came in one piece with what is wrong may be lost with it.
+    assert cut[:len(whole)] == whole and data.startswith(b"".join(cut)), (whole, cut)
+    assert end != "gone" or whole == cut
+
+
+def parse_packets(kmcast, generator):
+    """Buffer.put, against a model."""
+    payload = generator.choice((16, 20, 64))
+    count = generator.choice((1, 2, 7, 40, 150))
+    any_size = generator.randrange(4) == 0
+    base = generator.choice((0, 5, 2 ** 32 - 1, 2 ** 32 - 4, generator.getrandbits(32)))
+    salt = generator.choice((0, MASK, generator.getrandbits(32)))
+    sizes = [payload] * count
+    if any_size:
+        sizes = [generator.choice((payload, generator.randrange(1, payload))) for _ in sizes]
+    elif generator.randrange(2):
+        sizes[-1] = generator.randrange(1, payload + 1)
+    payloads = [random_bytes(generator, size) for size in sizes]
+    buffer = kmcast.Buffer(payload, count + generator.randrange(3), salt)
+    if generator.randrange(2):          # it was in use before
+        buffer.start(base - 3, count, count * payload)
+        buffer.put(bytearray(packet((base - 3) & MASK, b"o" * payload, salt)), 0, 1, payload)
+    buffer.start(base, count, None if any_size else sum(sizes))
+    have = set()
+    for _ in range(generator.randrange(1, 30)):
+        first = generator.randrange(count)
+        places = list(range(first, min(count, first + generator.choice((1, 2, 5, 50, 128)))))
+        if generator.randrange(4) == 0:
+            generator.shuffle(places)
+        data, size, taken = [], len(payloads[places[0]]), []
+        for place in places:
+            if len(payloads[place]) != size:
+                break
+            one = packet((base + place) & MASK, payloads[place], salt)
+            way = generator.randrange(20)
+            if way == 0:
+                one = packet((base + place + generator.choice((count, -1, 70000, 2 ** 31))) & MASK, payloads[place], salt)
+                if (U32.unpack(one[:4])[0] - base) & MASK < count:
+                    break
+            elif way == 1:
+                damaged = bytearray(one)
+                damaged[generator.randrange(len(one))] ^= 1 << generator.randrange(8)
+                one = bytes(damaged)
+            elif way == 2:
+                data.append(one)
+                taken.append(place)
+            else:
+                taken.append(place)
+            data.append(one)
+        data = data[:kmcast.Batch.MOST]
+        have |= set((U32.unpack(one[:4])[0] - base) & MASK for one in data if one == packet(
+            U32.unpack(one[:4])[0], payloads[(U32.unpack(one[:4])[0] - base) % 2 ** 32 % count], salt)
+            and (U32.unpack(one[:4])[0] - base) & MASK < count)
+        if data:
+            offset = generator.randrange(5)
+            buffer.put(bytearray(b"x" * offset + b"".join(data) + b"y"), offset, len(data), size)
+        buffer.put(bytearray(random_bytes(generator, 100)), 0, 1, generator.randrange(0, 88))
+        assert buffer.missing() == [i for i in range(count) if i not in have], "missing"
+        assert buffer.complete == (len(have) == count) and buffer.received == len(have), "count"
+    for place in range(count):
+        if not buffer.has(place):
+            buffer.put(bytearray(packet((base + place) & MASK, payloads[place], salt)), 0, 1, len(payloads[place]))
+    assert buffer.complete and bytes(buffer.flush().tobytes()) == b"".join(payloads), "flush"
+
+
+def parse_repairs(kmcast, generator):
+    """combine, encode_repair, read_recipe, solve: what should be recovered is, and garbage is harmless."""
+    payload = generator.choice((16, 20, 64, 1460))
+    count = generator.choice((1, 3, 40, 200))
+    base, number = generator.choice((0, 2 ** 32 - 5)), generator.choice((0, 2 ** 32 - 3, 77))
+    salt, repair_salt = generator.getrandbits(32), generator.getrandbits(32)
+    payloads = [random_bytes(generator, payload) for _ in range(count)]
+    payloads[-1] = payloads[-1][:generator.randrange(1, payload + 1)]
+    data = bytearray(b"".join(packet((base + i) & MASK, one, salt).ljust(12 + payload, b"\0") for i, one in enumerate(payloads)))
+    full = kmcast.Buffer(payload, count, salt)
+    full.start(base, 0, 0)
+    for one in payloads:
+        full.add(one)
+    requests = [sorted(generator.sample(range(count), generator.randrange(1, max(2, min(count, 20)))))
+                for _ in range(generator.randrange(1, 6))]
+    groups = kmcast.combine(requests, kmcast.most_members(payload))
+    assert sorted(i for group in groups for i in group) == sorted(set(i for places in requests for i in places))
+    coded, recipe_count = kmcast.encode_repair(full, groups, number, repair_salt)
+    sent = [coded.get((number + i) & MASK).tobytes() for i in range(coded.count)]
+    honest = generator.randrange(2)
+    lost = set(i for i in range(len(sent)) if generator.randrange(4) == 0) if generator.randrange(2) else set()
+    for lacks in requests:
+        assert max([len([i for i in group if i in lacks]) for group in groups]) <= 1
+        buffer = kmcast.Buffer(payload, count, salt)
+        buffer.start(base, count, len(b"".join(payloads)))
+        for place in range(count):
+            if place not in lacks:
+                size = len(payloads[place])
+                buffer.put(data, place * (12 + payload), 1, size)
+        arrived = kmcast.Buffer(payload, coded.count, repair_salt)
+        arrived.start(number, coded.count, None)
+        for i, one in enumerate(sent):
+            if i in lost:
+                continue
+            text = one[12:]
+            if not honest and i < recipe_count:
+                text = change_bytes(generator, text)[:payload] or b"\0"
+            one = packet((number + i) & MASK, text, repair_salt)
+            arrived.put(bytearray(one), 0, 1, len(text))
+        kmcast.solve(buffer, arrived, generator.choice((recipe_count, coded.count)) if not honest else recipe_count)
+        assert len(buffer.missing()) <= len(lacks)
+        if honest:
+            for place in range(count):
+                if buffer.has(place):
+                    assert buffer.payload_of(place)[:len(payloads[place])] == payloads[place], "solved wrong"
+            if not lost:
+                assert buffer.complete, "not solved"
+
+
+PARSERS = (parse_frames, parse_messages, parse_packets, parse_repairs)
+
+
+def fuzz_parsers(rounds, seed, only):
+    """Run under --python; returns an exit code."""
+    sys.path.insert(0, ROOT)
+    import kmcast
+    found, began = 0, time.time()
+    numbers = range(only, only + 1) if only is not None else range(rounds)
+    for number in numbers:
+        generator = random.Random("parsers %d %d" % (seed, number))
+        try:
+            PARSERS[number % len(PARSERS)](kmcast, generator)
+        except Exception:               # pylint: disable=broad-except
+            found += 1
+            print("FINDING in case %d (%s)\n  again: python3 tests/fuzz.py --endpoint parsers --seed %d --python %s --only %d\n%s"
+                  % (number, PARSERS[number % len(PARSERS)].__name__, seed, sys.executable, number, traceback.format_exc()))
+    seconds = time.time() - began
+    print("parsers: %d cases in %.0f s, %.0f a second, seed %d, %s: %d findings" % (
+        len(numbers), seconds, len(numbers) / max(0.001, seconds), seed, sys.executable, found))
+    return 1 if found else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+class Numbers(object):
+    """An iterator for several threads."""
+
+    def __init__(self, values):
+        self._values, self._lock = iter(values), threading.Lock()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with self._lock:
+            return next(self._values)
+
+
+def fuzz(endpoint, rounds, seed, python, only=None, jobs=2):
+    """Fuzz the server or the client. only: a pair of the first and the last case, or None. Returns an exit code."""
+    findings = Findings(endpoint, seed, python)
+    first, last = only or (0, rounds - 1)
+    if endpoint == "server":
+        work = Numbers([list(range(start, min(start + PEERS, last + 1))) for start in range(first, last + 1, PEERS)])
+    else:
+        work = Numbers(range(first, last + 1))
+    folder = tempfile.mkdtemp(prefix="kmcast-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    nursery_ = Nursery(python)
+    broken = []
+
+    def run(worker):
+        own = os.path.join(folder, str(worker))
+        os.mkdir(own)
+        try:
+            (fuzz_server if endpoint == "server" else fuzz_client)(findings, nursery_, work, seed, worker, own)
+        except Exception:               # pylint: disable=broad-except
+            broken.append(traceback.format_exc())
+    try:
+        threads = [threading.Thread(target=run, args=(worker,)) for worker in range(1 if only else jobs)]
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        nursery_.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    for text in broken:
+        findings.found += 1
+        print("the fuzzer itself failed:\n" + text)
+    return findings.summary()
+
+
+def main():
+    """The program; returns its exit code."""
+    if sys.argv[1:2] == ["--nursery"]:
+        return nursery()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--endpoint", choices=("server", "client", "parsers"), default="client")
+    parser.add_argument("--rounds", type=int, default=1000, help="how many cases (1000)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of what is played to")
+    parser.add_argument("--only", help="play only this case, or those from A to B as A-B")
+    parser.add_argument("--jobs", type=int, default=2, help="how many transfers at once (2)")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    only = None
+    if options.only:
+        only = [int(number) for number in options.only.split("-")]
+        only = only[0], only[-1]
+    if options.endpoint != "parsers":
+        return fuzz(options.endpoint, options.rounds, options.seed, options.python, only, options.jobs)
+    if options.here:
+        return fuzz_parsers(options.rounds, options.seed, only and only[0])
+    return subprocess.call([options.python, os.path.abspath(__file__), "--here"] + sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

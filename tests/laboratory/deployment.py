@@ -1,0 +1,280 @@
+"""What the laboratory tests share: an image brought from the server to the clients of a laboratory.
+
+    def test_a_client_that_is_killed_does_not_stop_the_others(laboratory, deploy):
+        run = deploy(laboratory(), IMAGE, server_args=["--rate", "40M"])
+        run.wait_received(1 << 20)              # in mid-transfer
+        run.clients[1].signal(signal.SIGKILL)
+        run.finish()
+        run.check_complete(run.clients[0], run.clients[2], run.clients[3])
+
+`laboratory` and `deploy` are fixtures in conftest.py. Whatever a test does, and whether it passes or not, one thing is
+checked at its end: **a client that exited 0 has exactly the server's bytes.**
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import helpers
+
+MIB = 1 << 20
+
+
+class Consumer(object):
+    """What reads a client's output: keeps it all, and can stop reading or take its time.
+
+    size    bytes until now
+    pace    None, or a function of the bytes until now that returns how many seconds to wait before the next read
+    """
+
+    def __init__(self, pace=None):
+        self.size = 0
+        self.pace = pace
+        self._chunks = []
+        self._reading = threading.Event()
+        self._reading.set()
+
+    def __call__(self, chunk):
+        self._chunks.append(chunk)
+        self.size += len(chunk)
+        if self.pace:
+            time.sleep(self.pace(self.size))
+        self._reading.wait()
+
+    def stop(self):
+        """Read no more; what is in the pipe stays there."""
+        self._reading.clear()
+
+    def go_on(self):
+        """Read again."""
+        self._reading.set()
+
+    def data(self):
+        """All that came, bytes."""
+        return b"".join(self._chunks)
+
+
+class Client(helpers.Process):
+    """A client of a deployment: a Process that knows its `.host`, its `.consumer`, and the file of its -o, `.output`.
+
+    consumer and output: at most one of them is not None; with neither its output is not looked at.
+    """
+
+    def __init__(self, argv, host, consumer, output, stdout, **options):
+        super().__init__(argv, stdout=consumer or stdout, **options)
+        self.host = host
+        self.consumer = consumer
+        self.output = output
+
+    @property
+    def code(self):
+        """The exit code, None while it runs."""
+        return self.poll()
+
+    def received(self):
+        """The image as this client handed it over, bytes; None where that is not kept, or there is no file."""
+        if self.consumer:
+            return self.consumer.data()
+        if self.output and os.path.exists(self.output):
+            with open(self.output, "rb") as file:
+                return file.read()
+        return None
+
+    def repaired(self):
+        """How many packets it got by repair, as its summary says: (by multicast, by TCP)."""
+        match = re.search(r"repaired (\d+) packets by multicast, (\d+) by TCP", self.stderr)
+        assert match, self.stderr
+        return int(match.group(1)), int(match.group(2))
+
+
+class Deployment(object):
+    """A server and clients on the hosts of a laboratory.
+
+    lab       the Laboratory
+    server    helpers.Process
+    clients   Clients, in the order of lab.clients
+    data      the image that the server gets, bytes
+    seconds   from the start to the end of finish()
+    """
+
+    def __init__(self, lab, data, server_args, port, places, on_server, stdin, server_options):
+        self.lab = lab
+        self.data = data
+        self.port = port
+        self.clients = []
+        self.others = []                        # processes beside the server and the clients, for the report
+        self.began = time.monotonic()
+        self.seconds = None
+        prefix = on_server.command([])
+        start = server_options.pop("start", helpers.start_server)
+        self.server = start(list(server_args) + [on_server.address, places, port], prefix=prefix,
+                            stdin=data if stdin is None else stdin, **server_options)
+
+    def add_client(self, host, args=(), consumer="keep", output=None, stdout=None, python=None, server=None,
+                   program=helpers.KMCAST, prefix=(), **options):
+        """Start a client on a host.
+
+        consumer  a Consumer; "keep": a new one; None: `stdout` says where its output goes, or `output`
+        output    a path for its -o
+        server    the Host that the image comes from, if not lab.server
+        program   which client: kmcast.py or base_peer.py
+        prefix    a command that runs it, e.g. ["strace", "-f"]
+        """
+        if output or stdout is not None:
+            consumer = None
+        elif consumer == "keep":
+            consumer = Consumer()
+        argv = host.command(list(prefix) + [python or helpers.newest(), program, "client"]) + list(args)
+        if output:
+            argv += ["-o", output]
+        argv += [host.address, (server or self.lab.server).address, self.port]
+        client = Client(argv, host, consumer, output, stdout, **options)
+        self.clients.append(client)
+        return client
+
+    # --- while it goes on ---
+
+    def wait_received(self, size=MIB, clients=None, timeout=60):
+        """Wait until each of these clients (None: all) has handed over so many bytes: the transfer is under way."""
+        deadline = time.monotonic() + timeout
+        for client in self.clients if clients is None else clients:
+            while client.consumer.size < size:
+                assert client.code is None and time.monotonic() < deadline, \
+                    "%r has handed over %d bytes, not %d\n%s" % (client, client.consumer.size, size, self)
+                time.sleep(0.01)
+
+    def wait_packets(self, host, packets, timeout=60):
+        """Wait until the server's interface has sent so many frames since the laboratory was built."""
+        deadline = time.monotonic() + timeout
+        # /sys would show the interfaces of our own namespace: the mount stays the same.
+        while int(re.search(host.interface + r":(?: +\d+){9} *(\d+)",
+                            host.run(["cat", "/proc/net/dev"], capture_output=True, text=True).stdout).group(1)) < packets:
+            assert time.monotonic() < deadline, "%r sent less than %d packets\n%s" % (host, packets, self)
+            time.sleep(0.02)
+
+    # --- the end ---
+
+    def wait_end(self, *processes, timeout=60):
+        """Wait until these processes have ended; return their exit codes. One that goes on for longer fails the test."""
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            if process.wait(max(0.1, deadline - time.monotonic())) is None:
+                try:
+                    process.finish(0)           # for the tracebacks
+                except AssertionError as error:
+                    raise AssertionError("%s\n%s" % (error, self))
+        return [process.poll() for process in processes]
+
+    def finish(self, timeout=60):
+        """Wait until server and clients have ended, at most `timeout` seconds in all, and take all that they wrote."""
+        deadline = time.monotonic() + timeout
+        for process in [self.server] + self.clients:
+            self.wait_end(process, timeout=max(0.1, deadline - time.monotonic()))
+        self.seconds = time.monotonic() - self.began
+        for client in self.clients:
+            if client.consumer:
+                client.consumer.pace = None
+                client.consumer.go_on()
+            client.finish(10)
+        self.server.finish(10)
+        self.check_invariant()
+        return self
+
+    def check_invariant(self):
+        """A client that exited 0 has exactly the server's bytes."""
+        for client in self.clients:
+            if client.code == 0 and (client.consumer or client.output):
+                received = client.received()
+                # Compared outside of the assert: pytest would explain at length how two images of megabytes differ.
+                equal = received == self.data
+                assert equal, "%s exited 0 with %s bytes of %d, or with others\n%s" % (
+                    client.host.name, "no" if received is None else len(received), len(self.data), self)
+
+    def check_complete(self, *clients):
+        """Fail unless these clients (none given: all, and then the server too) have exited 0 with the image."""
+        if not clients:
+            assert self.server.poll() == 0, str(self)
+        for client in clients or self.clients:
+            assert client.code == 0, "%s exited %s\n%s" % (client.host.name, client.code, self)
+        self.check_invariant()
+
+    def check_failed(self, *clients):
+        """Fail unless these clients have exited 1, and without a crash."""
+        for client in clients:
+            assert client.code == 1, "%s exited %s\n%s" % (client.host.name, client.code, self)
+            assert "Traceback" not in client.stderr and "internal error" not in client.stderr, str(self)
+
+    def check_server(self, code, *hosts):
+        """Fail unless the server exited with `code`, without a crash, and names exactly these hosts as without the image."""
+        said = self.server.stderr
+        assert self.server.poll() == code, str(self)
+        assert "Traceback" not in said and "internal error" not in said, str(self)
+        named = re.findall(r"(\S+) \(\S+\) does not have the image", said)
+        assert sorted(named) == sorted(host.name for host in hosts), str(self)
+
+    def repair(self):
+        """The packets of repair in the server's summary: (by multicast, by TCP)."""
+        match = re.search(r"repair: (\d+) packets by multicast, (\d+) packets by TCP", self.server.stderr)
+        assert match, str(self)
+        return int(match.group(1)), int(match.group(2))
+
+    def __str__(self):
+        parts = [("server", self.server)] + [(client.host.name, client) for client in self.clients] \
+            + [("other", other) for other in self.others]
+        return "\n".join("%s: exit %s, stderr:\n%s" % (name, process.poll(), process.stderr) for name, process in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For tests of faults
+
+#: An image, and rates at which it takes long enough to be disturbed: some 1.7 s and 3.5 s.
+IMAGE = helpers.random_bytes(8000000, seed=3)
+PACKETS = -(-len(IMAGE) // 1460)
+RATE = ["--rate", "40M"]
+SLOW = ["--rate", "20M"]
+
+PATIENT = ["--stall-timeout", "0"]          # never: what the kernel notices is all that there is
+IMPATIENT = ["--stall-timeout", "3"]        # seconds
+
+#: Seconds that processes on a busy machine may be late.
+SLACK = 8
+
+
+def others(run, *out):
+    """Return the clients of a deployment without those."""
+    return [client for client in run.clients if client not in out]
+
+
+def no_file(directory):
+    """Fail if a client has left anything in the directory for its -o, be it under the final name or another one."""
+    assert os.listdir(str(directory)) == []
+
+
+def firewall(host, hook, rule):
+    """Add a rule to a host's packet filter."""
+    host.run(["nft", "-f", "-"], universal_newlines=True, input="table ip firewall {\n chain c {\n "
+             "type filter hook %s priority 0;\n %s\n }\n}" % (hook, rule))
+
+
+def changed_kmcast(directory, change):
+    """Return the path of a program that is kmcast after `change`, some lines of Python."""
+    program = directory / "changed_kmcast.py"
+    program.write_text("import sys\nsys.path.insert(0, %r)\nimport kmcast\n%s\nsys.exit(kmcast.main())\n"
+                       % (helpers.ROOT, change))
+    return str(program)
+
+
+_help = {}
+
+
+def needs(command, option):
+    """Return a mark: skip the test while kmcast has no such option."""
+    if command not in _help:
+        _help[command] = subprocess.run([sys.executable, helpers.KMCAST, command, "--help"], stdout=subprocess.PIPE,
+                                        universal_newlines=True).stdout
+    return pytest.mark.skipif(option not in _help[command], reason="kmcast %s has no %s" % (command, option))

@@ -1,0 +1,160 @@
+"""The ends that decide: commands as producer and consumer, who takes part, and who is too slow."""
+
+import re
+import time
+
+import pytest
+
+import helpers
+from deployment import IMAGE, MIB, RATE, needs, no_file, others
+
+
+@needs("server", "--pipe")
+def test_command_as_producer(laboratory, deploy, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(IMAGE)
+    run = deploy(laboratory(clients=2), IMAGE, ["--pipe", "cat '%s'" % image])
+    run.finish()
+    run.check_complete()
+
+
+@needs("server", "--pipe")
+@pytest.mark.parametrize("command", ["cat '%s'; exit 7", "cat '%s'; kill -9 $$"])
+def test_command_as_producer_fails(laboratory, deploy, tmp_path, command):
+    """All bytes were there, but the command says that they are not the image: nobody reports success."""
+    image = tmp_path / "image"
+    image.write_bytes(IMAGE)
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    lab = laboratory(clients=2)
+    run = deploy(lab, IMAGE, ["--pipe", command % image], outputs=outputs)
+    run.finish()
+    run.check_server(1, *lab.clients)
+    run.check_failed(*run.clients)
+    no_file(outputs)
+    for said in [run.server.stderr] + [client.stderr for client in run.clients]:
+        assert "exit code 7" in said or "signal 9" in said, str(run)
+
+
+@needs("client", "--pipe")
+def test_command_as_consumer(laboratory, deploy, tmp_path):
+    """The server's exit code says that the commands have succeeded, not that the network has."""
+    lab = laboratory(clients=2)
+    run = deploy(lab, IMAGE, clients=0, places=2)
+    for number, host in enumerate(lab.clients):
+        copy = tmp_path / str(number)
+        run.add_client(host, ["--pipe", "cat > '%s'; sleep 1" % copy], stdout=helpers.KEEP).output = str(copy)
+    run.finish()
+    run.check_complete()
+    assert run.seconds > 1, str(run)
+
+
+@needs("client", "--pipe")
+@pytest.mark.parametrize("command", ["cat > /dev/null; exit 7", "head -c 1000000 > /dev/null; exit 7", "exit 7"],
+                         ids=["at the end", "in the middle", "at once"])
+def test_command_as_consumer_fails(laboratory, deploy, command):
+    lab = laboratory(clients=3)
+    run = deploy(lab, IMAGE, RATE, clients=2, places=3)
+    victim = run.add_client(lab.clients[2], ["--pipe", command], stdout=helpers.KEEP)
+    run.finish()
+    run.check_complete(*others(run, victim))
+    run.check_server(3, victim.host)
+    run.check_failed(victim)
+    for said in (victim.stderr, run.server.stderr):
+        assert "exit code 7" in said or "has ended" in said, str(run)
+
+
+@needs("client", "--pipe")
+def test_command_as_consumer_that_takes_its_time_at_the_end(laboratory, deploy, tmp_path):
+    """Longer than --stall-timeout: `docker load` may be at work for minutes after the last byte."""
+    lab = laboratory(clients=2)
+    run = deploy(lab, IMAGE[:MIB], ["--stall-timeout", "6"], ["--stall-timeout", "6"], clients=1, places=2)
+    copy = tmp_path / "copy"
+    run.add_client(lab.clients[1], ["--pipe", "cat > '%s'; sleep 8" % copy, "--stall-timeout", "6"],
+                   stdout=helpers.KEEP).output = str(copy)
+    run.finish()
+    run.check_complete()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who takes part
+
+@needs("server", "--start-wait")
+def test_start_without_those_that_never_come(laboratory, deploy):
+    """Three places, two clients: when --start-wait is over it starts, and says in the end that one never came."""
+    lab = laboratory(clients=2)
+    run = deploy(lab, IMAGE, ["--start-wait", "2", "--min-clients", "2"], places=3)
+    run.finish()
+    run.check_complete(*run.clients)
+    run.check_server(3)
+    assert "never came" in run.server.stderr, str(run)
+
+
+@needs("server", "--start-wait")
+def test_start_waits_for_the_least_number(laboratory, deploy):
+    """--start-wait is over, but fewer than --min-clients are there; the one that comes then starts it."""
+    lab = laboratory(clients=3)
+    run = deploy(lab, IMAGE[:MIB], ["--start-wait", "1", "--min-clients", "2"], clients=1, places=3)
+    run.server.wait_stderr("is here")
+    time.sleep(2)
+    assert run.clients[0].consumer.size == 0, str(run)
+    run.add_client(lab.clients[1])
+    run.finish()
+    run.check_complete(*run.clients)
+    run.check_server(3)
+
+
+@needs("server", "--start-wait")
+def test_start_at_once_when_all_are_there(laboratory, deploy):
+    lab = laboratory(clients=2)
+    run = deploy(lab, IMAGE, ["--start-wait", "60", "--min-clients", "1"])
+    run.finish(30)
+    run.check_complete()
+
+
+@needs("server", "--start-wait")
+def test_start_with_places_of_two_tcp_threads_empty(laboratory, deploy):
+    """The chain of threads is cut short where nobody came."""
+    lab = laboratory(clients=3)
+    run = deploy(lab, IMAGE[:MIB], ["--start-wait", "2", "--clients-per-thread", "2"], places=9)
+    run.finish()
+    run.check_complete(*run.clients)
+    run.check_server(3)
+
+
+@needs("server", "--min-rate")
+def test_client_that_is_too_slow(laboratory, deploy):
+    """One client alone holds the session below --min-rate for 10 s: it is dropped with that reason, the others finish."""
+    lab = laboratory(clients=3)
+    lab.clients[0].limit(2, queue="32kb")
+    run = deploy(lab, IMAGE * 2, ["--min-rate", "20M", "-v"])
+    run.finish(90)
+    victim = run.clients[0]
+    run.check_complete(*others(run, victim))
+    run.check_server(3, victim.host)
+    run.check_failed(victim)
+    for said in (victim.stderr, run.server.stderr):
+        assert "20 Mbit/s" in said, str(run)
+
+
+def test_client_that_is_slow_is_waited_for(laboratory, deploy):
+    """Without --min-rate the session goes as fast as its slowest, and says whom it waits for."""
+    lab = laboratory(clients=3)
+    lab.clients[0].limit(10, queue="32kb")
+    run = deploy(lab, IMAGE[:4000000])
+    run.finish()
+    run.check_complete()
+    assert re.search(lab.clients[0].name + r" \(.*(alone|waiting)|wait.* for " + lab.clients[0].name, run.server.stderr), \
+        str(run)
+
+
+def test_one_client_too_many(laboratory, deploy):
+    """It is told why it is refused, and exits 3: nothing was written, it can fall back."""
+    lab = laboratory(clients=3)
+    run = deploy(lab, IMAGE, RATE, clients=2)
+    run.wait_received(100000)
+    late = run.add_client(lab.clients[2], ["--wait", "0"])
+    run.finish()
+    run.check_complete(*others(run, late))
+    run.check_server(0)
+    assert late.code == 3 and late.consumer.size == 0 and "refused" in late.stderr, str(run)

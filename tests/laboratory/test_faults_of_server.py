@@ -1,0 +1,141 @@
+"""What happens to the server in mid-transfer: no client hangs, and none takes a part for the whole."""
+
+import signal
+import time
+
+import pytest
+
+from deployment import (
+    IMAGE, IMPATIENT, PACKETS, PATIENT, RATE, SLACK, SLOW, changed_kmcast, firewall, no_file, others)
+
+
+def test_server_killed(laboratory, deploy, tmp_path):
+    """Every client exits 1 at once, whatever its --stall-timeout, and no file appears."""
+    run = deploy(laboratory(), IMAGE, SLOW, outputs=tmp_path)
+    run.wait_packets(run.lab.server, 1000)
+    run.server.signal(signal.SIGKILL)
+    run.wait_end(*run.clients, timeout=SLACK)
+    run.check_failed(*run.clients)
+    no_file(tmp_path)
+
+
+def test_server_stopped(laboratory, deploy, tmp_path):
+    """Every client exits 1 within its --stall-timeout, and no file appears."""
+    run = deploy(laboratory(), IMAGE, SLOW, IMPATIENT, outputs=tmp_path)
+    run.wait_packets(run.lab.server, 1000)
+    run.server.signal(signal.SIGSTOP)
+    run.wait_end(*run.clients, timeout=3 + SLACK)
+    run.check_failed(*run.clients)
+    no_file(tmp_path)
+    run.server.signal(signal.SIGCONT)
+    run.finish()
+    run.check_server(1, *run.lab.clients)
+
+
+def test_server_unplugged(laboratory, deploy, tmp_path):
+    """The same, and the server gives up, too."""
+    lab = laboratory()
+    run = deploy(lab, IMAGE, SLOW + IMPATIENT, IMPATIENT, outputs=tmp_path)
+    run.wait_packets(lab.server, 1000)
+    lab.server.unplug()
+    run.wait_end(*run.clients, timeout=3 + SLACK)
+    run.check_failed(*run.clients)
+    no_file(tmp_path)
+    run.finish(20)
+    run.check_server(1, *lab.clients)
+
+
+def test_server_told_to_stop(laboratory, deploy, tmp_path):
+    """The clients are told, and say why."""
+    run = deploy(laboratory(clients=2), IMAGE, SLOW, outputs=tmp_path)
+    run.wait_packets(run.lab.server, 1000)
+    run.server.signal(signal.SIGINT)
+    run.finish(SLACK)
+    run.check_server(1, *run.lab.clients)
+    run.check_failed(*run.clients)
+    no_file(tmp_path)
+    for client in run.clients:
+        assert "the server says: stopped by SIGINT" in client.stderr, str(run)
+
+
+@pytest.mark.parametrize("thread", ["first", "second"])
+@pytest.mark.parametrize("step", ["announce", "sent", "repair"])
+def test_a_thread_of_the_server_dies(laboratory, deploy, tmp_path, thread, step):
+    """Of an exception that nobody expects, in the third round: all are told, and nothing hangs."""
+    program = changed_kmcast(tmp_path, DIES.format(step=step, mine="not " * (thread == "second") + "self.child"))
+    lab = laboratory(clients=3)
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2"], outputs=outputs, server={"program": program})
+    run.finish(20)
+    assert run.server.poll() == 1 and "internal error: ZeroDivisionError" in run.server.stderr, str(run)
+    for client in run.clients:
+        assert client.code == 1 and "the server says: internal error: ZeroDivisionError" in client.stderr, str(run)
+    no_file(outputs)
+
+
+DIES = """
+right = kmcast.TcpServer._do_{step}
+rounds = []
+
+def wrong(self, step):
+    if {mine}:
+        rounds.append(step)
+        if len(rounds) == 3:
+            1 // 0
+    return right(self, step)
+
+kmcast.TcpServer._do_{step} = wrong
+"""
+
+
+@pytest.mark.parametrize("where", ["Writer._write", "Client._listen"])
+def test_a_client_meets_an_error_of_its_own(laboratory, deploy, tmp_path, where):
+    """An exception that nobody expects, in one of its threads: it fails, the server lists it, the others go on."""
+    program = changed_kmcast(tmp_path, "def wrong(*args):\n    1 // 0\nkmcast.%s = wrong" % where)
+    lab = laboratory(clients=3)
+    run = deploy(lab, IMAGE, RATE, clients=2, places=3)
+    victim = run.add_client(lab.clients[2], program=program)
+    run.finish(20)
+    run.check_complete(*others(run, victim))
+    assert victim.code == 1 and "internal error" in victim.stderr, str(run)
+    assert run.server.poll() == 3 and victim.host.name + " (" in run.server.stderr, str(run)
+
+
+def test_producer_silent(laboratory, deploy):
+    """For longer than either side's --stall-timeout: that is no stall, wherever in the image it happens."""
+    def produce():
+        yield IMAGE[:1000000]
+        time.sleep(8.5)
+        yield IMAGE[1000000:]
+
+    run = deploy(laboratory(clients=2), IMAGE, RATE + ["--stall-timeout", "7"], ["--stall-timeout", "7"], stdin=produce())
+    run.finish()
+    run.check_complete()
+    assert run.seconds > 8.5, str(run)
+
+
+def test_server_cut_off_from_multicast_by_its_firewall(laboratory, deploy):
+    """Sending fails with EPERM from now on: the server says so, and all the rest goes by TCP."""
+    lab = laboratory()
+    run = deploy(lab, IMAGE, RATE)
+    run.wait_received()
+    firewall(lab.server, "output", "meta l4proto udp drop")
+    run.finish()
+    run.check_complete()
+    assert "Operation not permitted" in run.server.stderr, str(run)
+    for client in run.clients:
+        assert client.repaired()[1] > 0.3 * PACKETS, str(run)
+
+
+def test_server_cut_off_from_one_client_by_a_firewall(laboratory, deploy):
+    """TCP to one host is dropped without a word: that host goes by a time-out, the others do not lose more than that."""
+    lab = laboratory()
+    run = deploy(lab, IMAGE, RATE + IMPATIENT, lambda number: IMPATIENT if number == 0 else PATIENT)
+    run.wait_received()
+    victim = run.clients[0]
+    firewall(lab.server, "output", "ip daddr %s meta l4proto tcp drop" % victim.host.address)
+    run.finish()
+    run.check_complete(*others(run, victim))
+    run.check_failed(victim)
+    run.check_server(3, victim.host)
