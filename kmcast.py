@@ -3276,7 +3276,8 @@ def command_line():
     server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
                         help='drop a client that alone keeps the transfer slower for 10 s')
     server.add_argument('--buffer-packets', type=whole(1, MAX_PACKETS), metavar='N',
-                        help='packets in a round at the most; memory is two rounds (12 MB in packets)')
+                        help='packets in a round at the most; memory is that of two rounds '
+                        '(as many as make 12 MB)')
     server.add_argument('--clients-per-thread', type=whole(1, 1000), default=64, metavar='N',
                         help='clients that one TCP thread serves (64)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')

@@ -130,10 +130,10 @@ def test_defaults_of_help_are_those_of_the_program():
             if default is None:
                 assert not value, names             # none, off, or help
             elif value is None:
-                assert names[0] in ("--name", "--mtu")      # words say what it depends on
+                assert names[0] in ("--name", "--mtu", "--buffer-packets")  # words say what it depends on
             else:
                 assert default == ("%g" % value if isinstance(value, float) else str(value)), names
-    assert "Of UDP and TCP.\nDefault: %d.\n" % kmcast.DEFAULT_PORT in read("man", "kmcast.1")
+    assert "learns the other from it.\nDefault: %d.\n" % kmcast.DEFAULT_PORT in read("man", "kmcast.1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
