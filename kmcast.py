@@ -1264,8 +1264,9 @@ class RateControl(object):
     TOLERATED = 0.02                    # share of loss cheaper to repair than to avoid
     CLEAN = 0.005                       # share of loss that allows to go faster
     STEP = 0.01                         # how much faster after a loss, as a share
-    TELLING = 1024                      # packets: of a shorter round, queues hide too much
-    MOST_MEDIUM = 0.3                   # a larger share of loss is no medium's
+    TELLING = 1024                      # packets: of a shorter round, queues hide too much,
+    TELLING_TIME = 0.25                 # seconds: unless it took so long
+    MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     HOLD = 4                            # rounds to stay where some loss is, until a trial
     TRIAL = 0.03                        # how much faster a trial is, as a share
 
@@ -1274,26 +1275,31 @@ class RateControl(object):
         self.medium = 0.0               # share of packets lost at any rate
         self._starting = True           # no loss yet that made us slower
         self._step = 1.0                # how much faster next, as a share
-        self._cut = None                # (rate, share lost) before the last cut
+        self._cut = None                # share lost before the last cut, if telling
+        self._top = None                # rate before the first of the cuts in a row
+        self.hopeless = False           # the worst client loses too much at any rate
         self._held = 0                  # rounds at this rate, with some loss
         self._trial = None              # (rate, share lost) before a trial
 
-    def round_over(self, count, lost, achieved):
+    def round_over(self, count, lost, achieved, seconds):
         """Learn from a round, and set the next one's `rate`.
 
         count: packets sent; lost: the places that the worst client lost,
-        ascending; achieved: bit/s at which they were sent, at most `rate`.
-        Returns why the rate changed, or None.
+        ascending; achieved: bit/s at which they were sent, at most `rate`, in
+        so many seconds.  Returns why the rate changed, or None.  Sets
+        `hopeless` when the worst client should be left out from now on.
         """
+        telling = count >= self.TELLING or seconds >= self.TELLING_TIME
+        self.hopeless = False
         share = len(lost) / count
         allowed = (self.medium + self.TOLERATED) * count
         if len(lost) > allowed + 3 * math.sqrt(allowed) + 1:
-            return self._too_much(count, lost, share, achieved)
-        self._cut = None
+            return self._too_much(count, lost, achieved, telling)
+        self._cut = self._top = None
         if self._starting or share < self.medium:
             self.medium += 0.25 * (share - self.medium)
         trial, self._trial = self._trial, None
-        if trial and count >= self.TELLING:
+        if trial and telling:
             if share > trial[1] + self.TRIAL / 2:
                 self.rate, self._held = trial[0], 0
                 return 'faster costs packets'
@@ -1311,18 +1317,22 @@ class RateControl(object):
         self.rate *= 1 + self.TRIAL
         return 'to see whether %.1f %% are lost at any rate' % (100 * share)
 
-    def _too_much(self, count, lost, share, achieved):
+    def _too_much(self, count, lost, achieved, telling):
         """Slow down, unless that did not help the last time."""
-        telling = count >= self.TELLING
-        if telling and self._cut and self.MOST_MEDIUM > share > 0.6 * self._cut[1]:
-            self.rate, self.medium, self._cut = self._cut[0], share, None
+        share = len(lost) / count
+        self._top = self._top or self.rate
+        if telling and self._cut and share > 0.6 * self._cut:
+            self.rate, self._top, self._cut = self._top, None, None
+            self.hopeless = share > self.MOST_MEDIUM
+            if not self.hopeless:
+                self.medium = share
             return 'a loss of %.1f %% at any rate' % (100 * share)
         # Once the queue before the slow link is full, the share that still
         # gets through tells how slow that link is.
         behind = count - lost[0]
         through = 1 - (len(lost) / behind if behind >= count / 4 else share)
         self._starting, self._trial, self._held = False, None, 0
-        self._cut = (self.rate, share) if telling else None
+        self._cut = share if telling else None
         self._step = self.STEP if telling else 8 * self.STEP
         self.rate = max(self.LOWEST, min(self.rate, achieved) / (1 - self.medium)
                         * max(through, (1 - share) / 2))
@@ -1394,8 +1404,8 @@ class Source(object):
             if stat.S_ISDIR(status.st_mode):
                 raise IOError(errno.EISDIR, os.strerror(errno.EISDIR))
         except OS_ERRORS as error:
-            raise Failure('cannot read %s: %s' % (path or 'standard input',
-                                                  explain(error)), USAGE)
+            raise Failure('cannot read %s: %s' % (
+                'standard input' if path is None else printable(path), explain(error)), USAGE)
         if descriptor == 0 and os.isatty(0):
             raise Failure('standard input is a terminal; give the image as "< FILE", '
                           'through a pipe, with -i FILE or with --pipe COMMAND', USAGE)
@@ -1477,6 +1487,8 @@ class Sink(object):
             else:
                 self._target = os.path.realpath(path)
                 folder, name = os.path.split(self._target)
+                if not os.path.basename(path):
+                    raise OSError(errno.EISDIR, 'that is no name of a file')
                 if folder == '/dev':    # a mistyped disk, and memory for what is meant for it
                     raise OSError(errno.ENOENT, 'no such device')
                 self._fd, self._temporary = tempfile.mkstemp(
@@ -1484,8 +1496,8 @@ class Sink(object):
             if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._chunk = 1 << 16   # so that a slow consumer is seen to move
         except OS_ERRORS as error:
-            raise Failure('cannot write %s: %s' % (path or 'standard output',
-                                                   explain(error)), USAGE)
+            raise Failure('cannot write %s: %s' % (
+                'standard output' if path is None else printable(path), explain(error)), USAGE)
 
     def write(self, data):
         """Write all of a memoryview.  Raises Failure."""
@@ -1723,19 +1735,28 @@ class Peer(object):
                 self.outgoing.put_head(memoryview(data)[count:])
                 return
 
+    def _read(self):
+        """What has arrived, b'' if nothing has.  Raises Gone."""
+        try:
+            data = self.sock.recv(65536)
+        except OS_ERRORS as error:
+            if errno_of(error) in TRY_AGAIN:
+                return b''
+            raise Gone(explain(error))
+        if not data:
+            raise Gone('the connection was closed')
+        return data
+
+    def hear_no_more(self):
+        """Take what it still says, for the farewell.  Raises Gone at its end."""
+        self._read()
+
     def receive(self, most):
         """The complete messages that have arrived, one by one, as bytes.
 
         most: packets that a request may ask for.  Raises Gone, ProtocolError.
         """
-        try:
-            data = self.sock.recv(65536)
-        except OS_ERRORS as error:
-            if errno_of(error) in TRY_AGAIN:
-                return
-            raise Gone(explain(error))
-        if not data:
-            raise Gone('the connection was closed')
+        data = self._read()
         self.incoming.put_tail(data)
         if self.incoming.size < self.need:
             return
@@ -2062,8 +2083,7 @@ class TcpServer(threading.Thread):
         try:
             if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
                 if peer.leaving:
-                    if not peer.sock.recv(65536):
-                        raise Gone('')
+                    peer.hear_no_more()
                     return
                 most = self.step.buffer.count if self.step and self.step.buffer else 0
                 for message in peer.receive(most):
@@ -2073,9 +2093,6 @@ class TcpServer(threading.Thread):
             self._update(peer)
         except Gone as error:
             self._drop(peer, 'it went away: %s' % error, tell=False)
-        except OS_ERRORS as error:
-            if errno_of(error) not in TRY_AGAIN:
-                self._drop(peer, 'it went away: %s' % explain(error), tell=False)
         except ProtocolError as error:
             self._drop(peer, 'protocol error: %s' % error)
 
@@ -2263,6 +2280,7 @@ class Multicaster(object):
         self.coded = self.by_tcp = self.data = 0        # packets, for the summary
         self.last_heard = None          # when a client last got any multicast
         self.trouble = None             # the last that was told
+        self.ignored = set()            # clients that lose too much at any rate
         self.min_rate = options.min_rate
         self.brake = None               # the client that alone keeps the rate down
         self.held_by = None             # (client, since when) below --min-rate
@@ -2407,10 +2425,10 @@ class Multicaster(object):
             return False
         probing = not self.multicasting
         count = min(buffer.count, self.PROBE) if probing else buffer.count
-        achieved = self._multicast(buffer, 0 if self.unicast else count)
+        seconds = self._multicast(buffer, 0 if self.unicast else count)
         answers = self._do('sent', buffer=buffer, digest=digest)
         if not self.unicast:
-            self._learn(buffer, count, answers, achieved)
+            self._learn(buffer, count, answers, seconds)
         self._repair(buffer, digest, answers)
         if self.min_rate:
             seconds = monotonic() - started
@@ -2426,7 +2444,7 @@ class Multicaster(object):
                                 'sha256': digest if self.session.digest else None})
 
     def _multicast(self, buffer, last):
-        """Multicast the packets up to index `last`; returns bit/s achieved."""
+        """Multicast the packets up to index `last`; returns the seconds it took."""
         started, place, size = monotonic(), 0, buffer.slot + UDP_OVERHEAD
         stuck = None
         if self.control:
@@ -2447,9 +2465,9 @@ class Multicaster(object):
             place = done
             if until > monotonic():
                 self._wait(until)
-        return last * size * 8 / max(1e-6, monotonic() - started)
+        return max(1e-6, monotonic() - started)
 
-    def _learn(self, buffer, count, answers, achieved):
+    def _learn(self, buffer, count, answers, seconds):
         """Set the rate, and whether to multicast at all, from what was lost."""
         lost = dict((peer, sorted(place for place in set(places) if place < count))
                     for peer, places in answers.items())
@@ -2476,9 +2494,16 @@ class Multicaster(object):
             self.multicasting = False
         elif self.control and silent < everybody:
             before = self.control.rate
-            why = self.control.round_over(count, lost[heard[-1]] if heard else [], achieved)
+            achieved = count * (buffer.slot + UDP_OVERHEAD) * 8 / seconds
+            heard = [peer for peer in heard if peer not in self.ignored]
+            why = self.control.round_over(count, lost[heard[-1]] if heard else [],
+                                          achieved, seconds)
             if self.control.rate < before:
                 self._look_for_brake([(len(lost[peer]), peer) for peer in heard], everybody)
+            if self.control.hopeless:
+                self.ignored.add(heard[-1])
+                log.warning('%s loses %d %% at any rate, so the rate is set without it; %s',
+                            heard[-1], 100 * len(lost[heard[-1]]) / count, CAUSES)
             if why:
                 log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
                           bits(achieved), bits(self.control.rate), why)
@@ -3154,7 +3179,7 @@ def local_address(text):
         probe.bind((text, 0))
         if not is_multicast(text) and text != '0.0.0.0':
             return text
-    except OS_ERRORS:
+    except OS_ERRORS + (UnicodeError,):
         pass
     finally:
         probe.close()
@@ -3209,7 +3234,7 @@ def group_type(text):
         socket.inet_pton(socket.AF_INET, text)
         if is_multicast(text):
             return text
-    except OS_ERRORS:
+    except OS_ERRORS + (UnicodeError,):
         pass
     raise argparse.ArgumentTypeError(
         '%s is not a multicast group (224.0.0.0 to 239.255.255.255)' % printable(text))
@@ -3326,6 +3351,15 @@ def start_logging(command, verbose, quiet):
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO)
     logging.raiseExceptions = False     # standard error may be closed
+
+
+def open_standard_files():
+    """Let no socket become one of 0, 1, 2, where one of them is closed."""
+    for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
+        try:
+            os.fstat(fd)
+        except OS_ERRORS:               # the wrong way round, so that its use fails
+            os.open(os.devnull, mode)
 
 
 def on_signal(number, _frame):
@@ -3470,6 +3504,7 @@ def main(arguments=None):
         parser.error('unrecognized arguments: %s' % printable(' '.join(rest)))
     if not options.command:             # Python 3 lets it be missing
         parser.error('which COMMAND? one of server, client, demo')
+    open_standard_files()
     start_logging(options.command, options.verbose, options.quiet)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)

@@ -346,8 +346,11 @@ def start_kmcast(args, python=None, prefix=(), program=None, **options):
 
 
 def start_server(args, python=None, **options):
-    """Start `kmcast server` with `args` (a list: options, LOCAL_IP, CLIENTS, PORT); options as for start_kmcast()."""
-    return start_kmcast(["server"] + list(args), python, **options)
+    """Start `kmcast server` with `args` (a list: options, LOCAL_IP, CLIENTS, PORT); options as for start_kmcast().
+
+    Waits until it listens, or has ended, where PORT is one of free_port(): a client that comes too early takes a nap.
+    """
+    return _listening(start_kmcast(["server"] + list(args), python, **options), args)
 
 
 def start_client(args, python=None, **options):
@@ -356,8 +359,22 @@ def start_client(args, python=None, **options):
 
 
 def start_base_server(args, **options):
-    """Start the server of base_peer.py with `args` (a list: LOCAL_IP, CLIENTS, PORT, options)."""
-    return start_kmcast(["server"] + list(args), program=BASE_PEER, **options)
+    """Start the server of base_peer.py with `args` (a list: options, LOCAL_IP, CLIENTS, PORT); waits as start_server()."""
+    return _listening(start_kmcast(["server"] + list(args), program=BASE_PEER, **options), args)
+
+
+def _listening(server, args):
+    """Wait until `server` listens on the port among `args`, or has ended; return it."""
+    ports = [arg for arg in args if arg in _ports_given]
+    if ports:
+        line = re.compile(r"\d+: [0-9A-F]+:%04X [0-9A-F:]+ 0A " % ports[0])     # 0A: TCP_LISTEN
+        deadline = time.time() + 30
+        while server.poll() is None and time.time() < deadline:
+            with open("/proc/net/tcp") as table:
+                if line.search(table.read()):
+                    break
+            time.sleep(0.005)
+    return server
 
 
 def start_base_client(args, **options):

@@ -178,9 +178,8 @@ def test_a_server_without_clients_stops_at_once(python, a_thread):
     assert helpers.summary(stderr).served == 0
 
 
-@BOTH
-def test_a_hung_client_is_given_up_after_the_stall_timeout(python):
-    session = Started(3, ["--stall-timeout", 1], python=python)
+def test_a_hung_client_is_given_up_after_the_stall_timeout():
+    session = Started(3, ["--stall-timeout", 1], python=OLDEST)
     session.clients[1].signal(signal.SIGSTOP)
     session.write_rest()
     code, stderr, _ = session.server.finish(30)
@@ -293,10 +292,11 @@ def test_a_producers_read_error_fails_everyone_and_the_clients_are_told_why(pyth
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals
 
-SIGNALS = pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+SIGNALS = pytest.mark.parametrize("name, python", sorted({
+    ("SIGINT", OLDEST), ("SIGINT", NEWEST), ("SIGTERM", OLDEST), ("SIGTERM", NEWEST), ("SIGHUP", NEWEST)}),
+    ids=lambda value: value if value.startswith("SIG") else helpers.version_name(value))
 
 
-@BOTH
 @SIGNALS
 def test_a_server_that_is_stopped_tells_its_clients(python, name, tmp_path):
     session = Started(3, ["--clients-per-thread", 2], python=python,
@@ -312,7 +312,6 @@ def test_a_server_that_is_stopped_tells_its_clients(python, name, tmp_path):
     none_left([session.server] + session.clients)
 
 
-@BOTH
 @SIGNALS
 def test_a_client_that_is_stopped_tells_the_server(python, name, tmp_path):
     session = Started(2, python=python, client_args=lambda number: ["-o", tmp_path / str(number)])

@@ -119,12 +119,13 @@ class Disturbance(object):
         return [datagram]
 
 
-@BOTH
-@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
-@pytest.mark.parametrize("base", [[], ["--compat"]], ids=["session", "base protocol"])
-def test_datagrams_lost_doubled_damaged_and_late(python, way, base):
+@pytest.mark.parametrize("base, way, python", sorted(
+    {("", way, python) for way in ("gso", "mmsg", "plain") for python in (OLDEST, NEWEST)}
+    | {("--compat", "gso", NEWEST), ("--compat", "mmsg", OLDEST), ("--compat", "plain", NEWEST)}),
+    ids=lambda value: helpers.version_name(value) if "/" in value else value or "session")
+def test_datagrams_lost_doubled_damaged_and_late(base, way, python):
     """Late ones come in later rounds, and in repair passes that they do not belong to."""
     data = helpers.random_bytes(600 * PAYLOAD + 99)
     # The last rounds are small, so that what was kept back comes in another round.
-    transfer(data, [Disturbance(seed, base) for seed in range(4)], RATE + ["--buffer-packets", 100] + base, ["--datagrams", way],
+    transfer(data, [Disturbance(seed, base) for seed in range(4)], RATE + ["--buffer-packets", 100] + base.split(), ["--datagrams", way],
              python, [python])

@@ -135,9 +135,9 @@ def test_seventy_clients(server_args):
     assert helpers.summary(result.server.stderr).served == 70
 
 
-def test_seventy_clients_of_the_oldest_interpreter_by_unicast():
-    data = helpers.random_bytes(300000)
-    helpers.transfer(data, clients=70, server_args=["--clients-per-thread", 33, "--unicast"], server_python=OLDEST,
+def test_many_clients_of_a_server_of_the_oldest_interpreter_by_unicast():
+    data = helpers.random_bytes(1000000)
+    helpers.transfer(data, clients=20, server_args=["--clients-per-thread", 8, "--unicast"], server_python=OLDEST,
                      client_python=[OLDEST]).check(data)
 
 
@@ -351,7 +351,7 @@ def test_name_is_what_the_server_calls_the_image(tmp_path):
 def test_file_names_beyond_ascii(tmp_path, python):
     source, target, port = tmp_path / u"quelle \u00e4.img", tmp_path / u"ziel \u00e4.img", helpers.free_port()
     source.write_bytes(b"data" * 1000)
-    for locale in ("C", "C.UTF-8"):
+    for locale in ("C", "C.UTF-8") if python in (OLDEST, NEWEST) else ("C",):
         env = {"LC_ALL": locale, "PYTHONUTF8": None, "PYTHONIOENCODING": None}
         server = helpers.start_server(["-v", "-i", source, LOOPBACK, 1, port], python=python, env=env)
         client = helpers.start_client(["-v", "-o", target, LOOPBACK, LOOPBACK, port], python=python, env=env)

@@ -152,8 +152,9 @@ class Deployment(object):
         """Wait until the server's interface has sent so many frames since the laboratory was built."""
         deadline = time.monotonic() + timeout
         # /sys would show the interfaces of our own namespace: the mount stays the same.
-        while int(re.search(host.interface + r":(?: +\d+){9} *(\d+)",
-                            host.run(["cat", "/proc/net/dev"], capture_output=True, text=True).stdout).group(1)) < packets:
+        columns = re.compile(host.interface + r":(?: +\d+){9} +(\d+)")
+        while int(columns.search(host.run(["cat", "/proc/net/dev"], capture_output=True,
+                                          universal_newlines=True).stdout).group(1)) < packets:
             assert time.monotonic() < deadline, "%r sent less than %d packets\n%s" % (host, packets, self)
             time.sleep(0.02)
 
@@ -210,7 +211,7 @@ class Deployment(object):
             assert "Traceback" not in client.stderr and "internal error" not in client.stderr, str(self)
 
     def check_server(self, code, *hosts):
-        """Fail unless the server exited with `code`, without a crash, and names exactly these hosts as without the image."""
+        """Fail unless the server exited with `code`, without a crash, and says that just these hosts lack the image."""
         said = self.server.stderr
         assert self.server.poll() == code, str(self)
         assert "Traceback" not in said and "internal error" not in said, str(self)

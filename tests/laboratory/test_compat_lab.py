@@ -12,7 +12,7 @@ PACKETS = -(-len(IMAGE) // 1460)
 
 
 def base_clients(run, hosts, *options):
-    """Start base_peer's client on each of these hosts; each is strict, and would exit 1 where --compat breaks its promises."""
+    """Start base_peer's client on each of these hosts; they exit 1 where --compat breaks a promise."""
     for seed, host in enumerate(hosts):
         run.add_client(host, list(options) + ["--seed", seed], program=helpers.BASE_PEER)
 

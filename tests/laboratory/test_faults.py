@@ -1,4 +1,4 @@
-"""What happens to one client in mid-transfer, and what must follow: the others have the image, in time, and the server knows.
+"""What happens to one client in mid-transfer, and what must follow: the others have the image in time, the server knows.
 
 Each test brings one fault into a transfer between real processes that is slow enough (--rate) to be disturbed.
 """

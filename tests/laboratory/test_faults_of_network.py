@@ -63,8 +63,8 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead):
 
 @pytest.mark.parametrize("compat", [False, True], ids=["session", "base protocol"])
 def test_flood_of_noise(laboratory, deploy, compat):
-    """Random datagrams on the group do not keep a client from the right ones, nor from the end of a round, be it that the
-    last packet of the round is lost."""
+    """Random datagrams on the group do not keep a client from the right ones, nor from the end of a round, be
+    it that the last packet of the round is lost."""
     lab = laboratory(clients=4)
     for host in lab.clients[:3]:
         host.lose(30)
@@ -98,7 +98,7 @@ def test_two_servers_on_one_group_and_port(laboratory, deploy):
 
 @pytest.mark.parametrize("first", [2**32 - 64, 2**32 - 1000, 2**32 - 1, 2**31 - 100])
 def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
-    """More than 2^32 packets: here the first one has a seq just before the wrap, in the middle of a round or at its end."""
+    """More than 2^32 packets: here the wrap comes in the first round, in its middle or at its end."""
     lab = laboratory()
     for host in lab.clients:
         host.lose(3)

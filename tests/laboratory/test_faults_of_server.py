@@ -64,6 +64,7 @@ def test_a_thread_of_the_server_dies(laboratory, deploy, tmp_path, thread, step)
     """Of an exception that nobody expects, in the third round: all are told, and nothing hangs."""
     program = changed_kmcast(tmp_path, DIES.format(step=step, mine="not " * (thread == "second") + "self.child"))
     lab = laboratory(clients=3)
+    lab.clients[0].block_multicast()        # so that there is something to repair in each round
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2"], outputs=outputs, server={"program": program})
@@ -109,7 +110,8 @@ def test_producer_silent(laboratory, deploy):
         time.sleep(8.5)
         yield IMAGE[1000000:]
 
-    run = deploy(laboratory(clients=2), IMAGE, RATE + ["--stall-timeout", "7"], ["--stall-timeout", "7"], stdin=produce())
+    limit = ["--stall-timeout", "7"]
+    run = deploy(laboratory(clients=2), IMAGE, RATE + limit, limit, stdin=produce())
     run.finish()
     run.check_complete()
     assert run.seconds > 8.5, str(run)

@@ -210,7 +210,7 @@ def test_loss_that_does_not_fall_with_the_rate_is_not_fought(laboratory, deploy,
     for host in lab.clients:
         host.lose(percent)
     run = deploy(lab, IMAGE * 2, ["-v"])
-    run.finish(120)
+    run.finish(30)
     run.check_complete()
     rates = [float(number) * {"G": 1e9, "M": 1e6, "k": 1e3}[unit] for number, unit in
              re.findall(r"rate now ([0-9.]+) ([GMk])bit/s", run.server.stderr)]

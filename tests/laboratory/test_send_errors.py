@@ -122,7 +122,7 @@ def test_a_way_to_send_that_does_not_work_here(way, error):
 
 @pytest.mark.parametrize("error, all_served", [("ENOBUFS", True), ("EAGAIN", True), ("EINTR", True), ("EIO", False)])
 def test_tcp_send_error(error, all_served):
-    """An error that passes is waited for; one that does not costs that client its image, and no other client anything."""
+    """An error that passes is waited for; one that does not costs that client its image, and nobody else."""
     server, port = start_server("--unicast", "--rate", "10M")
     clients = [helpers.start_client([LOOPBACK, LOOPBACK, port])]
     server.wait_stderr("is here")

@@ -1,0 +1,306 @@
+"""Buffer: what goes in comes out, however it comes, and what is wrong does not get in."""
+
+import os
+import random
+import struct
+import zlib
+
+import pytest
+
+import helpers
+import kmcast
+
+PAYLOAD = 40
+SALT = 0xfffffff0
+
+
+class Pipe(object):
+    """A kmcast.Source that reads from a pipe, of which the test has the other end."""
+
+    def __init__(self):
+        reading, self.writing = os.pipe()
+        self.source = kmcast.Source("/dev/fd/%d" % reading)
+        os.close(reading)
+
+    def write(self, data):
+        os.write(self.writing, data)
+
+    def end(self):
+        """No more data."""
+        if self.writing is not None:
+            os.close(self.writing)
+            self.writing = None
+
+    def close(self):
+        self.end()
+        self.source.close()
+
+
+@pytest.fixture
+def pipe():
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+def packets_of(buffer):
+    """The packets of a server's buffer as they go on the wire, a list of bytes."""
+    return [buffer.get(buffer.base + index).tobytes() for index in range(buffer.count)]
+
+
+def packet(seq, payload, salt=SALT, check=None):
+    """A packet as PROTOCOL.md has it."""
+    crc = zlib.crc32(payload, (salt + seq) % 2**32) if check is None else check(payload, 0)
+    return struct.pack("<3I", seq % 2**32, crc & 0xffffffff, len(payload)) + payload
+
+
+def cut(data, size=PAYLOAD):
+    """Data in pieces of `size` bytes."""
+    return [data[start:start + size] for start in range(0, len(data), size)]
+
+
+def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None):
+    """(a client's buffer for a round of `data`, the packets of that round as bytes)."""
+    pieces = cut(data) if pieces is None else pieces
+    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks)
+    buffer.start(base, len(pieces), None if any_size else len(data))
+    return buffer, [packet(base + index, piece) for index, piece in enumerate(pieces)]
+
+
+def put(buffer, *packets):
+    """Put packets that lie back to back."""
+    assert len(set(map(len, packets))) == 1
+    data = bytearray(b"garbage" + b"".join(packets) + b"garbage")
+    buffer.put(data, 7, len(packets), len(packets[0]) - 12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filling
+
+@pytest.mark.parametrize("size", [0, 1, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1, 3 * PAYLOAD, 10 * PAYLOAD - 1, 127 * PAYLOAD,
+                                  128 * PAYLOAD, 128 * PAYLOAD + 1, 300 * PAYLOAD + 7])
+@pytest.mark.parametrize("chunk", [7, PAYLOAD, PAYLOAD + 1, 5 * PAYLOAD - 1, 10**6])
+def test_fill_makes_full_packets_of_whatever_it_reads(pipe, size, chunk):
+    data = helpers.random_bytes(size, seed=size)
+    buffer = kmcast.Buffer(PAYLOAD, 1000, SALT)
+    buffer.start(5, 0, 0)
+    for piece in cut(data, chunk):
+        pipe.write(piece)
+        assert buffer.fill(pipe.source) > 0
+        assert not buffer.full
+    pipe.end()
+    while not buffer.full:
+        buffer.fill(pipe.source)
+    assert buffer.ended
+    assert packets_of(buffer) == [packet(5 + index, piece) for index, piece in enumerate(cut(data))]
+    assert (buffer.count, buffer.size) == (-(-size // PAYLOAD), size)
+    assert buffer.info(9) == struct.pack("<4I", 9, size, 5, -(-size // PAYLOAD))
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 10, 127, 128, 129, 200])
+def test_fill_stops_at_the_capacity_and_the_next_buffer_goes_on(pipe, capacity):
+    data = helpers.random_bytes(500 * PAYLOAD + 3)
+    pipe.write(data)
+    pipe.end()
+    first, seen, base = kmcast.Buffer(PAYLOAD, capacity, SALT), [], 0
+    while True:
+        first.start(base, 0, 0)
+        while not first.full:
+            first.fill(pipe.source)
+        assert first.count <= capacity
+        if not first.count:
+            break
+        seen += packets_of(first)
+        base += first.count
+    assert seen == [packet(index, piece) for index, piece in enumerate(cut(data))]
+
+
+def test_fill_stops_at_a_limit_below_the_capacity(pipe):
+    pipe.write(b"x" * (20 * PAYLOAD))
+    buffer = kmcast.Buffer(PAYLOAD, 100, SALT)
+    buffer.start(0, 0, 0)
+    buffer.limit = 7
+    while not buffer.full:
+        buffer.fill(pipe.source)
+    assert buffer.count == 7 and not buffer.ended
+
+
+def test_seqs_wrap_while_filling(pipe):
+    data, base = helpers.random_bytes(200 * PAYLOAD), 2**32 - 60
+    pipe.write(data)
+    pipe.end()
+    buffer = kmcast.Buffer(PAYLOAD, 200, SALT)
+    buffer.start(base, 0, 0)
+    while not buffer.full:
+        buffer.fill(pipe.source)
+    assert packets_of(buffer) == [packet((base + index) % 2**32, piece) for index, piece in enumerate(cut(data))]
+
+
+def test_get_and_packets_agree():
+    """Adjacent packets are one slice, but none goes on behind a short packet."""
+    buffer = kmcast.Buffer(PAYLOAD, 10, SALT)
+    buffer.start(2**32 - 2, 0, 0)
+    pieces = [b"a" * PAYLOAD, b"b" * 3, b"c" * PAYLOAD, b"d" * PAYLOAD, b"e"]
+    for piece in pieces:
+        buffer.add(piece)
+    wire = [packet(2**32 - 2 + index, piece) for index, piece in enumerate(pieces)]
+    assert packets_of(buffer) == wire
+    for first in range(5):
+        for last in range(first + 1, 6):
+            slices = [view.tobytes() for view in buffer.packets(first, last)]
+            assert b"".join(slices) == b"".join(wire[first:last])
+            assert len(slices) == 1 + len([index for index in (1,) if first <= index < last - 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Putting
+
+ORDERS = {
+    "in order": lambda packets: packets,
+    "reversed": lambda packets: packets[::-1],
+    "shuffled": lambda packets: random.Random(1).sample(packets, len(packets)),
+    "doubled": lambda packets: [each for each in packets for _ in (0, 1)],
+    "twice": lambda packets: packets + packets,
+    "rotated": lambda packets: packets[40:] + packets[:40],
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 44, 128])
+@pytest.mark.parametrize("base", [0, 1000, 2**32 - 50, 2**32 - 1])
+@pytest.mark.parametrize("order", sorted(ORDERS))
+@pytest.mark.parametrize("rest", [0, 13])
+def test_packets_may_come_in_any_order(order, base, batch, rest):
+    data = helpers.random_bytes(100 * PAYLOAD + rest, seed=batch)
+    buffer, packets = round_of(data, base)
+    full, short = packets[:100], packets[100:]
+    full = ORDERS[order](full)
+    for start in range(0, len(full), batch):
+        assert not buffer.complete or order in ("doubled", "twice")
+        put(buffer, *full[start:start + batch])
+    for each in short:
+        assert buffer.missing() == [100]
+        put(buffer, each)
+        put(buffer, each)
+    assert buffer.complete and buffer.missing() == []
+    assert buffer.received == len(packets) and buffer.damaged == 0
+    assert buffer.flush().tobytes() == data
+
+
+def test_missing_is_what_has_not_come():
+    buffer, packets = round_of(helpers.random_bytes(50 * PAYLOAD), 7)
+    assert buffer.missing() == list(range(50))
+    for index in (3, 4, 49):
+        put(buffer, packets[index])
+    assert buffer.missing() == [index for index in range(50) if index not in (3, 4, 49)]
+    assert [buffer.has(index) for index in (2, 3, 49)] == [False, True, True]
+    assert buffer.received == 3
+
+
+def test_a_batch_with_gaps_and_packets_that_are_there_already():
+    data = helpers.random_bytes(30 * PAYLOAD)
+    buffer, packets = round_of(data, 2**32 - 5)
+    put(buffer, *packets[4:8])
+    put(buffer, *(packets[2:6] + packets[7:10]))
+    put(buffer, *(packets[:15] + packets[20:]))
+    assert buffer.missing() == [15, 16, 17, 18, 19]
+    put(buffer, *packets)
+    assert buffer.complete and buffer.flush().tobytes() == data and buffer.received == 30
+
+
+WRONG = {
+    "outside, before": lambda piece: packet(99, piece),
+    "outside, behind": lambda piece: packet(110, piece),
+    "outside, far": lambda piece: packet(100 + 2**31, piece),
+    "a wrong checksum": lambda piece: packet(103, piece)[:4] + b"\x12\x34\x56\x78" + packet(103, piece)[8:],
+    "another salt": lambda piece: packet(103, piece, salt=SALT + 1),
+    "a damaged payload": lambda piece: packet(103, piece)[:-1] + b"\xff",
+    "a seq that was changed": lambda piece: struct.pack("<I", 104) + packet(103, piece)[4:],
+    "a data_size that is too small": lambda piece: packet(103, piece)[:8] + struct.pack("<I", PAYLOAD - 1) + packet(103, piece)[12:],
+    "a data_size that is too large": lambda piece: packet(103, piece)[:8] + struct.pack("<I", 2**32 - 1) + packet(103, piece)[12:],
+    "too short for its place": lambda piece: packet(103, piece[:-1]),
+    "too long": lambda piece: packet(103, piece + b"x"),
+    "no payload": lambda piece: packet(103, b""),
+    "too long for the last": lambda piece: packet(109, piece),
+    "too short for the last": lambda piece: packet(109, piece[:12]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+@pytest.mark.parametrize("among_good_ones", [False, True])
+def test_what_is_wrong_does_not_get_in(name, among_good_ones):
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
+    buffer, packets = round_of(data, 100)
+    wrong = WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD])
+    if among_good_ones and len(wrong) == len(packets[0]):
+        put(buffer, packets[1], wrong, packets[2])
+        assert buffer.missing() == [0, 3, 4, 5, 6, 7, 8, 9]
+    else:
+        put(buffer, wrong)
+        assert buffer.missing() == list(range(10))
+    for each in packets:
+        put(buffer, each)
+    assert buffer.flush().tobytes() == data
+
+
+def test_a_packet_that_came_is_not_overwritten_by_a_bad_one():
+    data = helpers.random_bytes(3 * PAYLOAD)
+    buffer, packets = round_of(data)
+    put(buffer, *packets)
+    put(buffer, packet(1, b"y" * PAYLOAD))                  # good, but late and different
+    put(buffer, packets[1][:-1] + b"\xff")
+    assert buffer.flush().tobytes() == data
+
+
+def test_a_buffer_serves_one_round_after_another():
+    buffer = kmcast.Buffer(PAYLOAD, 20, SALT)
+    base = 2**32 - 30
+    for size in (20 * PAYLOAD, 3 * PAYLOAD + 1, 1, 20 * PAYLOAD, 7 * PAYLOAD):
+        data = helpers.random_bytes(size, seed=size)
+        pieces = cut(data)
+        buffer.start(base, len(pieces), size)
+        late = packet(base - 1, b"z" * PAYLOAD)
+        for index, piece in reversed(list(enumerate(pieces))):
+            put(buffer, late)
+            put(buffer, packet(base + index, piece))
+        assert buffer.complete and buffer.flush().tobytes() == data
+        base = (base + len(pieces)) % 2**32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base protocol
+
+def test_in_the_base_protocol_any_packet_may_be_short():
+    generator = random.Random(4)
+    pieces = [helpers.random_bytes(generator.choice([1, 5, PAYLOAD - 1, PAYLOAD, PAYLOAD]), seed=index) for index in range(150)]
+    buffer, packets = round_of(b"".join(pieces), 2**32 - 70, any_size=True, pieces=pieces)
+    for each in packets[::-1]:
+        put(buffer, each)
+        put(buffer, each)
+    assert buffer.complete and buffer.flush().tobytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("right", [kmcast.plain_crc, kmcast.c_sum], ids=["crc", "sum"])
+def test_the_first_good_packet_decides_which_checksum_is_used(right):
+    other = {kmcast.plain_crc: kmcast.c_sum, kmcast.c_sum: kmcast.plain_crc}[right]
+    pieces = cut(helpers.random_bytes(9 * PAYLOAD + 3))
+    checks = [kmcast.plain_crc, kmcast.c_sum]
+    buffer = kmcast.Buffer(PAYLOAD, 10, 0, checks)
+    buffer.start(0, 10, None)
+    put(buffer, packet(0, pieces[0], check=lambda *_: 12345))           # decides nothing
+    assert buffer.missing() == list(range(10))
+    put(buffer, packet(9, pieces[9], check=right))
+    assert buffer.missing() == list(range(9))
+    assert checks == [right], "what was found out holds for the other buffers, too"
+    put(buffer, packet(1, pieces[1], check=other))
+    assert buffer.missing() == list(range(9))
+    put(buffer, *[packet(index, pieces[index], check=right) for index in range(9)])
+    assert buffer.flush().tobytes() == b"".join(pieces)
+
+
+def test_a_compat_servers_packets_have_the_sum():
+    buffer = kmcast.Buffer(PAYLOAD, 3, 0, (kmcast.c_sum,))
+    buffer.start(0, 0, 0)
+    pieces = cut(helpers.random_bytes(2 * PAYLOAD + 3))
+    for piece in pieces:
+        buffer.add(piece)
+    assert packets_of(buffer) == [packet(index, piece, check=kmcast.c_sum) for index, piece in enumerate(pieces)]
