@@ -1492,7 +1492,7 @@ class Sink(object):
                 if folder == '/dev':    # a mistyped disk, and memory for what is meant for it
                     raise OSError(errno.ENOENT, 'no such device')
                 self._fd, self._temporary = tempfile.mkstemp(
-                    '.part', '.%s.' % name, folder)
+                    '.part', '.%s.' % name[:60], folder)
             if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._chunk = 1 << 16   # so that a slow consumer is seen to move
         except OS_ERRORS as error:

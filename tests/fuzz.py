@@ -500,15 +500,15 @@ class ServerCase(object):
             for place in range(len(packets)):               # what the client has, to be XORed with what it lacks
                 if place not in places and self.generator.randrange(2):
                     self.generator.choice(groups).append(place)
+            room, described = (self.payload - 4) // 2 * 2, [[]]
+            groups = [group[:(room - 2) // 2] for group in groups]          # a recipe must fit
             coded = []
             for group in groups:
                 total = 0
                 for place in group:
                     total ^= int.from_bytes(payloads[place].ljust(self.payload, b"\0"), "big")
                 coded.append(total.to_bytes(self.payload, "big"))
-            room, described = (self.payload - 4) // 2 * 2, [[]]
             for group in groups:
-                group = group[:(room - 2) // 2]
                 if sum(2 + 2 * len(other) for other in described[-1] + [group]) > room:
                     described.append([])
                 described[-1].append(group)
@@ -816,7 +816,7 @@ class Findings(object):
             self.slowest = max(self.slowest, job.seconds)
             if time.time() - self._said > 60:
                 self._said = time.time()
-                print("… %d cases, %.0f a second, %d findings" % (
+                print("... %d cases, %.0f a second, %d findings" % (
                     self.cases, self.cases / (time.time() - self.began), self.found), flush=True)
 
     def add(self, only, what, details=""):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import helpers
-from deployment import IMAGE, PACKETS, RATE, SLACK, changed_kmcast, firewall, others
+from deployment import IMAGE, PACKETS, RATE, SLACK, changed_kmcast, firewall
 
 RELAY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.py")
 

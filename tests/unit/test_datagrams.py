@@ -1,0 +1,308 @@
+"""Datagrams on loopback: every way to send and every way to receive, the same bytes."""
+
+import errno
+import random
+import select
+import socket
+import struct
+import time
+import zlib
+
+import pytest
+
+import helpers
+import kmcast
+
+GROUP = "239.255.83.90"
+PAYLOAD = 1460
+WAYS = ["gso", "mmsg", "plain"]
+
+
+def gso_missing():
+    """Why there is no way "gso" here, or None."""
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        probe.setsockopt(17, 103, 1400)
+        probe.setsockopt(17, 104, 1)
+    except (OSError, socket.error):
+        return "this kernel has no UDP_SEGMENT or no UDP_GRO"
+    finally:
+        probe.close()
+
+
+class Ends(object):
+    """A sender and a receiver on a group and port of their own, and a foreign socket that sends there, too."""
+
+    def __init__(self, send="plain", receive="plain", payload=PAYLOAD):
+        if "gso" in (send, receive) and gso_missing():
+            pytest.skip(gso_missing())
+        self.port = helpers.free_port()
+        self.receiver = kmcast.DatagramReceiver("127.0.0.1", GROUP, self.port, payload, receive)
+        self.sender = kmcast.DatagramSender("127.0.0.1", GROUP, self.port, 1, send)
+        self.foreign = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.foreign.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+
+    def close(self):
+        for end in (self.receiver, self.sender, self.foreign):
+            end.close()
+
+    def send_all(self, buffer, into=None):
+        """Send a whole buffer; meanwhile take what arrives into the buffer `into`."""
+        place, deadline = 0, time.time() + 20
+        while place < buffer.count:
+            done = self.sender.send(buffer, place, buffer.count)
+            assert place <= done <= buffer.count and time.time() < deadline
+            if done == place and into is None:
+                select.select([], [self.sender], [], 0.1)
+            place = done
+            if into is not None:
+                self.take(into, 0)
+
+    def take(self, buffer, timeout=0.2):
+        """Take what arrives until nothing does for `timeout` seconds, or the buffer is complete."""
+        while not buffer.complete and select.select([self.receiver], [], [], timeout)[0]:
+            for batch in self.receiver.receive() or ():
+                buffer.put(*batch)
+
+    def send_foreign(self, *datagrams):
+        for datagram in datagrams:
+            self.foreign.sendto(datagram, (GROUP, self.port))
+
+
+@pytest.fixture
+def ends():
+    made = []
+
+    def make(*args, **options):
+        made.append(Ends(*args, **options))
+        return made[-1]
+    yield make
+    for each in made:
+        each.close()
+
+
+def filled(data, payload=PAYLOAD, base=0):
+    """(a server's buffer with this data, an empty client's buffer for it)."""
+    pieces = [data[start:start + payload] for start in range(0, len(data), payload)]
+    buffer = kmcast.Buffer(payload, len(pieces), 7)
+    buffer.start(base, 0, 0)
+    for piece in pieces:
+        buffer.add(piece)
+    empty = kmcast.Buffer(payload, len(pieces), 7)
+    empty.start(base, len(pieces), len(data))
+    return buffer, empty
+
+
+def packet(seq, payload):
+    return struct.pack("<3I", seq, zlib.crc32(payload, 7 + seq) & 0xffffffff, len(payload)) + payload
+
+
+@pytest.mark.parametrize("send", WAYS)
+@pytest.mark.parametrize("receive", WAYS)
+@pytest.mark.parametrize("packets, rest, payload", [
+    (1, 0, 1460), (0, 5, 1460), (1, 1, 1460), (44, 0, 1460), (45, 1459, 1460), (700, 3, 1460), (300, 100, 216), (40, 17, 8960)])
+def test_every_way_gives_the_same_bytes(ends, send, receive, packets, rest, payload):
+    data = helpers.random_bytes(packets * payload + rest, seed=packets)
+    source, target = filled(data, payload, base=2**32 - 20)
+    both = ends(send, receive, payload)
+    both.send_all(source, into=target)
+    both.take(target)
+    assert target.missing() == [] and target.damaged == 0
+    assert target.flush().tobytes() == data
+    assert both.sender.way == send and both.receiver.way == receive and both.sender.trouble is None
+    assert both.receiver.receive() is None
+
+
+@pytest.mark.parametrize("send", WAYS)
+def test_short_packets_anywhere_are_sent_as_they_are(ends, send):
+    """A repair pass has short recipes before full combinations."""
+    generator = random.Random(2)
+    pieces = [helpers.random_bytes(generator.choice([1, 12, 700, PAYLOAD - 1, PAYLOAD, PAYLOAD, PAYLOAD]), seed=index)
+              for index in range(200)]
+    source = kmcast.Buffer(PAYLOAD, 200, 7)
+    source.start(0, 0, 0)
+    for piece in pieces:
+        source.add(piece)
+    both = ends(send, "plain")
+    with_plain_socket = helpers.group_socket(GROUP, both.port)
+    both.send_all(source)
+    time.sleep(0.05)
+    datagrams = helpers.datagrams_in(with_plain_socket)
+    with_plain_socket.close()
+    assert datagrams == [packet(index, piece) for index, piece in enumerate(pieces)]
+
+
+@pytest.mark.parametrize("receive", WAYS)
+def test_mixed_sizes_are_received_as_they_came(ends, receive):
+    generator = random.Random(3)
+    pieces = [helpers.random_bytes(generator.choice([1, 12, 700, PAYLOAD - 1, PAYLOAD, PAYLOAD]), seed=index)
+              for index in range(150)]
+    both = ends("plain", receive)
+    target = kmcast.Buffer(PAYLOAD, 150, 7)
+    target.start(0, 150, None)
+    both.send_foreign(*[packet(index, piece) for index, piece in enumerate(pieces)])
+    both.take(target)
+    assert target.flush().tobytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("receive", WAYS)
+def test_foreign_datagrams_do_no_harm(ends, receive):
+    """Empty, tiny, oversized and huge ones between good ones."""
+    data = helpers.random_bytes(100 * PAYLOAD + 50)
+    source, target = filled(data)
+    both = ends("plain", receive)
+    strange = [b"", b"x", b"y" * 11, b"z" * 12, b"a" * 13, b"b" * (12 + PAYLOAD + 1), b"c" * 3000, b"d" * 60000,
+               b"e" * 65507, b"f" * (12 + PAYLOAD)]
+    for index in range(source.count):
+        both.send_foreign(strange[index % len(strange)])
+        assert both.sender.send(source, index, index + 1) == index + 1
+        if index % 10 == 9:
+            both.take(target, 0)
+    both.take(target)
+    assert target.missing() == []
+    assert target.flush().tobytes() == data
+
+
+@pytest.mark.parametrize("segment", [1, 12, 13, 100, 1000, 1471, 1473, 3000, 9000])
+def test_what_the_kernel_joined_of_foreign_datagrams_does_no_harm(ends, segment):
+    """Another program with UDP_SEGMENT on the same group: joined datagrams of a size that is not ours."""
+    both = ends("plain", "gso")
+    data = helpers.random_bytes(20 * PAYLOAD)
+    source, target = filled(data)
+    both.foreign.setsockopt(17, 103, segment)
+    size = segment * max(1, min(64, 60000 // segment)) - segment // 2
+    for index in range(source.count):
+        both.send_foreign(b"x" * size)
+        both.sender.send(source, index, index + 1)
+        both.take(target, 0)
+    both.take(target)
+    assert target.missing() == []
+    assert target.flush().tobytes() == data
+
+
+@pytest.mark.parametrize("payload", [500, 1000, 1456])
+def test_joined_datagrams_that_are_smaller_than_a_slot_are_taken_apart(ends, payload):
+    """A base-protocol server with a smaller MTU; and every one of them is a packet."""
+    both = ends("gso", "gso")
+    pieces = [helpers.random_bytes(payload, seed=index) for index in range(100)]
+    source = kmcast.Buffer(payload, 100, 7)
+    source.start(0, 0, 0)
+    for piece in pieces:
+        source.add(piece)
+    target = kmcast.Buffer(PAYLOAD, 100, 7)
+    target.start(0, 100, None)
+    both.send_all(source, into=target)
+    both.take(target)
+    assert target.missing() == []
+    assert target.flush().tobytes() == b"".join(pieces)
+
+
+def test_other_groups_do_not_get_in(ends):
+    """Though they use the same port on the same host."""
+    both = ends()
+    both.foreign.sendto(packet(0, b"x" * PAYLOAD), ("239.255.83.91", both.port))
+    other = helpers.group_socket("239.255.83.91", both.port)       # so that the host has joined that group as well
+    both.foreign.sendto(packet(0, b"x" * PAYLOAD), ("239.255.83.91", both.port))
+    assert select.select([other], [], [], 5)[0]
+    other.close()
+    assert both.receiver.receive() is None
+
+
+def test_a_full_socket_is_waited_for_and_nothing_is_lost(ends):
+    """send() says how far it came; it never skips."""
+    data = helpers.random_bytes(4000 * PAYLOAD)
+    source, target = filled(data)
+    for way in WAYS:
+        if way == "gso" and gso_missing():
+            continue
+        both = ends(way, "mmsg")
+        target.start(0, 4000, len(data))
+        both.send_all(source, into=target)
+        both.take(target)
+        if both.receiver.overflows() == 0:
+            assert target.missing() == []
+        assert both.sender.trouble is None
+
+
+class Refusing(object):
+    """A real socket, of which one call fails as it would on another kernel or device."""
+
+    def __init__(self, sock, error, calls):
+        self._sock, self._error, self._calls = sock, error, calls
+
+    def __getattr__(self, name):
+        if name in self._calls:
+            def fail(*args):
+                if name != "setsockopt" or (args[:2] == (17, 103) and args[2]):
+                    raise socket.error(self._error, "refused")
+                return getattr(self._sock, name)(*args)
+            return fail
+        return getattr(self._sock, name)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.ENOPROTOOPT, errno.EOPNOTSUPP],
+                         ids=lambda number: errno.errorcode[number])
+def test_a_kernel_that_refuses_to_segment_gets_single_datagrams_for_good(ends, number):
+    data = helpers.random_bytes(100 * PAYLOAD)
+    source, target = filled(data)
+    both = ends("auto", "plain")
+    both.sender.sock = Refusing(both.sender.sock, number,
+                                {"setsockopt"} if number == errno.ENOPROTOOPT else {"send"})
+    assert both.sender.way == "gso"
+    assert both.sender.send(source, 0, 100) == 0        # nothing was sent
+    assert both.sender.way == "mmsg"
+    both.send_all(source, into=target)
+    both.take(target)
+    assert target.flush().tobytes() == data and both.sender.way == "mmsg"
+
+
+def test_a_packet_that_the_kernel_refuses_is_lost_as_others_are(ends):
+    """A firewall (EPERM), a network that is down: it is said, and it does not stop the transfer."""
+    source, _ = filled(helpers.random_bytes(10 * PAYLOAD))
+    both = ends("plain", "plain")
+    both.sender.sock = Refusing(both.sender.sock, errno.EPERM, {"send"})
+    place = 0
+    for _ in range(10):
+        place = both.sender.send(source, place, 10)
+    assert place == 10 and both.sender.trouble
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOBUFS, errno.EINTR], ids=lambda number: errno.errorcode[number])
+def test_a_passing_error_sends_nothing_and_changes_nothing(ends, number):
+    source, _ = filled(helpers.random_bytes(10 * PAYLOAD))
+    for way in ("gso", "plain"):
+        if way == "gso" and gso_missing():
+            continue
+        both = ends(way)
+        both.sender.sock = Refusing(both.sender.sock, number, {"send"})
+        assert both.sender.send(source, 3, 10) == 3
+        assert both.sender.way == way and both.sender.trouble is None
+
+
+def test_datagrams_larger_than_a_call_can_carry_are_split(ends):
+    """44 at MTU 1500, 7 at 9000."""
+    both = ends("plain")
+    for way, expected in (("gso", [44, 7, 64]), ("mmsg", [64, 64, 64]), ("plain", [1, 1, 1])):
+        both.sender.way = way
+        assert [both.sender.most(slot) for slot in (1472, 8972, 228)] == expected
+
+
+def test_the_mtu_of_the_egress_is_known(ends):
+    with open("/sys/class/net/lo/mtu") as mtu:
+        assert ends().sender.mtu == min(65535, int(mtu.read()))
+
+
+def test_an_address_that_is_not_ours_is_an_error():
+    with pytest.raises(kmcast.OS_ERRORS):
+        kmcast.DatagramSender("203.0.113.7", GROUP, 20000, 1)
+    with pytest.raises(kmcast.OS_ERRORS):
+        kmcast.DatagramReceiver("203.0.113.7", GROUP, 20000, PAYLOAD)
+
+
+def test_what_found_no_room_in_the_socket_is_counted(ends):
+    both = ends()
+    assert both.receiver.overflows() == 0
+    both.receiver.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for _ in range(200):
+        both.send_foreign(b"x" * 1472)
+    assert both.receiver.overflows() > 100

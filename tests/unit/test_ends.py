@@ -1,0 +1,250 @@
+"""Source and Sink: where an image comes from and where it goes."""
+
+import hashlib
+import os
+import stat
+import threading
+
+import pytest
+
+import helpers
+import kmcast
+
+DATA = helpers.random_bytes(300000)
+
+
+def read_all(source, size=10000):
+    """All that a Source gives."""
+    data, view = b"", memoryview(bytearray(size))
+    while True:
+        got = source.read_into(view)
+        if not got:
+            return data
+        data += view[:got].tobytes()
+
+
+def write_all(sink, data=DATA, size=70000):
+    for start in range(0, len(data), size):
+        sink.write(memoryview(bytearray(data[start:start + size])))
+
+
+def content(path):
+    with open(str(path), "rb") as file:
+        return file.read()
+
+
+def names(folder):
+    return sorted(os.listdir(str(folder)))
+
+
+def mode(path):
+    return stat.S_IMODE(os.stat(str(path)).st_mode)
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Source
+
+def test_a_file_has_a_name_a_size_and_a_digest(tmp_path):
+    (tmp_path / "image.raw").write_bytes(DATA)
+    source = kmcast.Source(str(tmp_path / "image.raw"))
+    assert (source.name, source.size, source.bytes) == ("image.raw", len(DATA), 0)
+    assert source.digest() == hashlib.sha256(b"").digest()
+    view = memoryview(bytearray(1000))
+    assert source.read_into(view) == 1000 and view.tobytes() == DATA[:1000]
+    assert source.digest() == hashlib.sha256(DATA[:1000]).digest()
+    assert read_all(source) == DATA[1000:]
+    assert source.bytes == len(DATA) and source.digest() == hashlib.sha256(DATA).digest()
+    source.close()
+
+
+def test_without_digests_there_is_none(tmp_path):
+    (tmp_path / "image").write_bytes(DATA)
+    source = kmcast.Source(str(tmp_path / "image"), digest=False)
+    assert read_all(source) == DATA and source.digest() == b""
+    source.close()
+
+
+def test_a_fifo_has_no_size_and_is_read_as_it_comes(tmp_path):
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+
+    def produce():
+        with open(fifo, "wb", 0) as file:
+            for start in range(0, len(DATA), 1234):
+                file.write(DATA[start:start + 1234])
+    thread = threading.Thread(target=produce)
+    thread.start()
+    source = kmcast.Source(fifo)
+    assert source.size is None
+    assert read_all(source) == DATA
+    thread.join()
+    source.close()
+
+
+@pytest.mark.parametrize("path", ["/nonexistent/image", "/", ""])
+def test_what_cannot_be_read_is_wrong_usage(path):
+    with pytest.raises(kmcast.Failure) as failure:
+        kmcast.Source(path)
+    assert failure.value.code == 2 and "\n" not in failure.value.reason
+
+
+def test_a_read_error_is_a_failure():
+    source = kmcast.Source("/proc/self/mem")        # there is nothing at address 0
+    with pytest.raises(kmcast.Failure) as failure:
+        source.read_into(memoryview(bytearray(10)))
+    assert failure.value.code == 1
+    source.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sink
+
+def test_a_file_appears_when_it_is_committed(tmp_path, umask):
+    target = tmp_path / "image"
+    sink = kmcast.Sink(str(target))
+    assert not target.exists()
+    write_all(sink)
+    assert not target.exists() and len(names(tmp_path)) == 1
+    assert sink.written == len(DATA)
+    sink.commit()
+    assert names(tmp_path) == ["image"] and content(target) == DATA
+    assert mode(target) == 0o666 & ~umask
+    sink.discard()
+    assert content(target) == DATA, "what was committed is not discarded"
+
+
+def test_an_older_file_stays_until_then_and_leaves_its_permissions(tmp_path, umask):
+    target = tmp_path / "image"
+    target.write_bytes(b"older")
+    os.chmod(str(target), 0o604)
+    sink = kmcast.Sink(str(target))
+    write_all(sink)
+    assert content(target) == b"older"
+    sink.commit()
+    assert content(target) == DATA and mode(target) == 0o604 and names(tmp_path) == ["image"]
+
+
+def test_what_is_not_finished_is_for_nobody_else_to_read(tmp_path, umask):
+    sink = kmcast.Sink(str(tmp_path / "image"))
+    assert mode(tmp_path / names(tmp_path)[0]) == 0o600
+    sink.discard()
+
+
+def test_discard_leaves_nothing_behind(tmp_path):
+    (tmp_path / "image").write_bytes(b"older")
+    sink = kmcast.Sink(str(tmp_path / "image"))
+    write_all(sink)
+    sink.discard()
+    sink.discard()
+    assert names(tmp_path) == ["image"] and content(tmp_path / "image") == b"older"
+
+
+def test_two_at_once_do_not_share_a_temporary_file(tmp_path):
+    sinks = [kmcast.Sink(str(tmp_path / "image")) for _ in range(2)]
+    assert len(names(tmp_path)) == 2
+    for sink in sinks:
+        write_all(sink)
+        sink.commit()
+    assert names(tmp_path) == ["image"] and content(tmp_path / "image") == DATA
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "target").write_bytes(b"older")
+    os.symlink("elsewhere/target", str(tmp_path / "link"))
+    os.symlink("elsewhere/new", str(tmp_path / "dangling"))
+    for link in ("link", "dangling"):
+        sink = kmcast.Sink(str(tmp_path / link))
+        write_all(sink)
+        sink.commit()
+        assert os.path.islink(str(tmp_path / link)) and content(tmp_path / link) == DATA
+    assert names(tmp_path / "elsewhere") == ["new", "target"]
+    assert names(tmp_path) == ["dangling", "elsewhere", "link"]
+
+
+def test_a_relative_path(tmp_path):
+    before = os.getcwd()
+    os.chdir(str(tmp_path))
+    try:
+        sink = kmcast.Sink("image")
+        write_all(sink)
+        sink.commit()
+    finally:
+        os.chdir(before)
+    assert names(tmp_path) == ["image"]
+
+
+def test_a_fifo_is_written_in_place(tmp_path):
+    fifo, received = str(tmp_path / "fifo"), []
+    os.mkfifo(fifo)
+    thread = threading.Thread(target=lambda: received.append(content(fifo)))
+    thread.start()
+    sink = kmcast.Sink(fifo)
+    write_all(sink)
+    sink.commit()
+    thread.join(20)
+    assert received == [DATA] and names(tmp_path) == ["fifo"]
+
+
+def test_a_device_is_written_in_place():
+    before = os.stat("/dev/null")
+    sink = kmcast.Sink("/dev/null")
+    write_all(sink)
+    sink.commit()
+    assert os.stat("/dev/null").st_rdev == before.st_rdev and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_full_device_is_a_failure():
+    sink = kmcast.Sink("/dev/full")
+    with pytest.raises(kmcast.Failure) as failure:
+        write_all(sink)
+    assert failure.value.code == 1 and "No space left" in failure.value.reason
+    sink.discard()
+
+
+def test_a_reader_that_ends_is_a_failure(tmp_path):
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    thread = threading.Thread(target=lambda: open(fifo, "rb").close())
+    thread.start()
+    sink = kmcast.Sink(fifo)
+    thread.join()
+    with pytest.raises(kmcast.Failure) as failure:
+        write_all(sink)
+    assert failure.value.code == 1
+    sink.discard()
+
+
+@pytest.mark.parametrize("path", ["/nonexistent/image", "/", "", "/dev/null/image"])
+def test_what_cannot_be_written_is_wrong_usage(path):
+    with pytest.raises(kmcast.Failure) as failure:
+        kmcast.Sink(path)
+    assert failure.value.code == 2 and "\n" not in failure.value.reason
+
+
+def test_a_directory_that_goes_away_is_a_failure(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    sink = kmcast.Sink(str(folder / "image"))
+    write_all(sink)
+    os.unlink(str(folder / names(folder)[0]))
+    folder.rmdir()
+    with pytest.raises(kmcast.Failure) as failure:
+        sink.commit()
+    assert failure.value.code == 1
+    sink.discard()
+
+
+def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path):
+    name = "x" * 250                        # NAME_MAX is 255
+    sink = kmcast.Sink(str(tmp_path / name))
+    write_all(sink)
+    sink.commit()
+    assert names(tmp_path) == [name]
