@@ -223,7 +223,9 @@ class Kmcast(Tool):
 class Udpcast(Tool):
     """udpcast, as man udp-sender advises for a switched LAN: --full-duplex.
 
-    --rexmit-hello-interval 50 because it otherwise sleeps for 2 s before it finds that all receivers have answered.
+    Its sender sleeps for 2 s before it finds that all receivers have answered, and a receiver stays for 0.5 s after the
+    last byte. That is part of what a user waits for, but weighs less the larger the image is: with --tuned-peers, options
+    that the manual's advice for a LAN does not name make these waits short.
     Where datagrams get lost it is given forward error correction, in half duplex: without, a receiver that has fallen
     two slices behind is dropped ("Dropped by server"), which happened in every other run of 256 MiB and in every run of
     1 GiB, or the session hung. Tried and no better here: --broadcast, other slice sizes, --fec 8x8/128.
@@ -231,16 +233,19 @@ class Udpcast(Tool):
 
     name = 'udpcast'
     programs = ('udp-sender', 'udp-receiver')
+    tuned = False
 
     def receivers(self, job):
-        # A receiver stays for 500 ms after the last byte in case its last acknowledgement is lost: here only if
-        # something can be lost.
-        argv = ['udp-receiver', '--nokbd', '--interface', 'eth0'] + ([] if job.scenario.lossy else ['--exit-wait', 100])
+        argv = ['udp-receiver', '--nokbd', '--interface', 'eth0']
+        if self.tuned and not job.scenario.lossy:
+            argv += ['--exit-wait', 100]        # ms; it is for the case that the last acknowledgement is lost
         return [command(client, argv) for client in job.lab.clients]
 
     def senders(self, job):
         argv = ['udp-sender', '--file', job.image, '--interface', 'eth0', '--nokbd', '--no-progress', '--min-receivers',
-                job.scenario.clients, '--rexmit-hello-interval', 50]
+                job.scenario.clients]
+        if self.tuned:
+            argv += ['--rexmit-hello-interval', 50]     # ms
         if job.scenario.lossy:
             # By default it takes a receiver for dead, and goes on without it, when a few questions got lost.
             argv += ['--fec', '8x4/128', '--retries-until-drop', 1000]
@@ -815,6 +820,7 @@ def arguments():
                         help='only these of kmcast, udpcast, uftp, tcp (default: all)')
     parser.add_argument('--repeat', type=int, default=3, metavar='N', help='repetitions (default: 3)')
     parser.add_argument('--size', type=int, metavar='MIB', help='size of the image instead of the scenarios\' own')
+    parser.add_argument('--tuned-peers', action='store_true', help='spare udpcast its waits at start and end')
     parser.add_argument('--python', default=sys.executable, metavar='PATH', help='interpreter for kmcast')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
     parser.add_argument('--no-verify', action='store_true', help='leave out the run that verifies every byte')
@@ -833,6 +839,7 @@ def main():
         say('no benchmark here: ' + reason)
         return 1
 
+    Udpcast.tuned = options.tuned_peers
     tools = [tool for tool in (Kmcast(options.python), Udpcast(), Uftp(), Tcp())
              if not options.tool or tool.name in options.tool]
     report = {'environment': environment(options.python), 'repeat': options.repeat,
