@@ -1,0 +1,20 @@
+"""A short run of tests/fuzz.py against each endpoint; long ones are made by hand."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import helpers
+
+FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
+ROUNDS = {"client": 400, "server": 600, "parsers": 4000}
+
+
+@pytest.mark.parametrize("python", sorted({helpers.oldest(), helpers.newest()}), ids=helpers.version_name)
+@pytest.mark.parametrize("endpoint", sorted(ROUNDS))
+def test_fuzz(endpoint, python):
+    fuzz = subprocess.run([sys.executable, FUZZ, "--endpoint", endpoint, "--rounds", str(ROUNDS[endpoint]), "--python", python],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=170)
+    assert fuzz.returncode == 0, fuzz.stdout.decode("utf-8", "replace")
