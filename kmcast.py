@@ -246,7 +246,8 @@ def pack_frame(kind, fields):
 def unpack_frame(text):
     """The dict in a frame; raises ProtocolError."""
     try:
-        fields = json.loads(text.decode('utf-8'))
+        # A number of more digits than that is out of all ranges anyway.
+        fields = json.loads(text.decode('utf-8'), parse_int=lambda digits: int(digits[:25]))
     except (ValueError, RuntimeError):      # RuntimeError: nested too deep
         raise ProtocolError('a frame that is not JSON')
     if not isinstance(fields, dict):
@@ -261,13 +262,13 @@ TEXT = (str, type(u''))
 def field(fields, key, kinds, optional=False):
     """`fields[key]`, checked; raises ProtocolError.
 
-    kinds: NUMBER (not negative) or TEXT; optional: null is allowed, too.
+    kinds: NUMBER (of 64 bits, not negative) or TEXT; optional: null is allowed, too.
     """
     value = fields.get(key)
     if value is None and optional and key in fields:
         return None
     good = isinstance(value, kinds) and not isinstance(value, bool)
-    if not good or (kinds is NUMBER and value < 0):
+    if not good or (kinds is NUMBER and not 0 <= value < 1 << 64):
         raise ProtocolError('a frame without a proper "%s"' % key)
     return printable(value) if kinds is TEXT else value
 
@@ -1916,7 +1917,8 @@ class TcpServer(threading.Thread):
             self.link.wait_parent()
         except LinkClosed:
             self._unwatch(self.link.parent_fd)
-            self._dismiss_all(getattr(self.parent, 'failure', None) or 'the server has stopped')
+            self.failure = getattr(self.parent, 'failure', None)
+            self._dismiss_all(self.failure or 'the server has stopped')
             return
         step = self.parent.step
         if step.kind == 'abort':
@@ -2626,6 +2628,7 @@ class Connection(object):
         self.stall_timeout = stall_timeout
         self.session = False
         self.heard = monotonic()        # when the server last showed life
+        self.companion = None           # a SemLink whose end ends us, too
         sock.setblocking(False)
         keep_alive(sock)
 
@@ -2641,8 +2644,15 @@ class Connection(object):
     def _wait(self, event):
         poller = select.poll()
         poller.register(self.sock, event)
-        while not uninterrupted(poller.poll, TICK * 1000):
-            self.check_stall()
+        if self.companion:
+            poller.register(self.companion.child_fd, 0)     # reports its end only
+        fds = []
+        while not fds:
+            fds = [fd for fd, _ in uninterrupted(poller.poll, TICK * 1000)]
+            if not fds:
+                self.check_stall()
+        if self.companion and self.companion.child_fd in fds:
+            raise LinkClosed()
 
     def read_into(self, view):
         """Fill a memoryview.  Raises Failure."""
@@ -2735,14 +2745,15 @@ class Writer(threading.Thread):
         self.link = SemLink()
         self._own_link = self.link.spawn()
 
-    def give(self, buffer, digest):
-        """Hand over a complete buffer and the image's digest through it."""
-        self._jobs.append((buffer, digest))
+    def give(self, buffer, size, digest):
+        """Hand over a complete buffer, with what the server says of it: its
+        size in bytes, and the image's digest through it."""
+        self._jobs.append((buffer, size, digest))
         self.link.release_child()
 
     def commit(self):
         """After all buffers: make the image final."""
-        self._jobs.append((None, None))
+        self._jobs.append((None, 0, None))
         self.link.release_child()
 
     def run(self):
@@ -2750,11 +2761,11 @@ class Writer(threading.Thread):
         try:
             while True:
                 self._own_link.wait_parent()
-                buffer, digest = self._jobs.popleft()
+                buffer, size, digest = self._jobs.popleft()
                 if buffer is None:
                     self.sink.commit()
                 else:
-                    self._write(buffer.flush(), digest)
+                    self._write(buffer.flush(), size, digest)
                 self._own_link.release_parent()
         except LinkClosed:
             pass
@@ -2767,7 +2778,9 @@ class Writer(threading.Thread):
         finally:
             self._own_link.close()
 
-    def _write(self, data, digest):
+    def _write(self, data, size, digest):
+        if len(data) != size:           # without digests, all that tells
+            raise Failure('a round of %d bytes instead of %d' % (len(data), size))
         if self.hash:
             self.hash.update(data)
             if self.hash.digest() != digest:
@@ -2836,6 +2849,7 @@ class Client(object):
 
     def _say_bye(self, failure):
         if self.session and not isinstance(failure, (Lost, Refused)):
+            self.server.companion = None
             self.server.stall_timeout = FAREWELL_TIME
             self.server.heard = monotonic()
             try:
@@ -2879,6 +2893,7 @@ class Client(object):
                   self.receiver.socket_buffer)
         self.writer = Writer(self.sink, self.digest)
         self.writer.start()
+        self.server.companion = self.writer.link
 
     def _greet(self):
         """Returns group and port."""
@@ -2934,7 +2949,7 @@ class Client(object):
             self.server.send(READY)
             digest = self._round(buffer)
             self.lent.append(buffer)
-            self.writer.give(buffer, digest)
+            self.writer.give(buffer, size, digest)
             self.server.send(DONE)
         self.server.send(READY)
         self._finish()
@@ -3035,6 +3050,8 @@ class Client(object):
                 settled = now + self.SETTLE
             if digest is not None and (now > settled or not self._may_come(buffer)):
                 return digest
+            self.server.check_stall()
+            self._look_for_silence()
             events = uninterrupted(everything.poll, 1000 * (
                 TICK if digest is None else self.SETTLE))
             fds = [fd for fd, _ in events]
@@ -3046,8 +3063,6 @@ class Client(object):
                 digest = self.server.read(DIGEST_SIZE if self.digest else 0)
                 settled = monotonic() + self.SETTLE
                 everything.unregister(tcp)
-            self.server.check_stall()
-            self._look_for_silence()
 
     @staticmethod
     def _may_come(buffer):
@@ -3442,8 +3457,8 @@ def demo_command(options):
             with io.open(options.file, 'rb') as image:
                 for block in iter(lambda: image.read(1 << 20), b''):
                     yield block
-    if options.file and not os.access(options.file, os.R_OK):
-        raise Failure('cannot read %s' % options.file, USAGE)
+    if options.file and not (os.path.isfile(options.file) and os.access(options.file, os.R_OK)):
+        raise Failure('cannot read %s' % printable(options.file), USAGE)
     probe = socket.socket()
     probe.bind(('127.0.0.1', 0))
     port = str(probe.getsockname()[1])

@@ -58,10 +58,10 @@ def test_base_clients_of_a_compat_server(size):
 @pytest.mark.parametrize("drop, python", [(20, python) for python in helpers.interpreters()]
                          + [(100, python) for python in sorted({OLDEST, NEWEST})])
 def test_base_clients_that_lose_datagrams(python, drop):
-    summary = serve_base_clients(helpers.random_bytes(40 * PAYLOAD + 5, seed=drop), 3, ["--clients-per-thread", 2],
-                                ["--drop", drop], python)
+    summary = serve_base_clients(helpers.random_bytes(40 * PAYLOAD + 5, seed=drop), 2, ["--clients-per-thread", 1],
+                                 ["--drop", drop], python)
     if drop == 100:
-        assert (summary.coded, summary.by_tcp) == (0, 123)
+        assert (summary.coded, summary.by_tcp) == (0, 82)
 
 
 def test_base_clients_with_buffers_of_full_size():
@@ -117,24 +117,24 @@ def test_a_kmcast_client_of_a_compat_server_takes_it_for_what_it_is():
 # ---------------------------------------------------------------------------------------------------------------------
 # kmcast as the client
 
-@pytest.mark.parametrize("checksum", ["sum", "crc"])
-@pytest.mark.parametrize("size", [0, 1, PAYLOAD - 1, PAYLOAD + 1, 10 * PAYLOAD, 10 * PAYLOAD + 1, 300001])
+@pytest.mark.parametrize("size, checksum", [
+    (0, "sum"), (1, "sum"), (1, "crc"), (PAYLOAD - 1, "sum"), (PAYLOAD + 1, "crc"), (10 * PAYLOAD, "sum"),
+    (10 * PAYLOAD + 1, "crc"), (300001, "sum"), (300001, "crc")])
 def test_clients_of_a_base_server(size, checksum):
     take_from_base_server(helpers.random_bytes(size, seed=size), 2, ["--buffer-packets", 10, "--checksum", checksum])
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
 @pytest.mark.parametrize("checksum", ["sum", "crc"])
-def test_every_interpreter_as_client_of_a_base_server_with_short_packets_and_loss(python, checksum):
-    take_from_base_server(helpers.random_bytes(100000), 2, ["--buffer-packets", 20, "--short", "--drop", 10,
-                                                            "--checksum", checksum, "--first-buffer-id", 1], pythons=[python])
+def test_every_interpreter_as_client_of_a_base_server_with_short_packets_and_loss(checksum):
+    take_from_base_server(helpers.random_bytes(100000), len(helpers.interpreters()),
+                          ["--buffer-packets", 20, "--short", "--drop", 10, "--checksum", checksum, "--first-buffer-id", 1],
+                          pythons=helpers.interpreters())
 
 
 @BOTH
 @pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
-@pytest.mark.parametrize("options", [[], ["--short"]], ids=["full packets", "short packets"])
-def test_every_way_to_receive_from_a_base_server(python, way, options):
-    take_from_base_server(helpers.random_bytes(300000), 1, options, ["--datagrams", way], [python])
+def test_every_way_to_receive_from_a_base_server(python, way):
+    take_from_base_server(helpers.random_bytes(300000), 1, ["--short"], ["--datagrams", way], [python])
 
 
 @pytest.mark.parametrize("checksum", ["sum", "crc"])

@@ -161,13 +161,11 @@ def test_every_way_to_send_and_to_receive(send, receive, python):
     if "gso" in (send, receive) and not gso_works():
         pytest.skip("this kernel has no UDP_SEGMENT or no UDP_GRO")
     data = helpers.random_bytes(300 * PAYLOAD + 77)
-    result = helpers.transfer(data, clients=2, server_args=["-v", "--datagrams", send],
-                              client_args=["-v", "--datagrams", receive], server_python=python,
-                              client_python=[NEWEST, OLDEST])
+    result = helpers.transfer(data, server_args=["-v", "--datagrams", send], client_args=["-v", "--datagrams", receive],
+                              server_python=python, client_python=OLDEST if python == NEWEST else NEWEST)
     result.check(data)
     assert "by %s" % send in result.server.stderr
-    for client in result.clients:
-        assert "receiving by %s" % receive in client.stderr
+    assert "receiving by %s" % receive in result.clients[0].stderr
 
 
 def test_a_developers_python_finds_nothing_to_warn_of():
