@@ -2237,7 +2237,7 @@ class Multicaster(object):
     the next buffer.
     """
 
-    ROUND = 12 << 20                    # bytes in a round at the most
+    ROUND = 8 << 20                     # bytes in a round at the most
     FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
     LONGEST_ROUND = 1.0                 # seconds
     PASSES = 3                          # of coded repair in a round
@@ -3317,7 +3317,7 @@ def command_line():
                         help='drop a client that alone keeps the transfer slower for 10 s')
     server.add_argument('--buffer-packets', type=whole(1, MAX_PACKETS), metavar='N',
                         help='packets in a round at the most; memory is that of two rounds '
-                        '(as many as make 12 MB)')
+                        '(as many as make 8 MB)')
     server.add_argument('--clients-per-thread', type=whole(1, 1000), default=64, metavar='N',
                         help='clients that one TCP thread serves (64)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
