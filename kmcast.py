@@ -99,6 +99,14 @@ if sys.version_info[0] == 2:
         """The `size` bytes of an integer, big-endian."""
         return binascii.unhexlify('%0*x' % (2 * size, number))
 
+    def part(data, start, size):
+        """Bytes of a bytearray, not copied, for zlib.crc32."""
+        return buffer(data, start, size)            # noqa: F821
+
+    def join(parts):
+        """One bytes of many parts."""
+        return b''.join([bytes(piece) for piece in parts])
+
     def monotonic():
         """Seconds on a clock that nobody sets (clock_gettime(2))."""
         timespec = (ctypes.c_long * 2)()
@@ -107,6 +115,11 @@ if sys.version_info[0] == 2:
 else:
     CRC_TYPE = 'I'
     from time import monotonic
+    join = b''.join
+
+    def part(data, start, size):
+        """Bytes of a bytearray, not copied, for zlib.crc32."""
+        return memoryview(data)[start:start + size]
 
     def to_int(data):
         """Bytes to the integer that they are, big-endian."""
@@ -453,7 +466,7 @@ def plain_crc(payload, _number):
 
 def c_sum(payload, _number):
     """The checksum of the C implementation: the sum of little-endian words."""
-    words = payload + b'\0' * (-len(payload) % 4)
+    words = bytes(payload) + b'\0' * (-len(payload) % 4)
     total = sum(struct.unpack('<%dI' % (len(words) // 4), words)) & MASK
     return struct.unpack('<' + CRC_TYPE, U32.pack(total))[0]
 
@@ -483,14 +496,16 @@ class Batch(object):
     puts them together; that is what makes the per-packet loops short.
     """
 
-    MOST = 128                          # packets in one call
+    # Packets in one call.  Of 1460 bytes, so many are less than what malloc
+    # takes from the kernel, and gives back, each time (M_MMAP_THRESHOLD).
+    MOST = 88
     _known = {}
 
     def __init__(self, payload):
         """payload: bytes in each packet."""
         self._formats = {'packets': 'I%sI%ds' % (CRC_TYPE, payload),
                          'payloads': '%ds' % payload,
-                         'slots': '%dx%ds' % (PACKET.size, payload)}
+                         'headers': '4x%sI%dx' % (CRC_TYPE, payload)}
         self._structs = {}
 
     @classmethod
@@ -513,9 +528,9 @@ class Batch(object):
         """A Struct of count x payload, back to back."""
         return self._struct('payloads', count)
 
-    def slots(self, count):
-        """A Struct of count x payload, each behind its packet header."""
-        return self._struct('slots', count)
+    def headers(self, count):
+        """A Struct of count x (crc, size) of adjacent packets."""
+        return self._struct('headers', count)
 
 
 class Buffer(object):
@@ -549,6 +564,7 @@ class Buffer(object):
         self._bytes = bytearray(capacity * self.slot)
         self._view = memoryview(self._bytes)
         self._batch = Batch.of(payload)
+        self._payloads = []             # of each slot, made when first needed
         self.start(0, 0, 0)
 
     # ---- what a round is
@@ -664,19 +680,37 @@ class Buffer(object):
         if not 0 < payload <= self.payload:
             self.damaged += count
             return
+        slot = PACKET.size + payload
+        first = self.index(U32.unpack_from(data, offset)[0])
+        last = first + count
+        if (payload == self.payload and last <= self._full_sized and len(self.checks) == 1
+                and self.index(U32.unpack_from(data, offset + (count - 1) * slot)[0]) == last - 1
+                and self._have.find(b'\1', first, last) < 0):
+            # Most likely all are as they should be, in order: so to their
+            # place with them.  A checksum is that of one place only.
+            self._view[first * slot:last * slot] = memoryview(data)[
+                offset:offset + count * slot]
+            number = self.salt + self.base + first
+            sums = map(self.checks[0], self._parts(first, last), range(number, number + count))
+            headers = self._batch.headers(count).unpack_from(data, offset)
+            if tuple(sums) == headers[0::2] and headers[1::2].count(payload) == count:
+                self._have[first:last] = b'\1' * count
+                self._missing -= count
+                self.received += count
+                return
+        self._put_mixed(data, offset, count, payload)
+
+    def _put_mixed(self, data, offset, count, payload):
+        """Take packets of which some may be elsewhere, twice, or damaged."""
         fields = Batch.of(payload).packets(count).unpack_from(data, offset)
         seqs, crcs, sizes, pieces = [fields[i::4] for i in range(4)]
         if len(self.checks) > 1:
             matching = [check for check in self.checks if check(pieces[0], 0) == crcs[0]]
             self.checks[:] = matching[:1] or self.checks
-        salt = self.salt
-        in_order = seqs == consecutive(seqs[0], count)
-        # A check takes its number modulo 2^32.
-        sums = tuple(map(self.checks[0], pieces,
-                         range(salt + seqs[0], salt + seqs[0] + count) if in_order
-                         else [salt + seq for seq in seqs]))
         slot = PACKET.size + payload
-        for start, stop in [(0, count)] if in_order else runs(seqs):
+        # A check takes its number modulo 2^32.
+        sums = tuple(map(self.checks[0], pieces, [self.salt + seq for seq in seqs]))
+        for start, stop in runs(seqs):
             first = (seqs[start] - self.base) & MASK
             last = first + stop - start
             if (payload == self.payload and last <= self._full_sized
@@ -696,6 +730,13 @@ class Buffer(object):
                 elif (index < self.count and not self._have[index]
                       and (self._any_size or payload == self.packet_size(index))):
                     self._store(index, payload, data, offset + i * slot)
+
+    def _parts(self, first, last):
+        """The payloads in the slots from index first up to last, not copied."""
+        if not self._payloads:
+            self._payloads = [part(self._bytes, start + PACKET.size, self.payload)
+                              for start in range(0, len(self._bytes), self.slot)]
+        return self._payloads[first:last]
 
     def _store(self, index, payload, data, offset):
         start, size = index * self.slot, PACKET.size + payload
@@ -737,12 +778,11 @@ class Buffer(object):
         """
         end = 0
         for first in range(0, self.count, Batch.MOST):
-            count = min(Batch.MOST, self.count - first)
-            pieces = self._batch.slots(count).unpack_from(self._bytes, first * self.slot)
+            pieces = self._parts(first, min(first + Batch.MOST, self.count))
             if self._short:
                 pieces = [piece[:self.packet_size(first + i)]
                           for i, piece in enumerate(pieces)]
-            data = b''.join(pieces)
+            data = join(pieces)
             self._view[end:end + len(data)] = data
             end += len(data)
         return self._view[:end]
@@ -2423,7 +2463,7 @@ class Multicaster(object):
         started, dropped, self.dropped = monotonic(), self.dropped, {}
         self._do('announce', buffer=buffer, info=info, dropped=dropped)
         if not buffer.count:
-            self._do('finish', buffer=buffer, digest=digest, message=self._farewell())
+            self._do('finish', buffer=buffer, digest=digest, message=self._farewell(digest))
             return False
         probing = not self.multicasting
         count = min(buffer.count, self.PROBE) if probing else buffer.count
@@ -2437,11 +2477,11 @@ class Multicaster(object):
             self._judge(buffer.size * 8 / seconds, seconds)
         return True
 
-    def _farewell(self):
+    def _farewell(self, digest):
         """The BYE that ends a good session; b'' in the base protocol."""
         if self.session.compat:
             return b''
-        digest = binascii.hexlify(self.source.digest()).decode('ascii')
+        digest = binascii.hexlify(digest).decode('ascii')
         return pack_frame(BYE, {'ok': True, 'bytes': self.source.bytes,
                                 'sha256': digest if self.session.digest else None})
 
