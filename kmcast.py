@@ -2880,6 +2880,9 @@ class Client(object):
             raise
         finally:
             self.sink.discard()
+            if self.writer:
+                self.writer.link.close()
+                self.writer.join(1.0)   # more, only if nobody takes what it writes
             if self.server:
                 self.server.sock.close()
             if self.receiver:
