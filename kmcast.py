@@ -505,7 +505,7 @@ class Batch(object):
         """payload: bytes in each packet."""
         self._formats = {'packets': 'I%sI%ds' % (CRC_TYPE, payload),
                          'payloads': '%ds' % payload,
-                         'headers': '4x%sI%dx' % (CRC_TYPE, payload)}
+                         'headers': 'I%sI%dx' % (CRC_TYPE, payload)}
         self._structs = {}
 
     @classmethod
@@ -529,7 +529,7 @@ class Batch(object):
         return self._struct('payloads', count)
 
     def headers(self, count):
-        """A Struct of count x (crc, size) of adjacent packets."""
+        """A Struct of count x (seq, crc, size) of adjacent packets."""
         return self._struct('headers', count)
 
 
@@ -681,19 +681,19 @@ class Buffer(object):
             self.damaged += count
             return
         slot = PACKET.size + payload
-        first = self.index(U32.unpack_from(data, offset)[0])
+        headers = Batch.of(payload).headers(count).unpack_from(data, offset)
+        first = (headers[0] - self.base) & MASK
         last = first + count
         if (payload == self.payload and last <= self._full_sized and len(self.checks) == 1
-                and self.index(U32.unpack_from(data, offset + (count - 1) * slot)[0]) == last - 1
+                and headers[0::3] == consecutive(headers[0], count)
+                and headers[2::3].count(payload) == count
                 and self._have.find(b'\1', first, last) < 0):
-            # Most likely all are as they should be, in order: so to their
-            # place with them.  A checksum is that of one place only.
+            # Most likely all are as they should be: so to their place with them.
             self._view[first * slot:last * slot] = memoryview(data)[
                 offset:offset + count * slot]
             number = self.salt + self.base + first
             sums = map(self.checks[0], self._parts(first, last), range(number, number + count))
-            headers = self._batch.headers(count).unpack_from(data, offset)
-            if tuple(sums) == headers[0::2] and headers[1::2].count(payload) == count:
+            if tuple(sums) == headers[1::3]:
                 self._have[first:last] = b'\1' * count
                 self._missing -= count
                 self.received += count
@@ -2284,6 +2284,7 @@ class Multicaster(object):
     WORTH_CODING = 16                   # packets by TCP are no trouble
     PROBE = 16                          # packets, where no multicast gets through
     PATIENCE = 1.0                      # seconds to wait for the first multicast
+    DRAIN = 48 << 10                    # bytes that a queue gets rid of before TCP's turn
     STUCK = 5.0                         # seconds without room to send a packet
     ENDURANCE = 10.0                    # seconds below --min-rate
     FIRST_SEQ = 0
@@ -2507,7 +2508,11 @@ class Multicaster(object):
             place = done
             if until > monotonic():
                 self._wait(until)
-        return max(1e-6, monotonic() - started)
+        seconds = max(1e-6, monotonic() - started)
+        # What follows by TCP must find room in the queue before a slow link:
+        # there it would be dropped, and sent again only 200 ms later.
+        self._wait(monotonic() + min(self.DRAIN * 8 / self.pacer.rate, 0.01))
+        return seconds
 
     def _learn(self, buffer, count, answers, seconds):
         """Set the rate, and whether to multicast at all, from what was lost."""
