@@ -184,17 +184,17 @@ run_part() {
     return 0
 }
 
-# The same for the laboratory tests, with interpreter and pytest directory $1 and $2: each file in a pytest of its own, all
-# at once, for most of their time is spent in waiting for time-outs. Each test has hosts of its own.
-run_laboratory() {
-    interpreter=$1 directory=$2
-    shift 2
-    if ! ls tests/laboratory/test_*.py >/dev/null 2>&1; then
-        skipped "laboratory tests: tests/laboratory has no tests yet"
+# The same with each file in a pytest of its own, all at once: most of their time is spent in waiting for time-outs. Each
+# test has ports, or hosts, of its own.
+run_side_by_side() {
+    title=$1 tests=$2 interpreter=$3 directory=$4
+    shift 4
+    if ! ls "$tests"/test_*.py >/dev/null 2>&1; then
+        skipped "$title: $tests has no tests yet"
         return 1
     fi
-    say "laboratory tests"
-    for file in tests/laboratory/test_*.py; do
+    say "$title"
+    for file in "$tests"/test_*.py; do
         name=$(basename "$file" .py)
         (
             run_pytest "$interpreter" "$directory" -q -p no:cacheprovider --rootdir "$root" -r fEsx "$file" "$@" \
@@ -203,19 +203,19 @@ run_laboratory() {
         ) &
     done
     wait
-    for file in tests/laboratory/test_*.py; do
+    for file in "$tests"/test_*.py; do
         name=$(basename "$file" .py)
         echo "$file"
         cat "$temporary/$name.log"
         code=$(cat "$temporary/$name.code")
         case $code in
-            0) ran "laboratory tests, $name: passed" ;;
+            0) ran "$title, $name: passed" ;;
             5) if [ $# -gt 0 ]; then
-                   ran "laboratory tests, $name: no test matches the arguments given"
+                   ran "$title, $name: no test matches the arguments given"
                else
-                   fail "laboratory tests, $name: no test was collected"
+                   fail "$title, $name: no test was collected"
                fi ;;
-            *) fail "laboratory tests, $name: pytest ended with exit code $code" ;;
+            *) fail "$title, $name: pytest ended with exit code $code" ;;
         esac
     done
     return 0
@@ -292,7 +292,7 @@ fi
 if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"
 elif wants e2e; then
-    run_part "end-to-end tests" tests/end_to_end "$python_3" "$directory_3" "$@"
+    run_side_by_side "end-to-end tests" tests/end_to_end "$python_3" "$directory_3" "$@"
 fi
 lab=skipped
 if [ -n "$python_3" ] && wants lab; then
@@ -305,7 +305,7 @@ if [ -n "$python_3" ] && wants lab; then
     if [ -n "$reason" ]; then
         skipped "laboratory tests: $reason"
     else
-        run_laboratory "$python_3" "$directory_3" "$@" && lab=ran
+        run_side_by_side "laboratory tests" tests/laboratory "$python_3" "$directory_3" "$@" && lab=ran
     fi
 fi
 
