@@ -292,7 +292,7 @@ fi
 if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"
 elif wants e2e; then
-    run_side_by_side "end-to-end tests" tests/end_to_end "$python_3" "$directory_3" "$@"
+    run_part "end-to-end tests" tests/end_to_end "$python_3" "$directory_3" "$@"
 fi
 lab=skipped
 if [ -n "$python_3" ] && wants lab; then
