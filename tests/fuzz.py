@@ -21,7 +21,8 @@ transfer a child that calls kmcast.main(), so a case costs milliseconds.
     parsers  the functions that read a peer's bytes, called directly, against models where there are some
 In all cases: no traceback, no "internal error", and memory within a bound.
 
-Shortened in the processes under test, for speed: see PATCHES.
+Shortened in the processes under test, for speed: see PATCHES, CLIENT_STALL and SERVER_STALL. The end of a server's --start-wait
+is when the driver says so.
 
 A finding says how to play it again. Exit code: 0 nothing was found, 1 something was, 2 wrong usage.
 The driver runs on Python 3.6 and later; what runs under --python, which is part of this file, on 2.7 as well.
