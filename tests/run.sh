@@ -37,14 +37,13 @@ done
 
 temporary=$(mktemp -d) || exit 1
 trap 'rm -rf "$temporary"' EXIT
-trap 'exit 130' INT
+trap 'trap "" TERM; kill 0; exit 130' INT     # what runs in the background does not hear Ctrl-C itself
 trap 'exit 143' HUP TERM
-failed=0
 
 say() { printf '\n== %s\n' "$*"; }
 ran() { printf '  %s\n' "$*" >>"$temporary/ran"; }
 skipped() { printf '  %s\n' "$*" >>"$temporary/skipped"; }
-fail() { failed=1; printf '  %s\n' "$*" >>"$temporary/failed"; }
+fail() { printf '  %s\n' "$*" >>"$temporary/failed"; }
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Interpreters: one a line in $temporary/interpreters, "VERSION PATH", from the oldest to the newest, each version once.
@@ -160,65 +159,54 @@ get_pytest() {
 # ----------------------------------------------------------------------------------------------------------------------
 # Running
 
-# Run the tests of directory $2, called $1 in the summary, with the interpreter and pytest directory $3 and $4; the rest
-# are arguments for pytest. Returns 1 if there is nothing to run, else 0: that a test failed is noted by fail().
+# Run the tests of directory $2, called $1 in the summary, with the interpreter and pytest directory $4 and $5; the rest
+# are arguments for pytest. Each file has a pytest of its own, and $3 of them run at once: most of their time is spent in
+# waiting, and each test has ports, or hosts, of its own. Returns 1 if there is nothing to run, else 0: that a test failed
+# is noted by fail().
 run_part() {
-    title=$1 tests=$2 interpreter=$3 directory=$4
-    shift 4
+    title=$1 tests=$2 lanes=$3 interpreter=$4 directory=$5
+    shift 5
     if ! ls "$tests"/test_*.py >/dev/null 2>&1; then
         skipped "$title: $tests has no tests yet"
         return 1
     fi
     say "$title"
-    run_pytest "$interpreter" "$directory" -p no:cacheprovider --rootdir "$root" -r fEsx "$tests" "$@"
-    code=$?
-    case $code in
-        0) ran "$title: passed" ;;
-        5) if [ $# -gt 0 ]; then
-               ran "$title: no test matches the arguments given"
-           else
-               fail "$title: no test was collected"
-           fi ;;
-        *) fail "$title: pytest ended with exit code $code" ;;
-    esac
+    results=$(mktemp -d "$temporary/results.XXXXXX")
+    while [ "$lanes" -gt 0 ]; do
+        run_lane "$@" </dev/null &
+        lanes=$((lanes - 1))
+    done
+    wait
+    passed=$(ls -d "$results"/*/passed 2>/dev/null | wc -l)
+    all=$(ls "$tests"/test_*.py | wc -l)
+    if [ "$passed" = "$all" ]; then
+        ran "$title: passed"
+    else
+        ran "$title: $passed of $all files passed"
+    fi
     return 0
 }
 
-# The same with each file in a pytest of its own, all at once: most of their time is spent in waiting for time-outs. Each
-# test has ports, or hosts, of its own.
-run_side_by_side() {
-    title=$1 tests=$2 interpreter=$3 directory=$4
-    shift 4
-    if ! ls "$tests"/test_*.py >/dev/null 2>&1; then
-        skipped "$title: $tests has no tests yet"
-        return 1
-    fi
-    say "$title"
-    for file in "$tests"/test_*.py; do
-        name=$(basename "$file" .py)
-        (
-            run_pytest "$interpreter" "$directory" -q -p no:cacheprovider --rootdir "$root" -r fEsx "$file" "$@" \
-                >"$temporary/$name.log" 2>&1
-            echo $? >"$temporary/$name.code"
-        ) &
-    done
-    wait
-    for file in "$tests"/test_*.py; do
-        name=$(basename "$file" .py)
-        echo "$file"
-        cat "$temporary/$name.log"
-        code=$(cat "$temporary/$name.code")
+# Run one file after the other, from the largest to the smallest, of those that no other lane has taken.
+run_lane() {
+    for file in $(cd "$tests" && ls -S test_*.py); do
+        result=$results/${file%.py}
+        mkdir "$result" 2>/dev/null || continue
+        run_pytest "$interpreter" "$directory" -q -p no:cacheprovider --rootdir "$root" -r fEsx "$tests/$file" "$@" \
+            >"$result/log" 2>&1
+        code=$?
+        { echo "$tests/$file"; cat "$result/log"; } >"$result/text"
+        cat "$result/text"
         case $code in
-            0) ran "$title, $name: passed" ;;
+            0) touch "$result/passed" ;;
             5) if [ $# -gt 0 ]; then
-                   ran "$title, $name: no test matches the arguments given"
+                   touch "$result/passed"               # none matches these arguments
                else
-                   fail "$title, $name: no test was collected"
+                   fail "$title, $file: no test was collected"
                fi ;;
-            *) fail "$title, $name: pytest ended with exit code $code" ;;
+            *) fail "$title, $file: pytest ended with exit code $code" ;;
         esac
     done
-    return 0
 }
 
 wants() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac }
@@ -273,7 +261,7 @@ done 3<"$temporary/descending"
 unit_versions=
 if wants unit; then
     if [ -n "$python_3" ]; then
-        run_part "unit tests on Python $version_3" tests/unit "$python_3" "$directory_3" "$@"
+        run_part "unit tests on Python $version_3" tests/unit 2 "$python_3" "$directory_3" "$@"
         unit_versions=$version_3
     fi
     version_2= path_2=
@@ -283,7 +271,7 @@ END
     if [ -z "$version_2" ]; then
         skipped "unit tests on Python 2.7: none found"
     elif get_pytest "$path_2" "$version_2"; then
-        run_part "unit tests on Python $version_2" tests/unit "$pytest_python" "$pytest_directory" "$@"
+        run_part "unit tests on Python $version_2" tests/unit 2 "$pytest_python" "$pytest_directory" "$@"
         unit_versions="$unit_versions $version_2"
     else
         skipped "unit tests on Python $version_2: no pytest could be made for it"
@@ -292,7 +280,7 @@ fi
 if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"
 elif wants e2e; then
-    run_part "end-to-end tests" tests/end_to_end "$python_3" "$directory_3" "$@"
+    run_part "end-to-end tests" tests/end_to_end 4 "$python_3" "$directory_3" "$@"
 fi
 lab=skipped
 if [ -n "$python_3" ] && wants lab; then
@@ -305,7 +293,7 @@ if [ -n "$python_3" ] && wants lab; then
     if [ -n "$reason" ]; then
         skipped "laboratory tests: $reason"
     else
-        run_side_by_side "laboratory tests" tests/laboratory "$python_3" "$directory_3" "$@" && lab=ran
+        run_part "laboratory tests" tests/laboratory 20 "$python_3" "$directory_3" "$@" && lab=ran
     fi
 fi
 
@@ -346,9 +334,8 @@ for list in ran skipped failed; do
         cat "$temporary/$list"
     fi
 done
-if [ $failed = 0 ]; then
-    echo "result: nothing failed"
-else
+if [ -s "$temporary/failed" ]; then
     echo "result: FAILED"
+    exit 1
 fi
-exit $failed
+echo "result: nothing failed"

@@ -5,7 +5,6 @@ The peers are raw sockets in the test: `RawClient` against a real server, `RawSe
 
 import hashlib
 import json
-import os
 import signal
 import socket
 import struct

@@ -1,0 +1,154 @@
+"""What the tests of hostile and broken peers share: strangers, floods, and how a transfer goes that they disturb.
+
+Built with the functions of tests/fuzz.py, which know the wire without any code of kmcast.
+"""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import struct
+import sys
+import time
+
+import pytest
+
+import fuzz
+import helpers
+from fuzz import packet
+from helpers import LOOPBACK, ROOT
+
+OLDEST, NEWEST = helpers.oldest(), helpers.newest()
+BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+
+#: Of resident memory that strangers can make a server take: 256 of them with up to 64 KiB of a frame each, and as much again
+#: for the pieces that those come in.
+MEMORY_KIB = 32 << 10
+#: Seconds that strangers may cost a transfer. Here they share two cores with everything else, so the bound is generous.
+DELAY = 5.0
+
+
+def wrapped(code, args, python=None, **options):
+    """Start kmcast with `args` after Python statements that change the module `kmcast`."""
+    code = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())" % (ROOT, code)
+    return helpers.start([python or sys.executable, "-c", code] + list(args), **options)
+
+
+def orderly(stderr):
+    """Fail if a log shows anything but what a user can understand, or anything that a terminal could misunderstand."""
+    assert "Traceback" not in stderr and "internal error" not in stderr, stderr
+    assert all(" " <= character <= "~" or character == "\n" for character in stderr), repr(stderr)
+    assert all(len(line) < 600 for line in stderr.splitlines()), stderr
+
+
+def reset(sock):
+    """Close a connection with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def receive(sock, size):
+    """Exactly `size` bytes."""
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        assert piece, "the connection ended after %r" % data
+        data += piece
+    return data
+
+
+def receive_frame(sock):
+    """The signal of a frame, and its dict."""
+    kind = receive(sock, 1)
+    return kind, json.loads(receive(sock, fuzz.U32.unpack(receive(sock, 4))[0]).decode())
+
+
+GARBAGE = random.Random(1).getrandbits(8 * 3000).to_bytes(3000, "big")
+
+
+IMAGE = helpers.random_bytes(3000000, seed=9)
+CLIENTS = 3
+
+
+def deploy(strangers=None, python=None, server_args=(), meanwhile=None):
+    """A transfer of IMAGE to CLIENTS clients, all of which must get it. Returns seconds, the server's log and peak in KiB.
+
+    strangers  function of the port that starts some: half a second before the first client does
+    meanwhile  function of the port, called when all clients have their places
+    """
+    port = helpers.free_port()
+    server = helpers.start_server(["--rate", "40M"] + list(server_args) + [LOOPBACK, CLIENTS, port], python=python, stdin=IMAGE)
+    server.wait_stderr("waiting for")
+    started = strangers(port) if strangers else None
+    try:
+        time.sleep(0.5 if strangers else 0)
+        began = time.time()
+        clients = [helpers.start_client([LOOPBACK, LOOPBACK, port], python=python) for _ in range(CLIENTS)]
+        if meanwhile:
+            for client in clients:
+                client.wait_stderr("connected to")
+            meanwhile(port)
+        for client in clients:
+            code, stderr, received = client.finish(60)
+            assert code == 0, stderr + server.stderr
+            same = received == IMAGE
+            assert same
+        code, stderr, _ = server.finish(30)
+        seconds = time.time() - began
+    finally:
+        if started:
+            started.stop()
+    assert code == 0, stderr
+    assert "%d of %d clients have the image" % (CLIENTS, CLIENTS) in stderr
+    orderly(stderr)
+    return seconds, stderr, server.peak_kib
+
+
+_undisturbed = {}
+
+
+def undisturbed(python=None):
+    """Seconds, log and peak of deploy() without strangers."""
+    if python not in _undisturbed:
+        _undisturbed[python] = deploy(python=python)
+    return _undisturbed[python]
+
+
+def noise(generator, port):
+    return fuzz.random_bytes(generator, generator.choice((0, 1, 11, 12, 13, 100, 1472, 1473, 9000)))
+
+
+def wrong_checksums(generator, port):
+    return fuzz.HEADER.pack(generator.randrange(3000), generator.getrandbits(32), 1460) + b"x" * 1460
+
+
+def another_session(generator, port):
+    return packet(generator.randrange(3000), b"y" * 1460, 12345)
+
+
+def wrong_sizes(generator, port):
+    return fuzz.HEADER.pack(generator.randrange(3000), 0, generator.choice((0, 1459, 0xffffffff))) + b"x" * 1460
+
+
+@contextlib.contextmanager
+def flooded(port, make, group=helpers.GROUP, pause=0.0):
+    """A process that multicasts what `make`, a function of this file, makes: up to about 100 Mbit/s, or one each `pause`."""
+    code = ("import sys, time, random, socket; sys.path[:0] = %r\nimport hostile\n"
+            "sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+            "sock.setsockopt(0, socket.IP_MULTICAST_IF, socket.inet_aton('127.0.0.1'))\n"
+            "generator = random.Random(1)\n"
+            "made = [hostile.%s(generator, %d) for _ in range(1000)]\n"
+            "while True:\n"
+            "    for data in made:\n"
+            "        try: sock.sendto(data, (%r, %d))\n"
+            "        except OSError: pass\n"
+            "        time.sleep(%r)\n") % ([os.path.dirname(__file__), helpers.ROOT + "/tests"], make.__name__, port, group, port,
+                                           pause or 0.00005)
+    flood = helpers.start([sys.executable, "-c", code])
+    time.sleep(0.5)
+    assert flood.poll() is None, flood.stderr
+    try:
+        yield
+    finally:
+        flood.stop()

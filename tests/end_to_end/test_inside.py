@@ -1,0 +1,121 @@
+"""What is wrong in kmcast itself, injected, ends a session in order; and seqs may wrap."""
+
+
+import pytest
+
+import helpers
+from helpers import LOOPBACK
+from hostile import BOTH, IMAGE, wrapped
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own threads
+
+RAISES = """
+def broken(*args):
+    if %s:
+        raise ValueError('injected')
+    return original(*args)
+"""
+BROKEN = {
+    "on a HELLO": ("True", "TcpServer.HANDLERS[kmcast.HELLO]"),
+    "on READY": ("True", "TcpServer.HANDLERS[kmcast.READY]"),
+    "on a REQUEST": ("True", "TcpServer.HANDLERS[kmcast.REQUEST]"),
+    "on DONE": ("True", "TcpServer.HANDLERS[kmcast.DONE]"),
+    "in a step": ("True", "TcpServer._do_sent"),
+    "in the middle of the chain": ("args[0]._before == 1", "TcpServer._do_sent"),
+    "at the end of the chain": ("args[0]._before == 2", "TcpServer._do_sent"),
+    "in the last step": ("True", "TcpServer._do_finish"),
+    "at the clocks": ("args[0].step and args[0].step.kind == 'sent'", "TcpServer._look_at_clocks"),
+    "in the multicaster": ("args[0].rounds > 2", "Multicaster._multicast"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("where, a_thread", [(where, 1) for where in sorted(BROKEN)] + [("in a step", 64), ("on a HELLO", 64)])
+def test_a_thread_of_the_server_that_dies_ends_the_session_in_order(tmp_path, where, a_thread, python):
+    condition, target = BROKEN[where]
+    port = helpers.free_port()
+    code = "original = kmcast.%s\n%skmcast.%s = broken" % (target, RAISES % condition, target)
+    server = wrapped(code, ["server", "--rate", "50M", "--buffer-packets", 100, "--clients-per-thread", a_thread,
+                            LOOPBACK, 3, port], python=python, stdin=IMAGE)
+    server.wait_stderr("waiting for")
+    network = helpers.Network(port)
+    through = network.path(helpers.loss(10))
+    clients = [helpers.start_client(["--wait", 2, "-o", tmp_path / str(number), LOOPBACK, LOOPBACK, through],
+                                    python=python) for number in range(3)]
+    code, stderr, _ = server.finish(20)
+    assert code == 1, stderr
+    assert "internal error" in stderr and "injected" in stderr and "Traceback" not in stderr, stderr
+    assert "0 of 3 clients have the image" in stderr
+    for client in clients:
+        code, client_stderr, _ = client.finish(20)
+        assert code in (1, 3), client_stderr
+        assert "Traceback" not in client_stderr
+        if where != "on a HELLO":
+            assert "the server" in client_stderr.splitlines()[-1], client_stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_a_writer_of_a_client_that_dies_ends_it_in_order(tmp_path, python):
+    port = helpers.free_port()
+    server = helpers.start_server([LOOPBACK, 2, port], python=python, stdin=IMAGE)
+    server.wait_stderr("waiting for")
+    broken = wrapped("original = kmcast.Writer._write\n%skmcast.Writer._write = broken" % (RAISES % "args[0].bytes > 100000"),
+                     ["client", "-o", tmp_path / "image", LOOPBACK, LOOPBACK, port], python=python)
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port], python=python)
+    code, stderr, _ = broken.finish(20)
+    assert code == 1 and "injected" in stderr and "Traceback" not in stderr, stderr
+    assert list(tmp_path.iterdir()) == []
+    code, stderr, received = client.finish(20)
+    same = received == IMAGE
+    assert code == 0 and same, stderr
+    code, stderr, _ = server.finish(10)
+    assert code == 3 and "it says: internal error" in stderr, stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than 2^32 packets
+
+NEAR_THE_WRAP = """
+kmcast.Multicaster.FIRST_SEQ = (2 ** 32 - %d) %% 2 ** 32
+original = kmcast.Multicaster.__init__
+def start(self, *args):
+    original(self, *args)
+    self.repair_number = (2 ** 32 - %d) %% 2 ** 32
+kmcast.Multicaster.__init__ = start
+"""
+
+
+@BOTH
+@pytest.mark.parametrize("loss", [0, 5, 100])
+@pytest.mark.parametrize("before", [0, 1, 100, 2000])
+def test_more_packets_than_a_seq_can_number(before, loss, python):
+    """Near the wrap of seq, and of the repair number."""
+    data, port = IMAGE[:2500001], helpers.free_port()
+    server = wrapped(NEAR_THE_WRAP % (before, before % 97), ["server", "-v", "--rate", "200M", LOOPBACK, 3, port],
+                     python=python, stdin=data)
+    server.wait_stderr("waiting for")
+    network = helpers.Network(port)
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(helpers.loss(loss, seed=number))], python=python)
+               for number in range(3)]
+    for client in clients:
+        code, stderr, received = client.finish(60)
+        same = received == data
+        assert code == 0 and same, stderr + server.stderr
+    code, stderr, _ = server.finish(10)
+    assert code == 0, stderr
+    if loss == 5:
+        assert "repair: 0 packets by multicast" not in stderr
+
+
+def test_more_packets_than_a_seq_can_number_for_clients_of_the_base_protocol():
+    data, port = IMAGE[:500001], helpers.free_port()
+    server = wrapped(NEAR_THE_WRAP % (100, 1), ["server", "--compat", LOOPBACK, 2, port], stdin=data)
+    server.wait_stderr("waiting for")
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, port]) for _ in range(2)]
+    for client in clients:
+        code, stderr, received = client.finish(60)
+        same = received == data
+        assert code == 0 and same, stderr
+    assert server.finish(10)[0] == 0

@@ -1,0 +1,39 @@
+"""A client's cable is pulled in mid-transfer: the kernel's clocks tell for how long that may be.
+
+Each test brings one fault into a transfer between real processes that is slow enough (--rate) to be disturbed.
+"""
+
+import time
+
+from deployment import IMAGE, IMPATIENT, PATIENT, RATE, SLACK, others
+
+
+def test_cable_pulled_and_plugged_in_again(laboratory, deploy):
+    """Within 5 s nothing happens at all: no time-out is that short."""
+    lab = laboratory()
+    run = deploy(lab, IMAGE, RATE)
+    run.wait_received()
+    lab.clients[1].unplug()
+    time.sleep(4.5)
+    lab.clients[1].plug()
+    run.finish()
+    run.check_complete()
+    assert run.clients[1].repaired()[1] > 0, str(run)       # it did miss something
+    assert run.seconds > 4.5, str(run)
+
+
+def test_cable_pulled_for_good(laboratory, deploy):
+    """Dropped within 20 s by the kernel's clocks alone; the client gives up by its own --stall-timeout."""
+    lab = laboratory()
+    run = deploy(lab, IMAGE, RATE + PATIENT, lambda number: IMPATIENT if number == 3 else PATIENT)
+    run.wait_received()
+    victim = run.clients[3]
+    victim.host.unplug()
+    pulled = time.monotonic()
+    run.wait_end(victim, timeout=3 + SLACK)
+    run.server.wait_stderr(victim.host.name + " (%s): it went away" % victim.host.address, timeout=20)
+    assert time.monotonic() - pulled < 20
+    run.finish()
+    run.check_complete(*others(run, victim))
+    run.check_server(3, victim.host)
+    run.check_failed(victim)
