@@ -1295,20 +1295,22 @@ class RateControl(object):
 
     The only evidence are the losses of each round.  Doubles the rate from
     round to round until that costs packets, then goes straight down to what
-    got through, and from there up in small steps that grow.  A loss that does
-    not fall with the rate, or does not rise with it, is the medium's own: it
-    is remembered as such, and only what is lost beyond it counts.
+    got through, and from there up in small steps that grow; a step that costs
+    packets is taken back, and the next one comes later each time.  A loss that
+    does not fall with the rate, or does not rise with it, is the medium's own:
+    it is remembered as such, and only what is lost beyond it counts.
     """
 
     START = 200e6                       # bit/s
     LOWEST = 1e6                        # bit/s
     TOLERATED = 0.02                    # share of loss cheaper to repair than to avoid
-    CLEAN = 0.005                       # share of loss that allows to go faster
+    CLEAN = 0.0005                      # share of loss that allows to go faster
     STEP = 0.01                         # how much faster after a loss, as a share
     TELLING = 1024                      # packets: of a shorter round, queues hide too much,
     TELLING_TIME = 0.25                 # seconds: unless it took so long
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
-    HOLD = 4                            # rounds to stay where some loss is, until a trial
+    HOLD = 4                            # rounds to stay at a rate, until a trial
+    LONGEST_HOLD = 16                   # rounds
     TRIAL = 0.03                        # how much faster a trial is, as a share
 
     def __init__(self):
@@ -1316,10 +1318,14 @@ class RateControl(object):
         self.medium = 0.0               # share of packets lost at any rate
         self._starting = True           # no loss yet that made us slower
         self._step = 1.0                # how much faster next, as a share
-        self._cut = None                # share lost before the last cut, if telling
+        self._cut = None                # (rate, share that got through) before the
+                                        # last cut, if telling
         self._top = None                # rate before the first of the cuts in a row
         self.hopeless = False           # the worst client loses too much at any rate
         self._held = 0                  # rounds at this rate, with some loss
+        self._clean = None              # the rate, if it cost no packets, before a step
+        self._hold = self.HOLD          # rounds to stay there after the next step back
+        self._stay = 0                  # of these, those left
         self._trial = None              # (rate, share lost) before a trial
 
     def round_over(self, count, lost, achieved, seconds):
@@ -1333,8 +1339,7 @@ class RateControl(object):
         telling = count >= self.TELLING or seconds >= self.TELLING_TIME
         self.hopeless = False
         share = len(lost) / count
-        allowed = (self.medium + self.TOLERATED) * count
-        if len(lost) > allowed + 3 * math.sqrt(allowed) + 1:
+        if self._unusual(len(lost), count, self.TOLERATED):
             return self._too_much(count, lost, achieved, telling)
         self._cut = self._top = None
         if self._starting or share < self.medium:
@@ -1347,10 +1352,19 @@ class RateControl(object):
             self.medium = min(share, self.medium + self.TOLERATED)
         if achieved < 0.7 * self.rate:
             return None                 # we are the slowest
-        if self._starting or share <= self.medium + self.CLEAN:
+        if self._starting or not self._unusual(len(lost), count, self.CLEAN):
+            self._held = 0
+            if self._stay:
+                self._stay -= 1
+                return None
+            self._clean = self.rate if telling else None
             self.rate *= 1 + self._step
-            self._step, self._held = min(1.0, 2 * self._step), 0
+            self._step = min(1.0, 2 * self._step)
             return 'no loss to speak of'
+        if self._clean:
+            self.rate, self._clean, self._step = self._clean, None, self.STEP
+            self._stay, self._hold = self._hold, min(self.LONGEST_HOLD, 2 * self._hold)
+            return 'the last step costs packets'
         self._held += 1                 # about as fast as it can be, or the medium
         if self._held < self.HOLD:
             return None
@@ -1358,24 +1372,35 @@ class RateControl(object):
         self.rate *= 1 + self.TRIAL
         return 'to see whether %.1f %% are lost at any rate' % (100 * share)
 
+    def _unusual(self, lost, count, tolerated):
+        """Whether so many lost packets of `count` are more than the medium's
+        own, a tolerated share, and chance."""
+        usual = (self.medium + tolerated) * count
+        return lost > usual + 3 * math.sqrt(usual) + 1
+
     def _too_much(self, count, lost, achieved, telling):
         """Slow down, unless that did not help the last time."""
-        share = len(lost) / count
-        self._top = self._top or self.rate
-        if telling and self._cut and share > 0.6 * self._cut:
-            self.rate, self._top, self._cut = self._top, None, None
-            self.hopeless = share > self.MOST_MEDIUM
-            if not self.hopeless:
-                self.medium = share
-            return 'a loss of %.1f %% at any rate' % (100 * share)
+        share, rate = len(lost) / count, min(self.rate, achieved)
         # Once the queue before the slow link is full, the share that still
         # gets through tells how slow that link is.
         behind = count - lost[0]
         through = 1 - (len(lost) / behind if behind >= count / 4 else share)
+        self._top = self._top or self.rate
+        if telling and self._cut:
+            rate_then, through_then = self._cut
+            if_full = min(1, through_then * rate_then / rate)
+            if through < through_then + 0.4 * (if_full - through_then):
+                self.rate, self._top, self._cut = self._top, None, None
+                self._step, self._stay = 1.0, 0
+                self.hopeless = share > self.MOST_MEDIUM
+                if not self.hopeless:
+                    self.medium = share
+                return 'a loss of %.1f %% at any rate' % (100 * share)
         self._starting, self._trial, self._held = False, None, 0
-        self._cut = share if telling else None
-        self._step = self.STEP if telling else 8 * self.STEP
-        self.rate = max(self.LOWEST, min(self.rate, achieved) / (1 - self.medium)
+        self._clean, self._hold = None, self.HOLD
+        self._cut = (rate, through) if telling else None
+        self._step, self._stay = (self.STEP, self.HOLD) if telling else (8 * self.STEP, 0)
+        self.rate = max(self.LOWEST, rate / (1 - self.medium)
                         * max(through, (1 - share) / 2))
         return '%.1f %% lost' % (100 * share)
 
@@ -2283,7 +2308,7 @@ class Multicaster(object):
     PASSES = 3                          # of coded repair in a round
     WORTH_CODING = 16                   # packets by TCP are no trouble
     PROBE = 16                          # packets, where no multicast gets through
-    PATIENCE = 1.0                      # seconds to wait for the first multicast
+    PATIENCE = 1.0                      # seconds without, until it is said
     DRAIN = 48 << 10                    # bytes that a queue gets rid of before TCP's turn
     STUCK = 5.0                         # seconds without room to send a packet
     ENDURANCE = 10.0                    # seconds below --min-rate
@@ -2322,6 +2347,7 @@ class Multicaster(object):
         self.repair_number = 0
         self.coded = self.by_tcp = self.data = 0        # packets, for the summary
         self.last_heard = None          # when a client last got any multicast
+        self.warned = False             # that none gets any
         self.trouble = None             # the last that was told
         self.ignored = set()            # clients that lose too much at any rate
         self.min_rate = options.min_rate
@@ -2511,7 +2537,8 @@ class Multicaster(object):
         seconds = max(1e-6, monotonic() - started)
         # What follows by TCP must find room in the queue before a slow link:
         # there it would be dropped, and sent again only 200 ms later.
-        self._wait(monotonic() + min(self.DRAIN * 8 / self.pacer.rate, 0.01))
+        drain = min(self.DRAIN, last * size)
+        self._wait(monotonic() + min(drain * 8 / self.pacer.rate, 0.01))
         return seconds
 
     def _learn(self, buffer, count, answers, seconds):
@@ -2529,17 +2556,16 @@ class Multicaster(object):
                 self.trouble = self.sender.trouble
                 log.warning('multicast failed at this host: %s', self.trouble)
             self.sender.trouble = None
-        if not self.multicasting:
-            if silent < everybody:
-                log.warning('multicast gets through now')
-                self.multicasting = True
-                if self.control:
-                    self.control = RateControl()
-            return
-        if silent == everybody and now - self.last_heard > self.PATIENCE:
-            log.warning('no client receives multicast, all is sent by TCP; %s', CAUSES)
+        if silent == everybody:
             self.multicasting = False
-        elif self.control and silent < everybody:
+            if now - self.last_heard > self.PATIENCE:
+                self._warn_of_silence()
+        elif not self.multicasting:
+            self.multicasting = True
+            if self.warned:
+                self.warned = False
+                log.warning('multicast gets through now')
+        elif self.control:
             before = self.control.rate
             achieved = count * (buffer.slot + UDP_OVERHEAD) * 8 / seconds
             heard = [peer for peer in heard if peer not in self.ignored]
@@ -2554,6 +2580,11 @@ class Multicaster(object):
             if why:
                 log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
                           bits(achieved), bits(self.control.rate), why)
+
+    def _warn_of_silence(self):
+        if not self.warned:
+            self.warned = True
+            log.warning('no client receives multicast, all is sent by TCP; %s', CAUSES)
 
     # ---- the slowest
 
@@ -2646,6 +2677,8 @@ class Multicaster(object):
                           peer.outcome or failure or 'unknown')
         if failure:
             log.error('%s', failure)
+        if self.data and not self.multicasting and not self.unicast:
+            self._warn_of_silence()
         log.info('data: %d packets in %d rounds, %d bytes in %.1f s, %s', self.data,
                  self.rounds, self.source.bytes, seconds,
                  bits(self.source.bytes * 8 / max(1e-6, seconds)))
@@ -2680,6 +2713,12 @@ class Connection(object):
     def fileno(self):
         """For poll()."""
         return self.sock.fileno()
+
+    def readable(self, seconds):
+        """Whether there is something to read, or will be so soon."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return bool(uninterrupted(poller.poll, seconds * 1000))
 
     def check_stall(self):
         """Raises Failure when the server has been silent for too long."""
@@ -2803,6 +2842,7 @@ class Writer(threading.Thread):
 
     def run(self):
         """The thread."""
+        os.nice(10)                     # everybody waits for the other thread's answers
         try:
             while True:
                 self._own_link.wait_parent()
@@ -2841,9 +2881,11 @@ class Client(object):
     SETTLE = 0.005                      # seconds for stragglers after SENT
     NAP = 0.001                         # seconds, to let datagrams gather
     AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
+    PROMPT = 0.01                       # seconds in which a prompt server goes on
     CHUNK = 64                          # packets read from TCP at once
     AT_WORK = 2                         # buffers that are received or written
     QUIET = 2.0                         # seconds without multicast until we warn
+    AGAIN_IN = 0.1                      # seconds until we try to reach the server again
 
     def __init__(self, options):
         """options: of the command line."""
@@ -2858,7 +2900,8 @@ class Client(object):
         self.digest = False
         self.unicast = False            # the server said not to expect multicast
         self.free = []                  # buffers
-        self.lent = collections.deque() # buffers that the writer has
+        self.lent = collections.deque() # buffers that the writer has, or will have
+        self.finished = None            # the last of them, while it does not have it
         self.begun = None               # when the first round began
         self.by_multicast = 0           # packets, as in by_tcp and coded
         self.by_tcp = self.coded = 0
@@ -2929,7 +2972,7 @@ class Client(object):
             if monotonic() > deadline:
                 raise Failure('no server at %s port %d: %s' % (
                     options.server_ip, options.port, reason), NOT_STARTED)
-            time.sleep(0.5)
+            time.sleep(self.AGAIN_IN)
         local_ip = options.local_ip or sock.getsockname()[0]
         try:
             self.receiver = DatagramReceiver(local_ip, group, port, self.payload,
@@ -2982,6 +3025,10 @@ class Client(object):
     def _transfer(self):
         base = 0
         while True:
+            # All clients wait for the last READY, and hashing would delay ours;
+            # but a producer that takes its time does not delay the consumer.
+            if self.finished and not self.server.readable(self.PROMPT):
+                self._hand_over()
             if self.session:
                 self.server.signal(BUFFER_INFO)
             _, size, first, count = ROUND.unpack(self.server.read(ROUND.size))
@@ -2995,12 +3042,20 @@ class Client(object):
                 break
             buffer = self._buffer(first, count, size)
             self.server.send(READY)
+            self._hand_over()
             digest = self._round(buffer)
             self.lent.append(buffer)
-            self.writer.give(buffer, size, digest)
+            self.finished = buffer, size, digest
             self.server.send(DONE)
         self.server.send(READY)
+        self._hand_over()
         self._finish()
+
+    def _hand_over(self):
+        """Give the writer what it is to write, if there is anything."""
+        if self.finished:
+            self.writer.give(*self.finished)
+            self.finished = None
 
     def _buffer(self, first, count, size):
         """A free buffer, begun for a round."""
