@@ -1501,7 +1501,8 @@ class Source(object):
     def read_into(self, view):
         """Read once; returns bytes read, 0 at the image's end.
 
-        Raises Failure, also at the end when the command failed.
+        Raises Failure, also at the end when the command failed, or when a
+        file has another size than it had at the beginning.
         """
         try:
             got = uninterrupted(self._file.readinto, view)
@@ -1509,6 +1510,9 @@ class Source(object):
             raise Failure('cannot read the image: %s' % explain(error))
         if not got and self._command:
             self._command.finish()
+        if not got and self.size and self.bytes != self.size:   # those of /proc say 0
+            raise Failure('the image had %d bytes, and now has %d: is it still being written?'
+                          % (self.size, self.bytes))
         self.bytes += got
         if self._hash:
             self._hash.update(view[:got])
@@ -2220,8 +2224,8 @@ class TcpServer(threading.Thread):
 
     def _on_request(self, peer, message):
         buffer = self.step.buffer
-        places = [buffer.index(seq) for seq in
-                  struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:])]
+        seqs = struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:])
+        places = [(seq - buffer.base) & MASK for seq in seqs]
         if max(places) >= buffer.count:
             raise ProtocolError('a request for a packet outside the round')
         peer.owe(None)
@@ -2442,7 +2446,7 @@ class Multicaster(object):
         Raises LinkClosed at once when the TCP servers have ended.
         """
         while True:
-            timeout = None
+            timeout = TICK              # lest a signal that another thread took goes unheard
             if until is not None:
                 timeout = until - monotonic()
                 if timeout <= 0:
@@ -2537,8 +2541,8 @@ class Multicaster(object):
         seconds = max(1e-6, monotonic() - started)
         # What follows by TCP must find room in the queue before a slow link:
         # there it would be dropped, and sent again only 200 ms later.
-        drain = min(self.DRAIN, last * size)
-        self._wait(monotonic() + min(drain * 8 / self.pacer.rate, 0.01))
+        if self.multicasting:
+            self._wait(monotonic() + min(self.DRAIN * 8 / self.pacer.rate, 0.01))
         return seconds
 
     def _learn(self, buffer, count, answers, seconds):
@@ -3295,6 +3299,7 @@ def local_address(text):
             return probe.getsockname()[0]
         socket.inet_pton(socket.AF_INET, text)
         probe.bind((text, 0))
+        probe.connect((text, 9))                # fails with a broadcast address
         if not is_multicast(text) and text != '0.0.0.0':
             return text
     except OS_ERRORS + (UnicodeError,):

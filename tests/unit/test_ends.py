@@ -64,6 +64,23 @@ def test_a_file_has_a_name_a_size_and_a_digest(tmp_path):
     source.close()
 
 
+@pytest.mark.parametrize("size", [0, 1000, len(DATA) - 1, len(DATA) + 1])
+def test_a_file_that_changes_its_size_is_no_image(tmp_path, size):
+    (tmp_path / "image").write_bytes(DATA)
+    source = kmcast.Source(str(tmp_path / "image"))
+    view = memoryview(bytearray(1000))
+    assert source.read_into(view) == 1000
+    with open(str(tmp_path / "image"), "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(kmcast.Failure) as raised:
+        read_all(source)
+    assert str(len(DATA)) in raised.value.reason and str(max(size, 1000)) in raised.value.reason
+
+
+def test_a_file_whose_size_the_kernel_does_not_know_is_read_to_its_end():
+    assert b"MemTotal" in read_all(kmcast.Source("/proc/meminfo"))
+
+
 def test_without_digests_there_is_none(tmp_path):
     (tmp_path / "image").write_bytes(DATA)
     source = kmcast.Source(str(tmp_path / "image"), digest=False)

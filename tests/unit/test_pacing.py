@@ -55,8 +55,9 @@ def mean(values):
 
 @pytest.mark.parametrize("capacity", [20e6, 95e6, 100e6, 200e6, 940e6, 2.5e9])
 @pytest.mark.parametrize("queue", [30000, 128000, 500000])
-def test_the_capacity_of_the_slowest_link_is_found_and_kept(capacity, queue):
-    rates = run(kmcast.RateControl(), [Link(capacity, queue)], 60)
+@pytest.mark.parametrize("most", [5745, MOST])
+def test_the_capacity_of_the_slowest_link_is_found_and_kept(capacity, queue, most):
+    rates = run(kmcast.RateControl(), [Link(capacity, queue)], 60, most=most)
     assert 0.85 * capacity < mean(rates[-20:]) < 1.1 * capacity
     # What a queue holds of a round hides that much; the rate may swing, not soar.
     assert max(rates[-20:]) < 1.5 * capacity
@@ -72,6 +73,19 @@ def test_what_is_sent_in_vain_stays_little_once_the_rate_is_found(capacity):
         lost += len(places)
         control.round_over(MOST, places, control.rate, MOST * SIZE * 8 / control.rate)
     assert lost < 0.05 * 20 * MOST
+
+
+@pytest.mark.parametrize("capacity", [95e6, 200e6, 940e6])
+def test_steps_that_cost_packets_become_rare(capacity):
+    """A repair pass in every round would cost more than the last percent of the rate brings."""
+    control, link = kmcast.RateControl(), Link(capacity)
+    run(control, [link], 30)
+    costly = 0
+    for _ in range(50):
+        lost = link.lost(MOST, control.rate)
+        control.round_over(MOST, lost, control.rate, MOST * SIZE * 8 / control.rate)
+        costly += bool(lost)
+    assert costly <= 8
 
 
 def test_without_a_bottleneck_the_sender_is_the_limit():
