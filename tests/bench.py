@@ -131,7 +131,7 @@ SCENARIOS = [
              impair=_limit_ports(100), rate=100),
     Scenario('one-port-100', 'wire mode, 4 clients, one port 100 Mbit/s', 4, 128, 'share_of_link', 0.90, 0.97,
              impair=_limit_ports(100, 1), rate=100),
-    Scenario('egress-200', "wire mode, 8 clients, the server's egress 200 Mbit/s", 8, 256, 'share_of_link', 0.95, 0.98,
+    Scenario('egress-200', "wire mode, 8 clients, the server's egress 200 Mbit/s", 8, 1024, 'share_of_link', 0.95, 0.98,
              impair=lambda lab: lab.server.limit_egress(200), rate=200),
     Scenario('blocked-4', 'wire mode, 4 clients, multicast blocked for all', 4, 1024, 'times_tcp', 0.8, 1,
              impair=_block_multicast, tools=('kmcast', 'tcp')),
