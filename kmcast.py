@@ -2560,7 +2560,7 @@ class Multicaster(object):
                 self.trouble = self.sender.trouble
                 log.warning('multicast failed at this host: %s', self.trouble)
             self.sender.trouble = None
-        if silent == everybody:
+        if everybody and silent == everybody:
             self.multicasting = False
             if now - self.last_heard > self.PATIENCE:
                 self._warn_of_silence()
@@ -2846,8 +2846,8 @@ class Writer(threading.Thread):
 
     def run(self):
         """The thread."""
-        os.nice(10)                     # everybody waits for the other thread's answers
         try:
+            os.nice(10)                 # everybody waits for the other thread's answers
             while True:
                 self._own_link.wait_parent()
                 buffer, size, digest = self._jobs.popleft()

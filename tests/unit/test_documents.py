@@ -214,7 +214,6 @@ def test_options_named_in_readme_exist():
 
 def test_version_agrees():
     version = "kmcast " + kmcast.__version__
-    assert ".Os %s\n" % version in read("man", "kmcast.1")
     assert "This is version %s." % kmcast.__version__ in read("README.md")
     # Python 2.7's argparse prints it on standard error.
     process = subprocess.Popen([sys.executable, helpers.KMCAST, "--version"],
@@ -225,8 +224,8 @@ def test_version_agrees():
 def test_manual_page_is_clean():
     page = os.path.join(helpers.ROOT, "man", "kmcast.1")
     try:
-        process = subprocess.Popen(["mandoc", "-Tlint", "-W", "warning", page],
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        # On stderr it says which pages that are referred to are not installed here.
+        process = subprocess.Popen(["mandoc", "-Tlint", page], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except EnvironmentError:
         pytest.skip("no mandoc here")
     output = process.communicate()[0].decode("utf-8", "replace")
