@@ -162,6 +162,12 @@ def hostile_bye_that_is_nested(member):
     return member.bye()
 
 
+def hostile_bye_of_four_gib(member):
+    member.info()
+    member.send(BYE + b"\xff\xff\xff\xff{")
+    return member.bye()
+
+
 def hostile_bye_for_a_terminal(member):
     member.info()
     member.send(fuzz.bye(False, reason="\x1b[2J\x1b[31m\r\nkmcast server: 3 of 3 clients have the image\n" + "x" * 50000))
@@ -196,7 +202,8 @@ HOSTILE = {
     hostile_request_for_nothing: "a request for 0 packets", hostile_request_for_too_many: "a request for",
     hostile_request_for_four_billion: "a request for 4294967295 packets", hostile_second_request: "out of turn",
     hostile_hello: "out of turn", hostile_unknown_signal: "unknown signal", hostile_bye_without_reason: "protocol error",
-    hostile_bye_that_is_nested: "not JSON", hostile_bye_for_a_terminal: "it says: ?[2J?[31m??kmcast server",
+    hostile_bye_that_is_nested: "not JSON", hostile_bye_of_four_gib: "a frame of 4294967295 bytes",
+    hostile_bye_for_a_terminal: "it says: ?[2J?[31m??kmcast server",
     hostile_half_close: "went away", hostile_rst: "went away", hostile_request_and_rst: "went away", hostile_reader: "stalled",
 }
 

@@ -86,12 +86,12 @@ def test_a_round_is_handed_over_before_the_image_ends():
 
     def consume(chunk):
         received.append(chunk)
-        if sum(map(len, received)) >= 10 * PAYLOAD:
+        if sum(map(len, received)) >= 20 * PAYLOAD:
             arrived.set()
 
     def produce():
         yield data[:20 * PAYLOAD]
-        assert arrived.wait(30), "nothing arrived before the producer went on"
+        assert arrived.wait(30), "two full rounds did not arrive before the producer went on"
         yield data[20 * PAYLOAD:]
     server = helpers.start_server(SMALL + [LOOPBACK, 1, port], stdin=produce())
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], stdout=consume)

@@ -101,6 +101,8 @@ def test_multicast_send_error(error, when):
     if when == "3+":
         assert repaired(ends) > 0.8 * PACKETS, report
         assert "multicast failed at this host" in said, report      # and says with what
+    elif error in ("ENOBUFS", "EAGAIN"):
+        assert "multicast failed" not in said, report               # a full queue is waited for
 
 
 @pytest.mark.parametrize("way", ["gso", "mmsg"])
