@@ -2965,6 +2965,10 @@ class Client(object):
             try:
                 sock.settimeout(5)
                 sock.connect((options.server_ip, options.port))
+                if sock.getsockname() == sock.getpeername():
+                    # Nobody listens there, but the kernel chose the same port
+                    # for our end, and has connected us to ourselves.
+                    raise socket.error(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
                 self.server = Connection(sock, options.stall_timeout)
                 group, port = self._greet()
                 break
@@ -3585,7 +3589,9 @@ def demo_command(options):
         server.stdin.close()
     except OS_ERRORS as error:
         log.error('the server ended early: %s', explain(error))
-    server.wait()
+    if server.wait() == USAGE:          # it has not begun, so the clients wait in vain
+        for client in clients:
+            client.process.terminate()
     for client in clients:
         client.join()
     print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))

@@ -86,6 +86,10 @@ class RawClient(Raw):
     def hello(self):
         """Say HELLO and take WELCOME."""
         self.sock.sendall(HELLO)
+        return self.take_welcome()
+
+    def take_welcome(self):
+        """Take WELCOME; `welcome` is what it says."""
         assert self.signal() == 0x20
         self.welcome = self.fields()
         return self
@@ -101,6 +105,15 @@ class RawClient(Raw):
         """Take SERVER_SENT; return the digest."""
         assert self.signal() == 0x08
         return self.read(32)
+
+
+def take_a_round(clients):
+    """All of them are served together: READY by all, then SENT to all."""
+    for client in clients:
+        client.ready()
+    for client in clients:
+        client.sent()
+        client.close()
 
 
 def start_server(options, port, **others):
@@ -170,13 +183,8 @@ def test_hellos_that_arrive_together_are_spread_over_the_threads():
     time.sleep(0.05)
     server.signal(signal.SIGCONT)
     for client in clients:
-        assert client.signal() == 0x20
-        client.fields()
-    for client in clients:
-        client.ready()
-    for client in clients:
-        client.sent()
-        client.close()
+        client.take_welcome()
+    take_a_round(clients)
 
 
 def test_connections_that_wait_while_a_thread_fills_up_go_to_the_next():
@@ -189,13 +197,8 @@ def test_connections_that_wait_while_a_thread_fills_up_go_to_the_next():
     time.sleep(0.1)
     for client in clients:
         client.sock.sendall(HELLO[7:])
-        assert client.signal() == 0x20
-        client.fields()
-    for client in clients:
-        client.ready()
-    for client in clients:
-        client.sent()
-        client.close()
+        client.take_welcome()
+    take_a_round(clients)
 
 
 def test_silence_is_closed_and_a_waiting_client_is_kept_alive():

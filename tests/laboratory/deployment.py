@@ -13,12 +13,8 @@ checked at its end: **a client that exited 0 has exactly the server's bytes.**
 
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
-
-import pytest
 
 import helpers
 
@@ -268,14 +264,3 @@ def changed_kmcast(directory, change):
     program.write_text("import sys\nsys.path.insert(0, %r)\nimport kmcast\n%s\nsys.exit(kmcast.main())\n"
                        % (helpers.ROOT, change))
     return str(program)
-
-
-_help = {}
-
-
-def needs(command, option):
-    """Return a mark: skip the test while kmcast has no such option."""
-    if command not in _help:
-        _help[command] = subprocess.run([sys.executable, helpers.KMCAST, command, "--help"], stdout=subprocess.PIPE,
-                                        universal_newlines=True).stdout
-    return pytest.mark.skipif(option not in _help[command], reason="kmcast %s has no %s" % (command, option))

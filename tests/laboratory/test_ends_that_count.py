@@ -6,10 +6,9 @@ import time
 import pytest
 
 import helpers
-from deployment import IMAGE, MIB, RATE, needs, no_file, others
+from deployment import IMAGE, MIB, RATE, no_file, others
 
 
-@needs("server", "--pipe")
 def test_command_as_producer(laboratory, deploy, tmp_path):
     image = tmp_path / "image"
     image.write_bytes(IMAGE)
@@ -18,7 +17,6 @@ def test_command_as_producer(laboratory, deploy, tmp_path):
     run.check_complete()
 
 
-@needs("server", "--pipe")
 @pytest.mark.parametrize("command", ["cat '%s'; exit 7", "cat '%s'; kill -9 $$"])
 def test_command_as_producer_fails(laboratory, deploy, tmp_path, command):
     """All bytes were there, but the command says that they are not the image: nobody reports success."""
@@ -36,7 +34,6 @@ def test_command_as_producer_fails(laboratory, deploy, tmp_path, command):
         assert "exit code 7" in said or "signal 9" in said, str(run)
 
 
-@needs("client", "--pipe")
 def test_command_as_consumer(laboratory, deploy, tmp_path):
     """The server's exit code says that the commands have succeeded, not that the network has."""
     lab = laboratory(clients=2)
@@ -49,7 +46,6 @@ def test_command_as_consumer(laboratory, deploy, tmp_path):
     assert run.seconds > 1, str(run)
 
 
-@needs("client", "--pipe")
 @pytest.mark.parametrize("command", ["cat > /dev/null; exit 7", "head -c 1000000 > /dev/null; exit 7", "exit 7"],
                          ids=["at the end", "in the middle", "at once"])
 def test_command_as_consumer_fails(laboratory, deploy, command):
@@ -64,7 +60,6 @@ def test_command_as_consumer_fails(laboratory, deploy, command):
         assert "exit code 7" in said or "has ended" in said, str(run)
 
 
-@needs("client", "--pipe")
 def test_command_as_consumer_that_takes_its_time_at_the_end(laboratory, deploy, tmp_path):
     """Longer than --stall-timeout: `docker load` may be at work for minutes after the last byte."""
     lab = laboratory(clients=2)
@@ -79,7 +74,6 @@ def test_command_as_consumer_that_takes_its_time_at_the_end(laboratory, deploy, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who takes part
 
-@needs("server", "--start-wait")
 def test_start_without_those_that_never_come(laboratory, deploy):
     """Three places, two clients: when --start-wait is over it starts, and says in the end that one never came."""
     lab = laboratory(clients=2)
@@ -90,7 +84,6 @@ def test_start_without_those_that_never_come(laboratory, deploy):
     assert "never came" in run.server.stderr, str(run)
 
 
-@needs("server", "--start-wait")
 def test_start_waits_for_the_least_number(laboratory, deploy):
     """--start-wait is over, but fewer than --min-clients are there; the one that comes then starts it."""
     lab = laboratory(clients=3)
@@ -104,7 +97,6 @@ def test_start_waits_for_the_least_number(laboratory, deploy):
     run.check_server(3)
 
 
-@needs("server", "--start-wait")
 def test_start_at_once_when_all_are_there(laboratory, deploy):
     lab = laboratory(clients=2)
     run = deploy(lab, IMAGE, ["--start-wait", "60", "--min-clients", "1"])
@@ -112,7 +104,6 @@ def test_start_at_once_when_all_are_there(laboratory, deploy):
     run.check_complete()
 
 
-@needs("server", "--start-wait")
 def test_start_with_places_of_two_tcp_threads_empty(laboratory, deploy):
     """The chain of threads is cut short where nobody came."""
     lab = laboratory(clients=3)
@@ -122,7 +113,6 @@ def test_start_with_places_of_two_tcp_threads_empty(laboratory, deploy):
     run.check_server(3)
 
 
-@needs("server", "--min-rate")
 def test_client_that_is_too_slow(laboratory, deploy):
     """One client alone holds the session below --min-rate for 10 s: it is dropped and told so."""
     lab = laboratory(clients=3)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+import helpers
 from deployment import (
     IMAGE, IMPATIENT, PACKETS, PATIENT, RATE, SLACK, SLOW, changed_kmcast, firewall, no_file, others)
 
@@ -141,3 +142,13 @@ def test_server_cut_off_from_one_client_by_a_firewall(laboratory, deploy):
     run.check_complete(*others(run, victim))
     run.check_failed(victim)
     run.check_server(3, victim.host)
+
+
+def test_client_does_not_take_itself_for_the_server(laboratory):
+    """Who connects to a port of its own host on which nobody listens may get that port for its own end, and so itself."""
+    host = laboratory(clients=1).clients[0]
+    host.run(["sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40001"])
+    client = helpers.start(host.command([helpers.newest(), helpers.KMCAST, "client", "--wait", "2",
+                                         "127.0.0.1", "127.0.0.1", "40000"]))
+    code, stderr, _ = client.finish(2 + SLACK)
+    assert code == 3 and "no server at 127.0.0.1 port 40000: Connection refused" in stderr, stderr

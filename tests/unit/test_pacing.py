@@ -63,29 +63,24 @@ def test_the_capacity_of_the_slowest_link_is_found_and_kept(capacity, queue, mos
     assert max(rates[-20:]) < 1.5 * capacity
 
 
+def losses(control, link, rounds):
+    """How many packets are lost in each of so many full rounds, once the rate is found."""
+    run(control, [link], 40)
+    for _ in range(rounds):
+        lost = link.lost(MOST, control.rate)
+        control.round_over(MOST, lost, control.rate, MOST * SIZE * 8 / control.rate)
+        yield len(lost)
+
+
 @pytest.mark.parametrize("capacity", [100e6, 940e6])
 def test_what_is_sent_in_vain_stays_little_once_the_rate_is_found(capacity):
-    control, link = kmcast.RateControl(), Link(capacity)
-    run(control, [link], 40)
-    lost = 0
-    for _ in range(20):
-        places = link.lost(MOST, control.rate)
-        lost += len(places)
-        control.round_over(MOST, places, control.rate, MOST * SIZE * 8 / control.rate)
-    assert lost < 0.05 * 20 * MOST
+    assert sum(losses(kmcast.RateControl(), Link(capacity), 20)) < 0.05 * 20 * MOST
 
 
 @pytest.mark.parametrize("capacity", [95e6, 200e6, 940e6])
 def test_steps_that_cost_packets_become_rare(capacity):
     """A repair pass in every round would cost more than the last percent of the rate brings."""
-    control, link = kmcast.RateControl(), Link(capacity)
-    run(control, [link], 30)
-    costly = 0
-    for _ in range(50):
-        lost = link.lost(MOST, control.rate)
-        control.round_over(MOST, lost, control.rate, MOST * SIZE * 8 / control.rate)
-        costly += bool(lost)
-    assert costly <= 8
+    assert sum(lost > 0 for lost in losses(kmcast.RateControl(), Link(capacity), 50)) <= 8
 
 
 def test_without_a_bottleneck_the_sender_is_the_limit():
