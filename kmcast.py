@@ -1318,8 +1318,7 @@ class RateControl(object):
         self.medium = 0.0               # share of packets lost at any rate
         self._starting = True           # no loss yet that made us slower
         self._step = 1.0                # how much faster next, as a share
-        self._cut = None                # (rate, share that got through) before the
-                                        # last cut, if telling
+        self._cut = None                # (rate, share got through) before a telling cut
         self._top = None                # rate before the first of the cuts in a row
         self.hopeless = False           # the worst client loses too much at any rate
         self._held = 0                  # rounds at this rate, with some loss
@@ -2147,7 +2146,7 @@ class TcpServer(threading.Thread):
         self.members.append(peer)
         self.everyone.append(peer)
         arrivals.info('%s is here, %d of %d', peer, self._before + len(self.members),
-                 self.session.places)
+                      self.session.places)
         self._advance()                 # the next may already be at the door
 
     def _on_peer(self, event, peer):

@@ -16,6 +16,7 @@ from fuzz import ALIVE, BYE, DONE, INFO, PACKETS, READY, REQUEST, SENT
 from helpers import LOOPBACK
 from hostile import DELAY, IMAGE, MEMORY_KIB, orderly, receive, receive_frame, reset, undisturbed
 
+
 class Member(object):
     """A hostile client: a bare connection that has a place, and what it hears."""
 

@@ -29,7 +29,6 @@ def limited(descriptors):
     return ["sh", "-c", 'ulimit -n %d; exec "$@"' % descriptors, "sh"]
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Strangers, who have no place
 
@@ -57,6 +56,7 @@ SAYINGS = {
     "64 KiB of ALIVE": ALIVE * 65536,
     "nothing at all": b"",
 }
+
 
 class Strangers(object):
     """Connects to `port` again and again and does something, with at most `most` connections at a time, until stop()."""
@@ -277,6 +277,7 @@ def test_a_server_does_not_spin_while_it_says_good_bye():
     assert spent < 1.0, "%.1f s of CPU" % spent
     assert server.finish(1)[0] == 1
 
+
 @pytest.mark.parametrize("make", [noise, wrong_checksums, another_session, wrong_sizes], ids=lambda make: make.__name__)
 def test_a_flood_of_datagrams_on_the_group(make):
     seconds = undisturbed()[0]
@@ -298,6 +299,7 @@ def test_a_flood_of_datagrams_on_the_group(make):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # File descriptors
+
 
 @BOTH
 @pytest.mark.parametrize("args", [["100"], ["--clients-per-thread", "1", "40"]], ids=" ".join)
