@@ -311,7 +311,10 @@ class Wire(object):
         if end == RESET:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif end == EOF and generator.randrange(2):
-            self.sock.shutdown(socket.SHUT_WR)          # half-closed: it may still talk to us
+            try:
+                self.sock.shutdown(socket.SHUT_WR)      # half-closed: it may still talk to us
+            except OSError:
+                raise Ended("closed by the peer")
             self._drain(0.03)
         elif end == SILENCE:
             self._drain(2 * SERVER_STALL)

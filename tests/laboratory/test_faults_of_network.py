@@ -49,8 +49,8 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead):
     run.finish()
     run.check_complete()
     packets = -(-4000000 // 1460)
-    # With nothing but forgeries or what comes too late the server gives multicast up, so there is less to tamper with.
-    assert relayed(relay) > (0.1 if instead and way in ("later", "forge") else 0.5) * packets, str(run)
+    # With nothing but forgeries or what comes too late the server gives multicast up, but for its probes.
+    assert relayed(relay) > (100 if instead and way in ("later", "forge") else 0.5 * packets), str(run)
     for client in run.clients:
         by_tcp = client.repaired()[1]
         if instead and way in ("later", "forge"):
