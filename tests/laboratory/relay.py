@@ -6,7 +6,7 @@ It takes the datagrams that SOURCE_IP multicasts and multicasts them again itsel
 
     shuffle     every 32 of them in random order
     twice       each twice, one after the other
-    later       each a third of a second later
+    later       each a tenth of a second later, which is in another round
     damage      each third with a bit flipped, one cut short, or one with a byte too many; the others as they are
     forge       for each one several with its right header, or a neighbour's seq, and random data; and not the right one
     noise       random bytes of random sizes, several a millisecond, whatever SOURCE_IP sends, for as long as it runs
@@ -24,7 +24,7 @@ import sys
 import time
 
 WINDOW = 32             # datagrams that are shuffled
-DELAY = 0.33            # seconds
+DELAY = 0.1             # seconds
 LONGEST_WAIT = 0.005    # seconds for which a window may stay incomplete
 
 
