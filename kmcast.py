@@ -1507,11 +1507,12 @@ class Source(object):
             got = uninterrupted(self._file.readinto, view)
         except OS_ERRORS as error:
             raise Failure('cannot read the image: %s' % explain(error))
-        if not got and self._command:
-            self._command.finish()
-        if not got and self.size and self.bytes != self.size:   # those of /proc say 0
-            raise Failure('the image had %d bytes, and now has %d: is it still being written?'
-                          % (self.size, self.bytes))
+        if not got:
+            if self._command:
+                self._command.finish()
+            if self.size and self.bytes != self.size:       # the files of /proc say 0
+                raise Failure('the image had %d bytes, and now has %d: is it still being '
+                              'written?' % (self.size, self.bytes))
         self.bytes += got
         if self._hash:
             self._hash.update(view[:got])
@@ -2888,7 +2889,7 @@ class Client(object):
     CHUNK = 64                          # packets read from TCP at once
     AT_WORK = 2                         # buffers that are received or written
     QUIET = 2.0                         # seconds without multicast until we warn
-    AGAIN_IN = 0.1                      # seconds until we try to reach the server again
+    RETRY = 0.1                         # seconds until we try to reach the server again
 
     def __init__(self, options):
         """options: of the command line."""
@@ -2979,7 +2980,7 @@ class Client(object):
             if monotonic() > deadline:
                 raise Failure('no server at %s port %d: %s' % (
                     options.server_ip, options.port, reason), NOT_STARTED)
-            time.sleep(self.AGAIN_IN)
+            time.sleep(self.RETRY)
         local_ip = options.local_ip or sock.getsockname()[0]
         try:
             self.receiver = DatagramReceiver(local_ip, group, port, self.payload,

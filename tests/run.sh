@@ -182,7 +182,7 @@ run_part() {
     if [ "$passed" = "$all" ]; then
         ran "$title: passed"
     else
-        ran "$title: $passed of $all files passed"
+        fail "$title: $passed of $all files passed"
     fi
     return 0
 }

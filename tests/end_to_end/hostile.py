@@ -58,15 +58,25 @@ def receive(sock, size):
     return data
 
 
+def receive_fields(sock):
+    """The dict of a frame whose signal has been read."""
+    return json.loads(receive(sock, fuzz.U32.unpack(receive(sock, 4))[0]).decode())
+
+
 def receive_frame(sock):
     """The signal of a frame, and its dict."""
-    kind = receive(sock, 1)
-    return kind, json.loads(receive(sock, fuzz.U32.unpack(receive(sock, 4))[0]).decode())
+    return receive(sock, 1), receive_fields(sock)
+
+
+def all_receive(data, clients, server, timeout=60):
+    """Fail unless each client ends in so many seconds with exit code 0 and exactly `data`."""
+    for client in clients:
+        code, stderr, received = client.finish(timeout)
+        same = received == data         # a name of its own: pytest would print both
+        assert code == 0 and same, stderr + server.stderr
 
 
 GARBAGE = random.Random(1).getrandbits(8 * 3000).to_bytes(3000, "big")
-
-
 IMAGE = helpers.random_bytes(3000000, seed=9)
 CLIENTS = 3
 
@@ -89,11 +99,7 @@ def deploy(strangers=None, python=None, server_args=(), meanwhile=None):
             for client in clients:
                 client.wait_stderr("connected to")
             meanwhile(port)
-        for client in clients:
-            code, stderr, received = client.finish(60)
-            assert code == 0, stderr + server.stderr
-            same = received == IMAGE
-            assert same
+        all_receive(IMAGE, clients, server)
         code, stderr, _ = server.finish(30)
         seconds = time.time() - began
     finally:

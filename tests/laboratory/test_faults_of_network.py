@@ -42,7 +42,7 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead):
             firewall(host, "input", "ip saddr %s ip daddr 224.0.0.0/4 drop" % lab.server.address)
         else:
             host.lose(3)                    # so that there are coded repairs, which are tampered with as well
-    run = deploy(lab, IMAGE[:4000000], ["--rate", "20M", "--buffer-packets", "128"], clients=0, places=3)
+    run = deploy(lab, IMAGE[:4000000], ["--rate", "20M", "--buffer-packets", "64" if instead else "128"], clients=0, places=3)
     relay = start_relay(run, spare, way)
     for host in receivers:
         run.add_client(host)
@@ -50,7 +50,7 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead):
     run.check_complete()
     packets = -(-4000000 // 1460)
     # With nothing but forgeries or what comes too late the server gives multicast up, but for its probes.
-    assert relayed(relay) > (100 if instead and way in ("later", "forge") else 0.5 * packets), str(run)
+    assert relayed(relay) > (0.1 if instead and way in ("later", "forge") else 0.5) * packets, str(run)
     for client in run.clients:
         by_tcp = client.repaired()[1]
         if instead and way in ("later", "forge"):

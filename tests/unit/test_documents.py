@@ -214,7 +214,8 @@ def test_options_named_in_readme_exist():
 
 def test_version_agrees():
     version = "kmcast " + kmcast.__version__
-    assert "This is version %s." % kmcast.__version__ in read("README.md")
+    for page in (("README.md",), ("man", "kmcast.1")):
+        assert "This is version %s." % kmcast.__version__ in read(*page)
     # Python 2.7's argparse prints it on standard error.
     process = subprocess.Popen([sys.executable, helpers.KMCAST, "--version"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
