@@ -27,6 +27,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,6 +88,26 @@ def oldest():
 def newest():
     """Return the path of the newest interpreter."""
     return interpreters()[-1]
+
+
+_programs = {}
+
+
+def compiled(python):
+    """Return the path of a kmcast.pyc, kmcast.py as compiled by and for the interpreter at path `python`, which can run it
+    or import it.
+
+    Given the source, Python compiles it at every start, which takes longer than many a test's transfer. The tests of the
+    files that an operator has, kmcast.py and kmcast.pyz, give these as `program`.
+    """
+    if python not in _programs:
+        directory = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, directory, True)
+        program = os.path.join(directory, "kmcast.pyc")
+        subprocess.check_call([python, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)",
+                               KMCAST, program, KMCAST])
+        _programs[python] = program             # only now: a test may start processes in several threads
+    return _programs[python]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +174,9 @@ def sha256(data):
 _processes = []
 _networks = []
 
+# Python 2 knows only preexec_fn, with which Python 3 has to copy its own page tables for each process that it starts.
+_NEW_SESSION = dict(preexec_fn=os.setsid) if sys.version_info[0] == 2 else dict(start_new_session=True)
+
 
 class Process(object):
     """A process under test.
@@ -192,7 +216,7 @@ class Process(object):
         try:
             self.popen = subprocess.Popen(
                 self.argv, stdin=PIPE if feed else null or stdin, stdout=PIPE if read else stdout, stderr=self._stderr,
-                env=_environment(env), cwd=cwd, bufsize=0, close_fds=True, preexec_fn=os.setsid)
+                env=_environment(env), cwd=cwd, bufsize=0, close_fds=True, **_NEW_SESSION)
         finally:
             if null:
                 null.close()
@@ -338,11 +362,12 @@ def start_kmcast(args, python=None, prefix=(), program=None, **options):
 
     python   path of the interpreter; None: the one that runs this
     prefix   what goes before it, e.g. ["ip", "netns", "exec", "host1"] or ["strace", "-f"]
-    program  path of a kmcast.pyz; None: kmcast.py
+    program  path of another program, such as KMCAST or a kmcast.pyz; None: kmcast.py, see compiled()
 
     The other options are those of Process. Returns the Process.
     """
-    return Process(list(prefix) + [python or sys.executable, program or KMCAST] + list(args), **options)
+    python = python or sys.executable
+    return Process(list(prefix) + [python, program or compiled(python)] + list(args), **options)
 
 
 def start_server(args, python=None, **options):
@@ -373,7 +398,7 @@ def _listening(server, args):
             with open("/proc/net/tcp") as table:
                 if line.search(table.read()):
                     break
-            time.sleep(0.005)
+            time.sleep(0.02)                    # the kernel looks through all its tables for it
     return server
 
 
@@ -423,7 +448,7 @@ def transfer(data, clients=1, server_args=(), client_args=(), server_python=None
     port           None: a free one
     timeout        seconds for the whole of it; a process that then still runs fails the test
     stdout         KEEP or HASH: whether `.data` of a client is its bytes or their SHA-256
-    program        path of a kmcast.pyz; None: kmcast.py
+    program        as for start_kmcast()
 
     Exit codes are not checked here (see Transfer.check). Returns a Transfer.
     """

@@ -17,7 +17,7 @@ import pytest
 import fuzz
 import helpers
 from fuzz import packet
-from helpers import LOOPBACK, ROOT
+from helpers import LOOPBACK
 
 OLDEST, NEWEST = helpers.oldest(), helpers.newest()
 BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
@@ -31,8 +31,10 @@ DELAY = 5.0
 
 def wrapped(code, args, python=None, **options):
     """Start kmcast with `args` after Python statements that change the module `kmcast`."""
-    code = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())" % (ROOT, code)
-    return helpers.start([python or sys.executable, "-c", code] + list(args), **options)
+    python = python or sys.executable
+    code = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())" % (
+        os.path.dirname(helpers.compiled(python)), code)
+    return helpers.start([python, "-c", code] + list(args), **options)
 
 
 def orderly(stderr):

@@ -201,7 +201,7 @@ def test_a_closed_standard_error_is_none(python):
 
 @pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
 def test_version_and_help_of_each_command(python):
-    code, stderr, stdout = helpers.start_kmcast(["--version"], python).finish(20)
+    code, stderr, stdout = helpers.start_kmcast(["--version"], python, program=helpers.KMCAST).finish(20)
     assert (code, stderr) == (0, "")
     assert re.match(br"kmcast \d+\.\d+\.\d+\n$", stdout)
     words = {
@@ -212,7 +212,7 @@ def test_version_and_help_of_each_command(python):
         ("demo",): ["--clients", "FILE"],
     }
     for command in words if python in (OLDEST, NEWEST) else []:
-        code, stderr, stdout = helpers.start_kmcast(command + ("--help",), python).finish(20)
+        code, stderr, stdout = helpers.start_kmcast(command + ("--help",), python, program=helpers.KMCAST).finish(20)
         assert (code, stderr) == (0, "")
         for word in words[command]:
             assert word in stdout.decode("ascii")

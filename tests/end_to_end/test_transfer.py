@@ -148,7 +148,7 @@ def test_many_clients_of_a_server_of_the_oldest_interpreter_by_unicast():
 def test_every_interpreter_serves_every_interpreter(python):
     data = helpers.random_bytes(400000)
     result = helpers.transfer(data, clients=len(helpers.interpreters()), server_python=python,
-                              client_python=helpers.interpreters())
+                              client_python=helpers.interpreters(), program=helpers.KMCAST)
     result.check(data)
     for end in [result.server] + result.clients:
         assert "Warning" not in end.stderr and "Traceback" not in end.stderr, str(result)
@@ -415,7 +415,7 @@ def test_a_relay_is_a_client_piped_into_a_server():
 @pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 def test_demo_with_a_file(tmp_path, python):
     (tmp_path / "file").write_bytes(helpers.random_bytes(3000000))
-    demo = helpers.start_kmcast(["demo", "--clients", 2, tmp_path / "file"], python=python)
+    demo = helpers.start_kmcast(["demo", "--clients", 2, tmp_path / "file"], python, program=helpers.KMCAST)
     code, stderr, stdout = demo.finish(60)
     assert code == 0, stderr
     table = stdout.decode("ascii")
@@ -425,7 +425,7 @@ def test_demo_with_a_file(tmp_path, python):
 
 
 def test_demo_without_anything():
-    demo = helpers.start_kmcast(["demo"])
+    demo = helpers.start_kmcast(["demo"], program=helpers.KMCAST)
     code, stderr, stdout = demo.finish(60)
     assert code == 0, stderr
     table = stdout.decode("ascii")

@@ -112,20 +112,21 @@ class Deployment(object):
                             stdin=data if stdin is None else stdin, **server_options)
 
     def add_client(self, host, args=(), consumer="keep", output=None, stdout=None, python=None, server=None,
-                   program=helpers.KMCAST, prefix=(), **options):
+                   program=None, prefix=(), **options):
         """Start a client on a host.
 
         consumer  a Consumer; "keep": a new one; None: `stdout` says where its output goes, or `output`
         output    a path for its -o
         server    the Host that the image comes from, if not lab.server
-        program   which client: kmcast.py or base_peer.py
+        program   which client: None for kmcast, or the path of another, such as base_peer.py
         prefix    a command that runs it, e.g. ["strace", "-f"]
         """
         if output or stdout is not None:
             consumer = None
         elif consumer == "keep":
             consumer = Consumer()
-        argv = host.command(list(prefix) + [python or helpers.newest(), program, "client"]) + list(args)
+        python = python or helpers.newest()
+        argv = host.command(list(prefix) + [python, program or helpers.compiled(python), "client"]) + list(args)
         if output:
             argv += ["-o", output]
         argv += [host.address, (server or self.lab.server).address, self.port]
