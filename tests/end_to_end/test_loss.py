@@ -37,10 +37,6 @@ def transfer(data, changes, server_args=(), client_args=(), server_python=None, 
     return stderr, said
 
 
-# A busy machine drops datagrams of its own on loopback (its backlog overflows), which no coding can foresee.
-ATTEMPTS = 3
-
-
 @pytest.mark.parametrize("server_python, client_pythons", [
     (NEWEST, [OLDEST, NEWEST]), (OLDEST, [NEWEST, OLDEST])],
     ids=["server " + helpers.version_name(NEWEST), "server " + helpers.version_name(OLDEST)])
@@ -49,13 +45,11 @@ def test_independent_loss_is_repaired_by_multicast(percent, server_python, clien
     """In two TCP threads; the coded packets and their recipes are lost like all others."""
     packets, clients = 1500, 6
     data = helpers.random_bytes(packets * PAYLOAD - 7, seed=percent)
-    lost = clients * packets * percent / 100
-    for _ in range(ATTEMPTS):
-        server, said = transfer(data, [helpers.loss(percent, seed) for seed in range(clients)],
-                                RATE + ["--clients-per-thread", 4], (), server_python, client_pythons)
-        summary = helpers.summary(server)
-        if summary.coded + summary.by_tcp < lost:
-            break
+    server, said = transfer(data, [helpers.loss(percent, seed) for seed in range(clients)],
+                            RATE + ["--clients-per-thread", 4], (), server_python, client_pythons)
+    summary = helpers.summary(server)
+    lost = sum(sum(helpers.repaired(stderr)) for stderr in said)
+    assert lost > 0.8 * clients * packets * percent / 100
     assert summary.coded > 0
     assert summary.coded + summary.by_tcp < lost, "coding saved nothing: %d packets lost, %r" % (lost, summary)
     assert all(helpers.repaired(stderr)[0] > 0 for stderr in said)
@@ -64,12 +58,13 @@ def test_independent_loss_is_repaired_by_multicast(percent, server_python, clien
 def test_shared_loss_is_repaired_once_for_all():
     """Every client lacks the same packets: one coded packet a lost one."""
     data = helpers.random_bytes(1500 * PAYLOAD)
-    for _ in range(ATTEMPTS):
-        server, _ = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE)
-        summary = helpers.summary(server)
-        if summary.coded + summary.by_tcp < 2 * 1500 * 5 / 100:
-            break
-    assert 0 < summary.coded + summary.by_tcp < 2 * 1500 * 5 / 100, "by TCP alone it would be about 4 * 75 packets"
+    server, said = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE)
+    summary = helpers.summary(server)
+    losses = [sum(helpers.repaired(stderr)) for stderr in said]
+    shared = min(losses)
+    others = sum(losses) - 4 * shared           # a busy loopback loses some of its own, now here, now there
+    assert shared > 0.8 * 1500 * 5 / 100
+    assert summary.coded + summary.by_tcp < 2 * shared + others, "by TCP alone: %r, here: %r" % (losses, summary)
 
 
 @pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
