@@ -1421,6 +1421,8 @@ def bits(rate):
 class Command(object):
     """A shell command at one end of the image, in a process group of its own."""
 
+    PATIENCE = 5.0                      # seconds, until it says what it waits for
+
     def __init__(self, text, **pipes):
         """text: for the shell; pipes: as subprocess.Popen takes them."""
         self.text = text
@@ -1434,7 +1436,14 @@ class Command(object):
 
     def finish(self):
         """Wait for its end.  Raises Failure unless it exits with 0."""
-        code = uninterrupted(self._process.wait)
+        words = threading.Timer(self.PATIENCE, log.info, [
+            'all the data is through; waiting for the command to end: %s', printable(self.text)])
+        words.daemon = True
+        words.start()
+        try:
+            code = uninterrupted(self._process.wait)
+        finally:
+            words.cancel()
         if code:
             raise Failure('the command %s: %s' % (
                 'was ended by signal %d' % -code if code < 0 else 'failed with exit code %d' % code,

@@ -65,10 +65,12 @@ def test_command_as_consumer_that_takes_its_time_at_the_end(laboratory, deploy, 
     lab = laboratory(clients=2)
     run = deploy(lab, IMAGE[:MIB], ["--stall-timeout", "6"], ["--stall-timeout", "6"], clients=1, places=2)
     copy = tmp_path / "copy"
-    run.add_client(lab.clients[1], ["--pipe", "cat > '%s'; sleep 8" % copy, "--stall-timeout", "6"],
-                   stdout=helpers.KEEP).output = str(copy)
+    slow = run.add_client(lab.clients[1], ["--pipe", "cat > '%s'; sleep 8" % copy, "--stall-timeout", "6"],
+                          stdout=helpers.KEEP)
+    slow.output = str(copy)
     run.finish()
     run.check_complete()
+    assert "waiting for the command to end: cat > " in slow.stderr, str(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
