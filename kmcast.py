@@ -1422,6 +1422,7 @@ class Command(object):
     """A shell command at one end of the image, in a process group of its own."""
 
     PATIENCE = 5.0                      # seconds, until it says what it waits for
+    TURN = 0.01                         # seconds between looks whether it has ended
 
     def __init__(self, text, **pipes):
         """text: for the shell; pipes: as subprocess.Popen takes them."""
@@ -1434,16 +1435,19 @@ class Command(object):
         os.setpgid(0, 0)                # so that all of a pipeline can be ended
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
-    def finish(self):
-        """Wait for its end.  Raises Failure unless it exits with 0."""
-        words = threading.Timer(self.PATIENCE, log.info, [
-            'all the data is through; waiting for the command to end: %s', printable(self.text)])
-        words.daemon = True
-        words.start()
-        try:
-            code = uninterrupted(self._process.wait)
-        finally:
-            words.cancel()
+    def finish(self, seconds=UNLIMITED):
+        """Wait for its end, at most so long.  Raises Failure unless it exits with 0."""
+        started, next_words = monotonic(), self.PATIENCE
+        while self._process.poll() is None:
+            waited = monotonic() - started
+            if waited > seconds:
+                return
+            if waited > next_words:
+                next_words = UNLIMITED
+                log.info('all the data is through; waiting for the command to end: %s',
+                         printable(self.text))
+            time.sleep(self.TURN)
+        code = self._process.returncode
         if code:
             raise Failure('the command %s: %s' % (
                 'was ended by signal %d' % -code if code < 0 else 'failed with exit code %d' % code,
@@ -1480,9 +1484,10 @@ class Source(object):
         except OS_ERRORS as error:
             raise Failure('cannot read %s: %s' % (
                 'standard input' if path is None else printable(path), explain(error)), USAGE)
-        if descriptor == 0 and os.isatty(0):
-            raise Failure('standard input is a terminal; give the image as "< FILE", '
-                          'through a pipe, with -i FILE or with --pipe COMMAND', USAGE)
+        if os.isatty(self._file.fileno()):
+            raise Failure('%s is a terminal; give the image as "< FILE", through a pipe, with '
+                          '-i FILE or with --pipe COMMAND' % (
+                              'standard input' if path is None else printable(path)), USAGE)
         self.name = path and os.path.basename(path)
         self.size = None
         if stat.S_ISREG(status.st_mode):
@@ -1545,16 +1550,18 @@ class Sink(object):
     place at commit(); what is not a regular file is written in place.
     """
 
+    LAST_WORDS = 1.0                    # seconds for a command that reads no more to end
+
     def __init__(self, path=None, command=None):
         """path: of the target; command: for the shell.  Raises Failure."""
         self._target = self._temporary = self._command = None
+        self._text = command
         self.written = 0                # bytes
         self._chunk = 1 << 20           # bytes in a write
         try:
             if command is not None:
-                self._command = Command(command, stdin=subprocess.PIPE)
-                self._fd = self._command.stdin.fileno()
-            elif path is None:
+                return
+            if path is None:
                 if os.isatty(1):
                     raise Failure('standard output is a terminal; give "> FILE", a pipe, '
                                   '-o FILE or --pipe COMMAND', USAGE)
@@ -1563,6 +1570,8 @@ class Sink(object):
             elif os.path.exists(path) and not os.path.isfile(path):
                 disk = stat.S_ISBLK(os.stat(path).st_mode)      # not one that is mounted
                 self._fd = os.open(path, os.O_WRONLY | (os.O_EXCL if disk else 0))
+                if os.isatty(self._fd):
+                    raise OSError(errno.EINVAL, 'it is a terminal')
             else:
                 self._target = os.path.realpath(path)
                 folder, name = os.path.split(self._target)
@@ -1572,11 +1581,23 @@ class Sink(object):
                     raise OSError(errno.ENOENT, 'no such device')
                 self._fd, self._temporary = tempfile.mkstemp(
                     '.part', '.%s.' % name[:60], folder)
+        except OS_ERRORS as error:
+            reason = explain(error)
+            if errno_of(error) == errno.EBUSY:
+                reason += ' (it may be mounted)'
+            raise Failure('cannot write %s: %s' % (
+                'standard output' if path is None else printable(path), reason), USAGE)
+
+    def start(self):
+        """The first data is coming: start the command.  Raises Failure."""
+        try:
+            if self._text is not None:
+                self._command = Command(self._text, stdin=subprocess.PIPE)
+                self._fd = self._command.stdin.fileno()
             if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._chunk = 1 << 16   # so that a slow consumer is seen to move
         except OS_ERRORS as error:
-            raise Failure('cannot write %s: %s' % (
-                'standard output' if path is None else printable(path), explain(error)), USAGE)
+            raise Failure('cannot start the command: %s' % explain(error))
 
     def write(self, data):
         """Write all of a memoryview.  Raises Failure."""
@@ -1586,6 +1607,9 @@ class Sink(object):
                 self.written += count
                 data = data[count:]
         except OS_ERRORS as error:
+            if errno_of(error) == errno.EPIPE and self._command:
+                self._command.finish(self.LAST_WORDS)
+                raise Failure('the command read no more: %s' % printable(self._text))
             if errno_of(error) == errno.EPIPE:
                 raise Failure('what reads the image has ended')
             raise Failure('cannot write the image: %s' % explain(error))
@@ -1645,6 +1669,9 @@ class Sink(object):
 # ---------------------------------------------------------------------------
 
 ALIVE_EVERY = 5.0                       # seconds
+STALL = 30.0                            # seconds: the default of --stall-timeout
+# The same for a server with --compat: the C clients wait 20 s for each other.
+BASE_STALL = 15.0
 GREETING_TIME = 5.0                     # seconds for a client to say HELLO
 FAREWELL_TIME = 2.0                     # seconds for a BYE to get through
 MOST_PENDING = 256                      # connections that are no clients (yet)
@@ -1657,8 +1684,12 @@ ANSWER, COMPLETION = 'DONE or REQUEST', 'DONE'
 PAYS = {GREETING: (HELLO,), READINESS: (READY,),
         ANSWER: (DONE, REQUEST), COMPLETION: (DONE,)}
 
-CAUSES = ('usual causes: a switch with IGMP snooping but no querier, a firewall on '
-          'the host, the wrong LOCAL_IP')
+
+def causes(payload):
+    """Why multicast of packets with so many bytes of payload may not arrive, in words."""
+    jumbo = ', jumbo frames that something on the way does not take (--mtu)'
+    return ('usual causes: a switch with IGMP snooping but no querier, a firewall on '
+            'the host, the wrong LOCAL_IP' + (jumbo if payload > payload_for(1500) else ''))
 
 
 def keep_alive(sock):
@@ -1711,6 +1742,8 @@ class Session(object):
         self.per_thread = options.clients_per_thread
         self.compat = options.compat
         self.stall_timeout = options.stall_timeout
+        if self.stall_timeout is None:
+            self.stall_timeout = BASE_STALL if self.compat else STALL
         self.strangers = options.strangers
         self.enough = options.min_clients
         self.start_by = None if options.start_wait is None else monotonic() + options.start_wait
@@ -1855,11 +1888,11 @@ class Peer(object):
 class TcpServer(threading.Thread):
     """Looks after up to 64 clients; its child looks after the next ones.
 
-    The spec's TCP server: one poll() over its clients and its links, and the
-    states INIT, ACCEPT, PREP, SYNC, SEND.
+    The spec's TCP server: one poll() over its clients and its links.  Of its
+    states, INIT is to have no `step` yet, ACCEPT the step of that name, PREP to
+    have released the parent, SYNC the announce step, and SEND all others.
     """
 
-    STATES = {None: 'INIT', 'accept': 'ACCEPT', 'announce': 'SYNC'}
     PATIENCE = 5.0                      # seconds, until it says whom it waits for
     AT_ONCE = 64                        # connections to accept in a turn
 
@@ -1889,13 +1922,6 @@ class TcpServer(threading.Thread):
         self._next_words = 0.0          # when to say whom we wait for
         self._poller = select.poll()
         self._handlers = {}
-
-    @property
-    def state(self):
-        """INIT, ACCEPT, PREP, SYNC or SEND, as in the spec."""
-        if self.step and self._released:
-            return 'PREP'
-        return self.STATES.get(self.step and self.step.kind, 'SEND')
 
     # ---- the loop
 
@@ -2258,7 +2284,8 @@ class TcpServer(threading.Thread):
             self.members.remove(peer)
             peer.outcome = reason
             starting = self.step.kind == 'accept' and not self._released
-            (arrivals if starting else log).warning('%s: %s', peer, reason)
+            if not self._over:          # else the reason is everybody's, and said at the end
+                (arrivals if starting else log).warning('%s: %s', peer, reason)
             if starting:
                 self.everyone.remove(peer)      # its place is free again
                 if self.child:
@@ -2404,6 +2431,9 @@ class Multicaster(object):
             self._fill_next(self.FIRST_SEQ)
             self._do('accept', places=self.session.places)
             started = monotonic()
+            here = len(self._everybody())
+            if here < self.session.places:
+                log.info('starting with %d of %d clients', here, self.session.places)
             log.debug('sending from the interface with MTU %d, %d bytes a packet, by %s',
                       self.sender.mtu, self.session.payload, self.sender.way)
             while self._round():
@@ -2589,7 +2619,7 @@ class Multicaster(object):
             if self.control.hopeless:
                 self.ignored.add(heard[-1])
                 log.warning('%s loses %d %% at any rate, so the rate is set without it; %s',
-                            heard[-1], 100 * len(lost[heard[-1]]) / count, CAUSES)
+                            heard[-1], 100 * len(lost[heard[-1]]) / count, causes(self.session.payload))
             if why:
                 log.debug('round %d: sent at %s, rate now %s (%s)', self.rounds,
                           bits(achieved), bits(self.control.rate), why)
@@ -2597,7 +2627,7 @@ class Multicaster(object):
     def _warn_of_silence(self):
         if not self.warned:
             self.warned = True
-            log.warning('no client receives multicast, all is sent by TCP; %s', CAUSES)
+            log.warning('no client receives multicast, all is sent by TCP; %s', causes(self.session.payload))
 
     # ---- the slowest
 
@@ -2697,6 +2727,8 @@ class Multicaster(object):
                  bits(self.source.bytes * 8 / max(1e-6, seconds)))
         log.info('repair: %d packets by multicast, %d packets by TCP',
                  self.coded, self.by_tcp)
+        if not failure and not self.source.bytes:
+            log.warning('the image is empty')
         absent = self.session.places - len(everyone)
         if absent and not failure:
             log.error('%d clients never came', absent)
@@ -2899,6 +2931,7 @@ class Client(object):
     AT_WORK = 2                         # buffers that are received or written
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.1                         # seconds until we try to reach the server again
+    ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
 
     def __init__(self, options):
         """options: of the command line."""
@@ -2920,6 +2953,7 @@ class Client(object):
         self.by_tcp = self.coded = 0
         self.overflows = None           # datagrams lost in this host
         self.told_alive = (0, 0)        # when, and the bytes written by then
+        self.heard_all = False          # the server's last word: it can go, the image is ours
 
     def run(self):
         """Receive the image; returns an exit code.  Raises Failure."""
@@ -2971,32 +3005,39 @@ class Client(object):
         log.debug('connecting to %s port %d', options.server_ip, options.port)
         while True:
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            attempt = min(GREETING_TIME, max(self.ATTEMPT, round(deadline - monotonic(), 1)))
             try:
-                sock.settimeout(5)
+                sock.settimeout(attempt)
                 sock.connect((options.server_ip, options.port))
                 if sock.getsockname() == sock.getpeername():
                     # Nobody listens there, but the kernel chose the same port
                     # for our end, and has connected us to ourselves.
                     raise socket.error(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-                self.server = Connection(sock, options.stall_timeout)
+                self.server = Connection(sock, min(attempt, options.stall_timeout or attempt))
                 group, port = self._greet()
                 break
             except OS_ERRORS as error:
                 reason = explain(error)
+                if errno_of(error) == errno.ENETUNREACH:
+                    reason += '; this host has %s' % described(interfaces())
             except Lost as error:
                 reason = error.reason
             sock.close()
             if monotonic() > deadline:
-                raise Failure('no server at %s port %d: %s' % (
+                raise Failure('no kmcast server at %s port %d: %s' % (
                     options.server_ip, options.port, reason), NOT_STARTED)
             time.sleep(self.RETRY)
+        self.server.stall_timeout = options.stall_timeout
+        if options.stall_timeout is None:
+            # A server of the base protocol has no way to say that it is alive.
+            self.server.stall_timeout = STALL if self.session else 0
         local_ip = options.local_ip or sock.getsockname()[0]
         try:
             self.receiver = DatagramReceiver(local_ip, group, port, self.payload,
                                              options.datagrams)
         except OS_ERRORS as error:
             raise Failure('cannot join %s on %s: %s' % (group, local_ip, explain(error)))
-        log.info('connected to %s from %s, group %s', options.server_ip, local_ip, group)
+        log.info('connected to %s, multicast of group %s to %s', options.server_ip, group, local_ip)
         log.debug('receiving by %s, socket buffer of %d bytes', self.receiver.way,
                   self.receiver.socket_buffer)
         self.writer = Writer(self.sink, self.digest)
@@ -3051,6 +3092,7 @@ class Client(object):
             _, size, first, count = ROUND.unpack(self.server.read(ROUND.size))
             if not self.begun:
                 self.begun = monotonic()
+                self.sink.start()
                 base = first
             if first != base:
                 raise ProtocolError('a round that begins at %d, not %d' % (first, base))
@@ -3080,13 +3122,15 @@ class Client(object):
         if self.session:
             good = count <= MAX_PACKETS and (count - 1) * payload < size <= count * payload
         else:
+            if size > count * payload:  # nothing else tells of jumbo frames there
+                payload = payload_for(9000)
             good = count <= MAX_PACKETS and count <= size <= count * payload
         if not good:
             raise ProtocolError('a buffer of %d packets and %d bytes' % (count, size))
         while len(self.lent) >= self.AT_WORK:
             self._await_writer()
         buffer = self.free.pop() if self.free else None
-        if buffer is None or buffer.capacity < count:
+        if buffer is None or buffer.capacity < count or buffer.payload != payload:
             buffer = Buffer(payload, count, self.salt, self.checks)
         buffer.start(first, count, size if self.session else None)
         return buffer
@@ -3095,6 +3139,7 @@ class Client(object):
         """Receive one buffer completely; returns the digest that it must have."""
         digest = self._listen(buffer)
         self.by_multicast += buffer.received
+        self._look_for_silence()
         while not buffer.complete:
             missing = buffer.missing()
             count = len(missing)
@@ -3127,7 +3172,7 @@ class Client(object):
             for _ in places:
                 header = self.server.read(PACKET.size)
                 size = PACKET.unpack(header)[2]
-                if not 0 < size <= self.payload:
+                if not 0 < size <= buffer.payload:
                     raise ProtocolError('a packet of %d bytes' % size)
                 buffer.put(bytearray(header + self.server.read(size)), 0, 1, size)
             return
@@ -3171,7 +3216,6 @@ class Client(object):
             if digest is not None and (now > settled or not self._may_come(buffer)):
                 return digest
             self.server.check_stall()
-            self._look_for_silence()
             events = uninterrupted(everything.poll, 1000 * (
                 TICK if digest is None else self.SETTLE))
             fds = [fd for fd, _ in events]
@@ -3196,7 +3240,7 @@ class Client(object):
                 and monotonic() - self.begun > self.QUIET):
             self.unicast = True         # said once
             log.warning('multicast does not reach this host, everything comes by TCP; %s',
-                        CAUSES)
+                        causes(self.payload))
 
     # ---- the writer, and the end
 
@@ -3212,7 +3256,8 @@ class Client(object):
         if it is known to be `moving`.  Raises Failure, LinkClosed.
         """
         poller = select.poll()
-        poller.register(self.server, select.POLLIN)
+        if not self.heard_all:
+            poller.register(self.server, select.POLLIN)
         poller.register(self.writer.link.child_fd, select.POLLIN)
         while True:
             fds = [fd for fd, _ in uninterrupted(poller.poll, TICK * 1000)]
@@ -3226,7 +3271,18 @@ class Client(object):
             if (self.session and monotonic() - since > ALIVE_EVERY
                     and (moving or self.sink.written != written)):
                 self.told_alive = (monotonic(), self.sink.written)
-                self.server.send(ALIVE)
+                self._say(ALIVE)
+
+    def _say(self, signal):
+        """Send a signal; after the last word of the server, only if it is still there."""
+        try:
+            self.server.send(signal)
+        except (Refused, Lost, ProtocolError) as error:
+            if not self.heard_all:
+                raise
+            if signal == DONE:
+                log.warning('the image is complete, but the server could not be told: %s',
+                            getattr(error, 'reason', error))
 
     def _finish(self):
         """The end of the image: verify, commit, and say so."""
@@ -3236,6 +3292,7 @@ class Client(object):
             self.server.read(DIGEST_SIZE if self.digest else 0)
             self.server.signal(BYE)
             fields = self.server.farewell()
+        self.heard_all = True
         while self.lent:
             self._await_writer()
         if fields is not None:
@@ -3248,14 +3305,14 @@ class Client(object):
         self.writer.commit()
         self._await_writer(moving=True)
         self.overflows = self.receiver.overflows()
-        self.server.send(DONE)
+        self._say(DONE)
 
     def _summary(self):
         seconds = monotonic() - self.begun
         size = self.writer.bytes
         if size and not self.by_multicast and not self.unicast:
             log.warning('multicast does not reach this host, everything came by TCP; %s',
-                        CAUSES)
+                        causes(self.payload))
         if self.overflows:
             log.info('%d datagrams found no room in this host\'s socket buffer of %d bytes; '
                      'a larger net.core.rmem_max helps (sysctl), or root',
@@ -3272,28 +3329,42 @@ class Client(object):
 
 GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
 
-SIOCGIFADDR = 0x8915                    # netdevice(7)
+SIOCGIFCONF = 0x8912                    # netdevice(7)
+IFREQ = struct.Struct('@16s4x4s%dx' % (2 * struct.calcsize('P')))     # its name and address
 
 
 def interfaces():
-    """(name, address) of this host's interfaces that have an IPv4 address."""
-    with_address = []
+    """(name, address) of this host's interfaces, for each IPv4 address one."""
+    answer = bytearray(1000 * IFREQ.size)
+    question = struct.pack('@iP', len(answer), address_of(answer))
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        with open('/proc/net/dev') as table:
-            names = sorted(line.split(':')[0].strip() for line in table if ':' in line)
-        for name in names:
-            try:
-                request = struct.pack('256s', name.encode('ascii')[:15])
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-                with_address.append((name, socket.inet_ntoa(answer[20:24])))
-            except OS_ERRORS:
-                pass
+        end = struct.unpack_from('@i', fcntl.ioctl(probe.fileno(), SIOCGIFCONF, question))[0]
     except OS_ERRORS:
-        pass
+        return []
     finally:
         probe.close()
-    return with_address
+    entries = [IFREQ.unpack_from(answer, at) for at in range(0, end, IFREQ.size)]
+    return [(printable(name.split(b'\0')[0].decode('ascii', 'replace')), socket.inet_ntoa(address))
+            for name, address in entries]
+
+
+def described(known):
+    """What interfaces() returned, for a user who has to choose one."""
+    return ', '.join('%s (%s)' % entry for entry in known) or 'none with an IPv4 address'
+
+
+def default_interface():
+    """The name of the default route's interface; None without one (route(8))."""
+    try:
+        with open('/proc/net/route') as table:
+            routes = [line.split() for line in table]
+    except OS_ERRORS:
+        return None
+    # Columns: Iface Destination Gateway Flags RefCnt Use Metric Mask ...; flag 1: up.
+    found = [(int(route[6]), route[0]) for route in routes[1:]
+             if route[1] == route[7] == '00000000' and int(route[3], 16) & 1]
+    return min(found)[1] if found else None
 
 
 def local_address(text):
@@ -3303,13 +3374,12 @@ def local_address(text):
     here is the address of the default route.
     """
     known = interfaces()
-    if text in dict(known):
-        return dict(known)[text]
+    wanted = default_interface() if text == 'auto' else text
+    for name, address in known:
+        if name == wanted:
+            return address
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        if text == 'auto':
-            probe.connect(('192.0.2.1', 9))     # RFC 5737; UDP: sends nothing
-            return probe.getsockname()[0]
         socket.inet_pton(socket.AF_INET, text)
         probe.bind((text, 0))
         probe.connect((text, 9))                # fails with a broadcast address
@@ -3321,9 +3391,7 @@ def local_address(text):
         probe.close()
     problem = ('there is no default route, so "auto" cannot decide' if text == 'auto'
                else '%s is no address or interface of this host' % printable(text))
-    raise Failure('%s; LOCAL_IP can be: %s' % (
-        problem, ', '.join('%s (%s)' % entry for entry in known) or 'none, no '
-        'interface has an IPv4 address'), USAGE)
+    raise Failure('%s; LOCAL_IP can be: %s' % (problem, described(known)), USAGE)
 
 
 def whole(least, most):
@@ -3401,9 +3469,9 @@ def command_line():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--datagrams', choices=('auto',) + WAYS, default='auto',
                         help='how to send or receive many packets at once (auto)')
-    common.add_argument('--stall-timeout', type=seconds_type, default=30.0, metavar='SECONDS',
-                        help='give up a peer that has got nothing done for so long; '
-                        '0: never (30)')
+    common.add_argument('--stall-timeout', type=seconds_type, metavar='SECONDS',
+                        help='give up a peer that has got nothing done for so long; 0: never; in '
+                        'the base protocol 15 for a server and 0 for a client (30)')
     common.add_argument('-v', '--verbose', action='store_true', help='say more')
     common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
     port = {'nargs': '?', 'type': whole(1, 65535), 'metavar': 'PORT',
@@ -3416,7 +3484,7 @@ def command_line():
     server.add_argument('clients', metavar='CLIENTS', type=whole(1, 100000),
                         help='how many clients to wait for')
     server.add_argument('port', **port)
-    server.add_argument('-i', '--input', metavar='FILE', help='the image, instead of standard input')
+    server.add_argument('-i', '--input', metavar='FILE', default='-', help='the image; -: standard input (-)')
     server.add_argument('--pipe', metavar='COMMAND', help='the image is what COMMAND writes, and '
                         'is complete only if COMMAND exits with 0')
     server.add_argument('--name', help='what to call the image (the name of FILE)')
@@ -3451,8 +3519,8 @@ def command_line():
                         'on: an address of this host, an interface\'s name, or auto')
     client.add_argument('server_ip', metavar='SERVER_IP', help='the server\'s address')
     client.add_argument('port', **port)
-    client.add_argument('-o', '--output', metavar='FILE', help='write here instead of to standard '
-                        'output; the file appears when it is complete and verified')
+    client.add_argument('-o', '--output', metavar='FILE', default='-', help='write here, and the file appears '
+                        'when it is complete and verified; -: to standard output (-)')
     client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
                         'success only if COMMAND exits with 0')
     client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
@@ -3498,11 +3566,30 @@ def open_standard_files():
             os.open(os.devnull, mode)
 
 
-def on_signal(number, _frame):
-    """Stop in order on the first signal, at once on the second."""
-    signal.signal(number, signal.SIG_DFL)
-    names = {signal.SIGINT: 'SIGINT', signal.SIGTERM: 'SIGTERM', signal.SIGHUP: 'SIGHUP'}
-    raise Interrupted(names[number])
+class StopInOrder(object):
+    """A handler of the signals that stop a program: in order on the first, at
+    once on one that comes a second later.
+
+    In between, another means the same: timeout(1) sends two at once, and a
+    terminal that is closed as well.  A signal that our parent had us ignore
+    stays ignored, for nohup(1).
+    """
+
+    SIGNALS = {signal.SIGINT: 'SIGINT', signal.SIGTERM: 'SIGTERM', signal.SIGHUP: 'SIGHUP'}
+
+    def __init__(self):
+        self._first = None              # when the first came
+        for number in self.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self)
+
+    def __call__(self, number, _frame):
+        if self._first is None:
+            self._first = monotonic()
+            raise Interrupted(self.SIGNALS[number])
+        if monotonic() - self._first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def allow_descriptors(options):
@@ -3521,7 +3608,8 @@ def allow_descriptors(options):
 
 def server_command(options):
     """`kmcast server`."""
-    if options.input and options.pipe is not None:
+    path = None if options.input == '-' else options.input
+    if path and options.pipe is not None:
         raise Failure('give one of --input and --pipe', USAGE)
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
@@ -3530,12 +3618,14 @@ def server_command(options):
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
-    source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
+    source = Source(path, options.pipe, not (options.no_digest or options.compat))
     return Multicaster(options, source).run()
 
 
 def client_command(options):
     """`kmcast client`."""
+    if options.output == '-':
+        options.output = None
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
     if re.match(r'[0-9.]*$', options.server_ip):
@@ -3551,10 +3641,10 @@ def client_command(options):
 class DemoClient(threading.Thread):
     """A client process of the demo, and what came out of it."""
 
-    def __init__(self, command):
+    def __init__(self, process):
         threading.Thread.__init__(self)
         self.daemon = True
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = process
         self.bytes, self.hash = 0, hashlib.sha256()
         self.errors = b''
         self.start()
@@ -3568,6 +3658,13 @@ class DemoClient(threading.Thread):
         self.process.wait()
 
 
+def end_with(parent):
+    """In a process just forked: let it end when its parent does, however (prctl(2))."""
+    LIBC.prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(FAILED)
+
+
 def demo_command(options):
     """`kmcast demo`: a server and some clients as processes of this file."""
     def images():
@@ -3578,17 +3675,25 @@ def demo_command(options):
             with io.open(options.file, 'rb') as image:
                 for block in iter(lambda: image.read(1 << 20), b''):
                     yield block
-    if options.file and not (os.path.isfile(options.file) and os.access(options.file, os.R_OK)):
-        raise Failure('cannot read %s' % printable(options.file), USAGE)
+    if options.file:
+        try:
+            io.open(options.file, 'rb').close()
+        except OS_ERRORS as error:
+            raise Failure('cannot read %s: %s' % (printable(options.file), explain(error)), USAGE)
     probe = socket.socket()
     probe.bind(('127.0.0.1', 0))
     port = str(probe.getsockname()[1])
     probe.close()
-    this = [sys.executable, os.path.abspath(sys.argv[0])]
-    server = subprocess.Popen(this + ['server', '127.0.0.1', str(options.clients), port,
-                                      '-v' if options.verbose else '-q'], stdin=subprocess.PIPE)
-    clients = [DemoClient(this + ['client', '127.0.0.1', '127.0.0.1', port])
-               for _ in range(options.clients)]
+    us = os.getpid()
+
+    def start(*arguments, **pipes):
+        return subprocess.Popen([sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
+                                preexec_fn=lambda: end_with(us), **pipes)
+    server = start('server', '127.0.0.1', str(options.clients), port,
+                   '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
+    clients = [start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
+                     stderr=subprocess.PIPE) for _ in range(options.clients)]
+    clients = [DemoClient(process) for process in clients]
     sent, digest = 0, hashlib.sha256()
     try:
         for block in images():
@@ -3644,8 +3749,7 @@ def main(arguments=None):
         parser.error('which COMMAND? one of server, client, demo')
     open_standard_files()
     start_logging(options.command, options.verbose, options.quiet)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    StopInOrder()
     try:
         return COMMANDS[options.command](options)
     except Failure as error:

@@ -351,6 +351,9 @@ def stop_all():
 
 atexit.register(stop_all)
 
+# Of a shell's background job SIGINT is ignored, and what is ignored stays so in what it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def start(argv, **options):
     """Start any program; see Process for the options. Returns the Process."""

@@ -157,6 +157,37 @@ def test_an_image_is_not_written_to_a_terminal(python):
 
 
 @BOTH
+def test_a_terminal_is_none_under_its_name_either(python):
+    ours, theirs = pty.openpty()
+    try:
+        name = os.ttyname(theirs)
+        assert "terminal" in the_one_line(helpers.start_server(["-i", name, LOOPBACK, 1, helpers.free_port()], python))
+        assert "terminal" in the_one_line(
+            helpers.start_client(["-o", name, LOOPBACK, LOOPBACK, helpers.free_port()], python))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@BOTH
+def test_a_dash_is_standard_input_or_output(python, tmp_path):
+    port = helpers.free_port()
+    server = helpers.start_server(["-i", "-", LOOPBACK, 1, port], python, stdin=b"data", cwd=str(tmp_path))
+    client = helpers.start_client(["-o", "-", LOOPBACK, LOOPBACK, port], python, cwd=str(tmp_path))
+    assert client.finish(20)[::2] == (0, b"data")
+    assert server.finish(20)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_an_empty_image_is_sent_with_a_warning(python):
+    """An image of nothing may be one, but more often is what a mistyped command has written."""
+    result = helpers.transfer(b"", server_python=python, client_python=python)
+    result.check(b"")
+    assert "warning: the image is empty" in result.server.stderr
+
+
+@BOTH
 def test_a_terminal_as_standard_input_or_output_does_not_matter_where_files_are_given(python, tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     port = helpers.free_port()

@@ -1,11 +1,15 @@
 """The base protocol, with a peer written from its description alone: base_peer.py, which is stricter than any real one."""
 
+import contextlib
+import socket
 import time
 
 import pytest
 
 import helpers
+import kmcast
 from helpers import LOOPBACK, payload_size
+from hostile import wrapped
 
 OLDEST, NEWEST = helpers.oldest(), helpers.newest()
 BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
@@ -80,6 +84,16 @@ def test_base_clients_at_another_mtu(mtu):
     serve_base_clients(helpers.random_bytes(100003), 2, ["--mtu", mtu], ["--mtu", mtu, "--drop", 10])
 
 
+@pytest.mark.parametrize("size", [3, 100003, 5 * 8960])
+def test_clients_at_the_largest_mtu(size):
+    """Only the size of a round tells them."""
+    data = helpers.random_bytes(size)
+    result = helpers.transfer(data, 2, ["--compat", "--mtu", 9000, "--buffer-packets", 10], client_python=[OLDEST, NEWEST])
+    result.check(data)
+    for client in result.clients:
+        assert helpers.repaired(client.stderr) == (0, 0)
+
+
 def test_base_clients_by_unicast():
     serve_base_clients(helpers.random_bytes(50000), 2, ["--unicast"])
 
@@ -106,6 +120,18 @@ def test_a_base_client_that_goes_away_does_not_stall_the_others():
     assert code == 0 and arrived == data, stderr
     code, stderr, _ = server.finish(20)
     assert code == 3 and helpers.summary(stderr).served == 1, stderr
+
+
+def test_a_base_client_that_hangs_is_given_up_before_the_others_give_up():
+    """They wait 20 s for each other, as the C implementation does."""
+    assert kmcast.BASE_STALL < 20 < kmcast.STALL
+    port = helpers.free_port()
+    server = wrapped("kmcast.BASE_STALL = 1", ["server", "--compat", LOOPBACK, 2, port], stdin=b"data")
+    server.wait_stderr("waiting")
+    with contextlib.closing(socket.create_connection((LOOPBACK, port))):
+        assert helpers.start_base_client([LOOPBACK, LOOPBACK, port]).finish(15)[::2] == (0, b"data")
+        code, stderr, _ = server.finish(10)
+    assert code == 3 and "stalled: nothing came of its READY for 1 s" in stderr, stderr
 
 
 def test_a_kmcast_client_of_a_compat_server_takes_it_for_what_it_is():
@@ -149,6 +175,24 @@ def test_a_base_server_whose_multicast_does_not_arrive(checksum):
 def test_a_base_server_with_buffers_of_full_size():
     data = helpers.random_bytes(6000000)
     take_from_base_server(data, 2, ["--drop", 1], pythons=[OLDEST, NEWEST])
+
+
+def test_a_base_server_that_is_silent_is_not_given_up():
+    """It has no way to say that it only waits: for its clients, or for its producer."""
+    port, impatient = helpers.free_port(), "kmcast.STALL = kmcast.BASE_STALL = 0.5"
+
+    def produce():
+        yield b"first"
+        time.sleep(1.5)
+        yield b"second"
+    server = helpers.start_base_server([LOOPBACK, 2, port], stdin=produce())
+    first = wrapped(impatient, ["client", LOOPBACK, LOOPBACK, port])
+    first.wait_stderr("connected")
+    time.sleep(1.5)
+    second = wrapped(impatient, ["client", LOOPBACK, LOOPBACK, port])
+    for process in (first, second):
+        assert process.finish(20)[::2] == (0, b"firstsecond"), process.stderr
+    assert server.finish(10)[0] == 0
 
 
 @BOTH

@@ -1,6 +1,8 @@
 """What goes wrong: whoever fails is dropped and says why, the others go on, and no exit code lies."""
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import struct
@@ -11,6 +13,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK, payload_size
+from hostile import wrapped
 
 OLDEST, NEWEST = helpers.oldest(), helpers.newest()
 BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
@@ -362,8 +365,78 @@ def test_a_client_is_stopped_while_it_looks_for_its_server(python, name, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@BOTH
+@pytest.mark.parametrize("names", ["SIGINT SIGINT", "SIGTERM SIGTERM", "SIGHUP SIGTERM"])
+def test_a_signal_that_comes_twice_is_one(python, names, tmp_path):
+    """timeout(1) signals its command and its command's group; a terminal that closes, and who closes it, do the same."""
+    session = Started(1, python=python, client_args=lambda number: ["-o", tmp_path / str(number)])
+    client = session.clients[0]
+    wait_until(lambda: [path.stat().st_size for path in tmp_path.iterdir()] == [ROUNDS], "it has the first rounds")
+    for name in names.split():
+        client.signal(getattr(signal, name))
+    code, stderr, _ = client.finish(10)
+    assert code == 1 and re.search("stopped by SIG(INT|TERM|HUP)", stderr), stderr
+    code, stderr, _ = session.server.finish(10)
+    assert code == 1 and "it says: stopped by" in stderr, stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_a_second_signal_after_a_while_ends_a_program_that_hangs(python):
+    stuck = "import time; kmcast.Multicaster._summary = lambda *args: time.sleep(100)"
+    server = wrapped(stuck, ["server", LOOPBACK, 1, helpers.free_port()], python, stdin=b"data")
+    server.wait_stderr("waiting")
+    server.signal(signal.SIGTERM)
+    time.sleep(1.5)
+    server.signal(signal.SIGTERM)
+    assert server.wait(10) == -signal.SIGTERM
+
+
+@BOTH
+def test_a_signal_that_is_ignored_stays_ignored(python):
+    """As nohup(1) has it."""
+    port = helpers.free_port()
+    deaf = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    server = helpers.start_server([LOOPBACK, 1, port], python, stdin=b"data", prefix=deaf)
+    server.wait_stderr("waiting")
+    server.signal(signal.SIGHUP)
+    assert helpers.start_client([LOOPBACK, LOOPBACK, port], python).finish(10)[::2] == (0, b"data")
+    assert server.finish(10)[0] == 0
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_demo_that_is_stopped_leaves_no_process(python, name):
+    for seconds in (0.15, 0.4, 0.8):
+        demo = helpers.start_kmcast(["demo", "--clients", 20], python)
+        time.sleep(seconds)
+        demo.signal(getattr(signal, name))
+        demo.wait(10)
+        wait_until(lambda: not helpers.leftovers(demo), "no process is left")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What never starts
+
+@BOTH
+def test_a_port_on_which_nobody_speaks_is_not_waited_for(python):
+    with contextlib.closing(socket.socket()) as silent:
+        silent.bind((LOOPBACK, 0))
+        silent.listen(5)
+        client = helpers.start_client(["--wait", 0, LOOPBACK, LOOPBACK, silent.getsockname()[1]], python=python)
+        code, stderr, _ = client.finish(15)
+    assert code == 3 and "no kmcast server" in stderr and "silent" in stderr, stderr
+
+
+@BOTH
+def test_a_command_is_not_started_without_a_server(python, tmp_path):
+    """Exit code 3 promises that nothing was written."""
+    (tmp_path / "target").write_bytes(b"old")
+    client = helpers.start_client(["--wait", 0, "--pipe", "cat > '%s'" % (tmp_path / "target"), LOOPBACK, LOOPBACK,
+                                   helpers.free_port()], python=python)
+    assert client.finish(10)[0] == 3
+    assert (tmp_path / "target").read_bytes() == b"old"
+
 
 @BOTH
 def test_a_client_too_many_is_told_so_and_has_written_nothing(python, tmp_path):
@@ -384,7 +457,7 @@ def test_no_server(python, tmp_path):
     client = helpers.start_client(["--wait", 0, "-o", tmp_path / "image", LOOPBACK, LOOPBACK, helpers.free_port()],
                                   python=python)
     code, stderr, _ = client.finish(10)
-    assert code == 3 and "no server" in stderr and "refused" in stderr, stderr
+    assert code == 3 and "no kmcast server" in stderr and "refused" in stderr, stderr
     assert stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

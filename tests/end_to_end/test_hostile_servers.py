@@ -293,6 +293,26 @@ def test_the_connection_ends(tmp_path, end):
         judge(code, stderr, folder, point in BEGUN)
 
 
+@BOTH
+def test_a_server_that_goes_away_before_it_is_told_the_end(tmp_path, python):
+    """The image is complete and verified, so nothing that a server does can make it a failure."""
+    def script(server):
+        server.greet()
+        for data in ROUNDS:
+            server.round(data)
+        server.last()
+        server.send(SENT + server.digest() + fuzz.frame(BYE, {
+            "ok": True, "bytes": sum(map(len, ROUNDS)), "sha256": server.hash.hexdigest()}) + after)
+        server.sock.close()
+    for after in (b"", fuzz.frame(BYE, {"ok": False, "reason": "stopped by SIGTERM"}), GARBAGE):
+        server = Script(script, to_file=tmp_path / "image", python=python)
+        code, stderr, _ = server.finish()
+        assert code == 0, "%r %s" % (server.error, stderr)
+        assert (tmp_path / "image").read_bytes() == b"".join(ROUNDS)
+        orderly(stderr)
+        (tmp_path / "image").unlink()
+
+
 def test_silence(tmp_path):
     """At every point of the protocol: --stall-timeout ends it."""
     started = []

@@ -6,6 +6,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK, payload_size
+from hostile import wrapped
 
 OLDEST, NEWEST = helpers.oldest(), helpers.newest()
 BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
@@ -81,6 +82,16 @@ def test_multicast_that_reaches_nobody(python):
     for stderr in said:
         assert "multicast does not reach this host" in stderr and "firewall" in stderr
         assert "IGMP snooping" in stderr and "LOCAL_IP" in stderr
+
+
+def test_multicast_that_is_slow_but_arrives_gets_no_warning():
+    """The first packets take longer to come than a client waits for a sign that any will."""
+    port = helpers.free_port()
+    server = helpers.start_server(["--rate", "500k", LOOPBACK, 1, port], stdin=helpers.random_bytes(30 * PAYLOAD))
+    client = wrapped("kmcast.Client.QUIET = 0.2", ["client", LOOPBACK, LOOPBACK, port])
+    code, stderr, _ = client.finish(20)
+    assert code == 0 and helpers.repaired(stderr) == (0, 0) and "warning" not in stderr, stderr
+    assert server.finish(10)[0] == 0
 
 
 def test_multicast_that_reaches_all_but_one():

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import struct
 import threading
 import time
 
@@ -12,6 +13,7 @@ import helpers
 from helpers import LOOPBACK, payload_size
 
 OLDEST, NEWEST = helpers.oldest(), helpers.newest()
+BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 PAYLOAD = payload_size(1500)
 SMALL = ["--buffer-packets", 10]
 
@@ -116,8 +118,54 @@ def test_a_slow_consumer_slows_the_session_and_loses_nothing():
     assert b"".join(received) == data
 
 
+def test_a_consumer_that_stands_still_stops_the_producer():
+    """What lies between them is a few rounds and pipes, not the image."""
+    port, go_on, produced = helpers.free_port(), threading.Event(), []
+
+    def produce():
+        for chunk in helpers.random_chunks(20000000):
+            produced.append(chunk)
+            yield chunk
+    server = helpers.start_server(["--buffer-packets", 100, LOOPBACK, 1, port], stdin=produce())
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port], stdout=lambda chunk: go_on.wait(60))
+    before = None
+    while before != len(produced) or not produced:
+        before = len(produced)
+        time.sleep(1)
+    assert sum(map(len, produced)) < 5000000
+    go_on.set()
+    assert client.finish(60)[0] == 0
+    assert server.finish(10)[0] == 0
+
+
+@BOTH
+def test_memory_does_not_depend_on_the_size_of_the_image(python):
+    def peaks(size):
+        port = helpers.free_port()
+        server = helpers.start_server(["--buffer-packets", 500, LOOPBACK, 1, port], python, stdin=helpers.random_chunks(size))
+        client = helpers.start_client([LOOPBACK, LOOPBACK, port], python, stdout=helpers.HASH)
+        while client.poll() is None or server.poll() is None:       # which looks at the memory
+            time.sleep(0.01)
+        assert (client.finish(1)[0], server.finish(1)[0]) == (0, 0)
+        return server.peak_kib, client.peak_kib
+    for small, large in zip(peaks(10000000), peaks(60000000)):
+        assert large - small < 10000, "from %d KiB to %d KiB" % (small, large)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Clients and threads
+
+def test_a_tcp_thread_serves_no_more_clients_than_it_is_told():
+    port = helpers.free_port()
+    server = helpers.start_server(["--clients-per-thread", 2, LOOPBACK, 5, port], stdin=b"data")
+    threads = []
+    for number in range(1, 6):
+        helpers.start_client([LOOPBACK, LOOPBACK, port])
+        if number < 5:
+            server.wait_stderr("%d of 5" % number)
+            threads.append(len(os.listdir("/proc/%d/task" % server.pid)) - 1)       # without the multicaster's
+    assert server.finish(20)[0] == 0
+    assert threads[0] == 1 and threads[2] == 2 and 2 <= threads[3] <= 3, threads
 
 @pytest.mark.parametrize("clients, a_thread", [(1, 1), (3, 1), (3, 2), (4, 2), (5, 64)])
 def test_the_chain_of_tcp_threads_serves_everyone(clients, a_thread):
@@ -154,7 +202,7 @@ def test_every_interpreter_serves_every_interpreter(python):
         assert "Warning" not in end.stderr and "Traceback" not in end.stderr, str(result)
 
 
-@pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+@BOTH
 @pytest.mark.parametrize("receive", ["gso", "mmsg", "plain"])
 @pytest.mark.parametrize("send", ["gso", "mmsg", "plain"])
 def test_every_way_to_send_and_to_receive(send, receive, python):
@@ -188,7 +236,7 @@ def test_rates(rate):
     helpers.transfer(data, clients=2, server_args=["--rate", rate]).check(data)
 
 
-@pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+@BOTH
 def test_unicast_sends_no_datagram_and_tells_the_client_to_expect_none(python):
     data, port = helpers.random_bytes(1000 * PAYLOAD + 5), helpers.free_port()
     with helpers.group_socket(helpers.GROUP, port) as listener:
@@ -202,7 +250,7 @@ def test_unicast_sends_no_datagram_and_tells_the_client_to_expect_none(python):
         assert "warning" not in client.stderr
 
 
-@pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+@BOTH
 def test_without_digests(python):
     data = helpers.random_bytes(200000)
     result = helpers.transfer(data, clients=2, server_args=["--no-digest"] + SMALL, server_python=python)
@@ -222,6 +270,16 @@ def test_the_group_is_the_one_that_was_asked_for():
         result = helpers.transfer(data, server_args=["--group", "239.1.2.3"], port=port)
         assert len(helpers.datagrams_in(listener)) == 50
     result.check(data)
+
+
+@pytest.mark.parametrize("args, ttl", [([], 8), (["--ttl", 0], 0), (["--ttl", 33], 33)])
+def test_the_ttl_is_the_one_that_was_asked_for(args, ttl):
+    data, port = helpers.random_bytes(20 * PAYLOAD), helpers.free_port()
+    with helpers.group_socket(helpers.GROUP, port) as listener:
+        listener.setsockopt(socket.IPPROTO_IP, 12, 1)              # IP_RECVTTL
+        helpers.transfer(data, server_args=args, port=port).check(data)
+        controls = [listener.recvmsg(2000, 100)[1] for _ in range(20)]
+    assert controls == [[(socket.IPPROTO_IP, socket.IP_TTL, struct.pack("i", ttl))]] * 20
 
 
 def test_two_sessions_at_once_on_one_group_do_not_mix():
@@ -275,7 +333,7 @@ def test_a_client_takes_its_local_ip_as_address_interface_or_auto(local_ip):
     assert server.finish(10)[0] == 0
 
 
-@pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+@BOTH
 def test_a_client_may_be_started_before_its_server(python):
     data, port = helpers.random_bytes(1000), helpers.free_port()
     client = helpers.start_client(["-v", LOOPBACK, LOOPBACK, port], python=python)
@@ -297,7 +355,7 @@ def test_quiet_says_nothing_when_all_is_well():
 # ---------------------------------------------------------------------------------------------------------------------
 # Ends
 
-@pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+@BOTH
 def test_from_file_to_file(tmp_path, python):
     data = helpers.random_bytes(300000)
     (tmp_path / "image.raw").write_bytes(data)
@@ -412,7 +470,7 @@ def test_a_relay_is_a_client_piped_into_a_server():
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo
 
-@pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+@BOTH
 def test_demo_with_a_file(tmp_path, python):
     (tmp_path / "file").write_bytes(helpers.random_bytes(3000000))
     demo = helpers.start_kmcast(["demo", "--clients", 2, tmp_path / "file"], python, program=helpers.KMCAST)

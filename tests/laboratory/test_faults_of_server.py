@@ -151,4 +151,4 @@ def test_client_does_not_take_itself_for_the_server(laboratory):
     client = helpers.start(host.command([helpers.newest(), helpers.KMCAST, "client", "--wait", "2",
                                          "127.0.0.1", "127.0.0.1", "40000"]))
     code, stderr, _ = client.finish(2 + SLACK)
-    assert code == 3 and "no server at 127.0.0.1 port 40000: Connection refused" in stderr, stderr
+    assert code == 3 and "no kmcast server at 127.0.0.1 port 40000: Connection refused" in stderr, stderr
