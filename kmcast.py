@@ -3591,6 +3591,11 @@ class StopInOrder(object):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def over(self):
+        """All is done: no signal changes the exit code any more."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
 
 def allow_descriptors(options):
     """Make sure of enough file descriptors; sets `options.strangers`, how many
@@ -3749,7 +3754,7 @@ def main(arguments=None):
         parser.error('which COMMAND? one of server, client, demo')
     open_standard_files()
     start_logging(options.command, options.verbose, options.quiet)
-    StopInOrder()
+    stop = StopInOrder()
     try:
         return COMMANDS[options.command](options)
     except Failure as error:
@@ -3760,6 +3765,8 @@ def main(arguments=None):
     except Exception as error:          # pylint: disable=broad-except
         log.debug('please report this', exc_info=True)
         log.error('internal error: %s: %s', type(error).__name__, error)
+    finally:
+        stop.over()
     return FAILED
 
 
