@@ -7,6 +7,9 @@
 # each of them, so a kmcast.pyz can be compared by its checksum.
 set -eu
 
+case ${1:-} in
+    -*) echo "usage: sh build_pyz.sh [OUTPUT]" >&2; exit 2 ;;
+esac
 here=$(cd "$(dirname "$0")" && pwd)
 source=$here/kmcast.py
 output=${1:-$here/kmcast.pyz}

@@ -97,3 +97,10 @@ def test_source_missing(directory):
     assert code == 1
     assert stderr.count("\n") == 1 and "kmcast.py" in stderr
     assert sorted(path.name for path in directory.iterdir()) == ["build_pyz.sh"]
+
+
+def test_an_option_is_not_taken_for_a_file(directory):
+    before = sorted(os.listdir(str(directory)))
+    code, stderr, _ = helpers.start(["/bin/sh", str(directory / "build_pyz.sh"), "--help"], cwd=str(directory)).finish(30)
+    assert code == 2 and stderr == "usage: sh build_pyz.sh [OUTPUT]\n"
+    assert sorted(os.listdir(str(directory))) == before

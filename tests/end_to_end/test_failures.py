@@ -382,6 +382,13 @@ def test_a_signal_that_comes_twice_is_one(python, names, tmp_path):
 
 
 @BOTH
+def test_a_signal_after_the_end_changes_nothing(python):
+    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)"
+    code, stderr, _ = wrapped(late, ["client", "--wait", 0, LOOPBACK, LOOPBACK, helpers.free_port()], python).finish(10)
+    assert code == 3 and stderr.count("\n") == 1, stderr
+
+
+@BOTH
 def test_a_second_signal_after_a_while_ends_a_program_that_hangs(python):
     stuck = "import time; kmcast.Multicaster._summary = lambda *args: time.sleep(100)"
     server = wrapped(stuck, ["server", LOOPBACK, 1, helpers.free_port()], python, stdin=b"data")

@@ -1,6 +1,8 @@
 """A bad network: datagrams are lost, damaged, doubled or late (helpers.Network), and every byte arrives all the same."""
 
 import random
+import threading
+import time
 
 import pytest
 
@@ -82,6 +84,25 @@ def test_multicast_that_reaches_nobody(python):
     for stderr in said:
         assert "multicast does not reach this host" in stderr and "firewall" in stderr
         assert "IGMP snooping" in stderr and "LOCAL_IP" in stderr
+
+
+def test_multicast_that_does_not_arrive_is_said_long_before_the_end():
+    port, said = helpers.free_port(), threading.Event()
+
+    def produce():
+        for _ in range(3):
+            yield helpers.random_bytes(10 * PAYLOAD)
+            time.sleep(0.3)
+        said.wait(20)
+    server = helpers.start_server(["--buffer-packets", 10, LOOPBACK, 1, port], stdin=produce())
+    server.wait_stderr("waiting")
+    path = helpers.Network(port).path(lambda datagram: [])
+    client = wrapped("kmcast.Client.QUIET = 0.2", ["client", LOOPBACK, LOOPBACK, path])
+    client.wait_stderr("multicast does not reach this host, everything comes by TCP", 15)
+    said.set()
+    assert client.finish(20)[0] == 0
+    assert server.finish(10)[0] == 0
+    assert client.stderr.count("does not reach") == 1
 
 
 def test_multicast_that_is_slow_but_arrives_gets_no_warning():
