@@ -195,7 +195,7 @@ run_lane() {
         run_pytest "$interpreter" "$directory" -q -p no:cacheprovider --rootdir "$root" -r fEsx "$tests/$file" "$@" \
             >"$result/log" 2>&1
         code=$?
-        { echo "$tests/$file"; cat "$result/log"; } >"$result/text"
+        { echo "$tests/$file, $title"; cat "$result/log"; } >"$result/text"
         cat "$result/text"
         case $code in
             0) touch "$result/passed" ;;
@@ -261,7 +261,8 @@ done 3<"$temporary/descending"
 unit_versions=
 if wants unit; then
     if [ -n "$python_3" ]; then
-        run_part "unit tests on Python $version_3" tests/unit 4 "$python_3" "$directory_3" "$@"
+        # In the background: meanwhile the pytest for 2.7 is made, and run.
+        run_part "unit tests on Python $version_3" tests/unit 2 "$python_3" "$directory_3" "$@" &
         unit_versions=$version_3
     fi
     version_2= path_2=
@@ -271,11 +272,12 @@ END
     if [ -z "$version_2" ]; then
         skipped "unit tests on Python 2.7: none found"
     elif get_pytest "$path_2" "$version_2"; then
-        run_part "unit tests on Python $version_2" tests/unit 4 "$pytest_python" "$pytest_directory" "$@"
+        run_part "unit tests on Python $version_2" tests/unit 2 "$pytest_python" "$pytest_directory" "$@"
         unit_versions="$unit_versions $version_2"
     else
         skipped "unit tests on Python $version_2: no pytest could be made for it"
     fi
+    wait
 fi
 if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"

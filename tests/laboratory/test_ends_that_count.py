@@ -1,6 +1,5 @@
-"""The ends that decide: commands as producer and consumer, who takes part, and who is too slow."""
+"""The ends that decide: commands as producer and consumer, and who takes part."""
 
-import re
 import time
 
 import pytest
@@ -60,19 +59,6 @@ def test_command_as_consumer_fails(laboratory, deploy, command):
         assert "exit code 7: " + command in said, str(run)
 
 
-def test_command_as_consumer_that_takes_its_time_at_the_end(laboratory, deploy, tmp_path):
-    """Longer than --stall-timeout: `docker load` may be at work for minutes after the last byte."""
-    lab = laboratory(clients=2)
-    run = deploy(lab, IMAGE[:MIB], ["--stall-timeout", "6"], ["--stall-timeout", "6"], clients=1, places=2)
-    copy = tmp_path / "copy"
-    slow = run.add_client(lab.clients[1], ["--pipe", "cat > '%s'; sleep 8" % copy, "--stall-timeout", "6"],
-                          stdout=helpers.KEEP)
-    slow.output = str(copy)
-    run.finish()
-    run.check_complete()
-    assert "waiting for the command to end: cat > " in slow.stderr, str(run)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Who takes part
 
@@ -113,31 +99,6 @@ def test_start_with_places_of_two_tcp_threads_empty(laboratory, deploy):
     run.finish()
     run.check_complete(*run.clients)
     run.check_server(3)
-
-
-def test_client_that_is_too_slow(laboratory, deploy):
-    """One client alone holds the session below --min-rate for 10 s: it is dropped and told so."""
-    lab = laboratory(clients=3)
-    lab.clients[0].limit(2, queue="32kb")
-    run = deploy(lab, IMAGE * 2, ["--min-rate", "20M", "-v"])
-    run.finish(90)
-    victim = run.clients[0]
-    run.check_complete(*others(run, victim))
-    run.check_server(3, victim.host)
-    run.check_failed(victim)
-    for said in (victim.stderr, run.server.stderr):
-        assert "20 Mbit/s" in said, str(run)
-
-
-def test_client_that_is_slow_is_waited_for(laboratory, deploy):
-    """Without --min-rate the session goes as fast as its slowest, and says whom it waits for."""
-    lab = laboratory(clients=3)
-    lab.clients[0].limit(10, queue="32kb")
-    run = deploy(lab, IMAGE[:4000000])
-    run.finish()
-    run.check_complete()
-    name = lab.clients[0].name
-    assert re.search(name + r" \(.* alone|waiting for " + name, run.server.stderr), str(run)
 
 
 def test_one_client_too_many(laboratory, deploy):
