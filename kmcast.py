@@ -3432,6 +3432,11 @@ def least_rate_type(text):
     return rate
 
 
+def file_type(text):
+    """An argument type: a path; None for `-`, which is standard input or output."""
+    return None if text == '-' else text
+
+
 def group_type(text):
     """An argument type: a multicast group."""
     try:
@@ -3484,7 +3489,8 @@ def command_line():
     server.add_argument('clients', metavar='CLIENTS', type=whole(1, 100000),
                         help='how many clients to wait for')
     server.add_argument('port', **port)
-    server.add_argument('-i', '--input', metavar='FILE', default='-', help='the image; -: standard input (-)')
+    server.add_argument('-i', '--input', type=file_type, metavar='FILE', default='-',
+                        help='the image; -: standard input (-)')
     server.add_argument('--pipe', metavar='COMMAND', help='the image is what COMMAND writes, and '
                         'is complete only if COMMAND exits with 0')
     server.add_argument('--name', help='what to call the image (the name of FILE)')
@@ -3519,8 +3525,9 @@ def command_line():
                         'on: an address of this host, an interface\'s name, or auto')
     client.add_argument('server_ip', metavar='SERVER_IP', help='the server\'s address')
     client.add_argument('port', **port)
-    client.add_argument('-o', '--output', metavar='FILE', default='-', help='write here, and the file appears '
-                        'when it is complete and verified; -: to standard output (-)')
+    client.add_argument('-o', '--output', type=file_type, metavar='FILE', default='-',
+                        help='write here, and the file appears when it is complete and verified; '
+                        '-: to standard output (-)')
     client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
                         'success only if COMMAND exits with 0')
     client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
@@ -3613,8 +3620,7 @@ def allow_descriptors(options):
 
 def server_command(options):
     """`kmcast server`."""
-    path = None if options.input == '-' else options.input
-    if path and options.pipe is not None:
+    if options.input and options.pipe is not None:
         raise Failure('give one of --input and --pipe', USAGE)
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
@@ -3623,14 +3629,12 @@ def server_command(options):
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
-    source = Source(path, options.pipe, not (options.no_digest or options.compat))
+    source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
     return Multicaster(options, source).run()
 
 
 def client_command(options):
     """`kmcast client`."""
-    if options.output == '-':
-        options.output = None
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
     if re.match(r'[0-9.]*$', options.server_ip):
@@ -3698,7 +3702,7 @@ def demo_command(options):
                    '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
     clients = [start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
                      stderr=subprocess.PIPE) for _ in range(options.clients)]
-    clients = [DemoClient(process) for process in clients]
+    clients = [DemoClient(process) for process in clients]     # threads: after the last fork
     sent, digest = 0, hashlib.sha256()
     try:
         for block in images():

@@ -131,6 +131,8 @@ def test_defaults_of_help_are_those_of_the_program():
                 assert not value, names             # none, off, or help
             elif names[0] == "--stall-timeout":             # the protocol decides, unless it is given
                 assert value is None and float(default) == kmcast.STALL
+            elif default == "-":                # standard input or output
+                assert value is None and names[0] in ("--input", "--output", "-i", "-o"), names
             elif value is None:
                 assert names[0] in ("--name", "--mtu", "--buffer-packets")  # words say what it depends on
             else:
