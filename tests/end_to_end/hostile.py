@@ -12,15 +12,10 @@ import struct
 import sys
 import time
 
-import pytest
-
 import fuzz
 import helpers
 from fuzz import packet
 from helpers import LOOPBACK
-
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 
 #: Of resident memory that strangers can make a server take: 256 of them with up to 64 KiB of a frame each, and as much again
 #: for the pieces that those come in.

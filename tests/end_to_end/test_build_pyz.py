@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 import helpers
+from pythons import EVERY
 
 #: Prints its version, its arguments and the size of what comes on stdin, and has an exit code of its own.
 STAND_IN = u"""# -*- coding: utf-8 -*-
@@ -59,7 +60,7 @@ def test_same_bytes_with_every_interpreter(directory):
     assert not list(directory.glob("*.tmp*"))
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_runs_with_interpreter(directory, python):
     build(directory)
     path = path_with(directory, python=python)

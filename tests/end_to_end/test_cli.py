@@ -11,9 +11,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK
-
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
+from pythons import BOTH, EVERY, NEWEST, OLDEST
 
 SERVER = ["server", LOOPBACK, "1"]
 CLIENT = ["client", "--wait", "0", LOOPBACK, LOOPBACK]
@@ -134,39 +132,33 @@ def test_more_clients_than_file_descriptors(python):
     assert "ulimit" in the_one_line(helpers.start_server([LOOPBACK, 1000, helpers.free_port()], python, prefix=limited))
 
 
-@BOTH
-def test_an_image_is_not_read_from_a_terminal(python):
+@pytest.fixture
+def terminal():
+    """The descriptor of a terminal."""
     ours, theirs = pty.openpty()
-    try:
-        server = helpers.start_server([LOOPBACK, 1, helpers.free_port()], python, stdin=theirs)
-        assert "terminal" in the_one_line(server)
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    yield theirs
+    os.close(ours)
+    os.close(theirs)
 
 
 @BOTH
-def test_an_image_is_not_written_to_a_terminal(python):
-    ours, theirs = pty.openpty()
-    try:
-        client = helpers.start_client([LOOPBACK, LOOPBACK, helpers.free_port()], python, stdout=theirs)
-        assert "terminal" in the_one_line(client)
-    finally:
-        os.close(ours)
-        os.close(theirs)
+def test_an_image_is_not_read_from_a_terminal(python, terminal):
+    server = helpers.start_server([LOOPBACK, 1, helpers.free_port()], python, stdin=terminal)
+    assert "terminal" in the_one_line(server)
 
 
 @BOTH
-def test_a_terminal_is_none_under_its_name_either(python):
-    ours, theirs = pty.openpty()
-    try:
-        name = os.ttyname(theirs)
-        assert "terminal" in the_one_line(helpers.start_server(["-i", name, LOOPBACK, 1, helpers.free_port()], python))
-        assert "terminal" in the_one_line(
-            helpers.start_client(["-o", name, LOOPBACK, LOOPBACK, helpers.free_port()], python))
-    finally:
-        os.close(ours)
-        os.close(theirs)
+def test_an_image_is_not_written_to_a_terminal(python, terminal):
+    client = helpers.start_client([LOOPBACK, LOOPBACK, helpers.free_port()], python, stdout=terminal)
+    assert "terminal" in the_one_line(client)
+
+
+@BOTH
+def test_a_terminal_is_none_under_its_name_either(python, terminal):
+    name = os.ttyname(terminal)
+    assert "terminal" in the_one_line(helpers.start_server(["-i", name, LOOPBACK, 1, helpers.free_port()], python))
+    assert "terminal" in the_one_line(
+        helpers.start_client(["-o", name, LOOPBACK, LOOPBACK, helpers.free_port()], python))
 
 
 @BOTH
@@ -188,18 +180,13 @@ def test_an_empty_image_is_sent_with_a_warning(python):
 
 
 @BOTH
-def test_a_terminal_as_standard_input_or_output_does_not_matter_where_files_are_given(python, tmp_path):
+def test_a_terminal_as_standard_input_or_output_does_not_matter_where_files_are_given(python, terminal, tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     port = helpers.free_port()
-    ours, theirs = pty.openpty()
-    try:
-        server = helpers.start_server(["-i", tmp_path / "image", LOOPBACK, 1, port], python, stdin=theirs, stdout=theirs)
-        client = helpers.start_client(["-o", tmp_path / "copy", LOOPBACK, LOOPBACK, port], python, stdin=theirs, stdout=theirs)
-        assert client.finish(20)[0] == 0
-        assert server.finish(20)[0] == 0
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    server = helpers.start_server(["-i", tmp_path / "image", LOOPBACK, 1, port], python, stdin=terminal, stdout=terminal)
+    client = helpers.start_client(["-o", tmp_path / "copy", LOOPBACK, LOOPBACK, port], python, stdin=terminal, stdout=terminal)
+    assert client.finish(20)[0] == 0
+    assert server.finish(20)[0] == 0
     assert (tmp_path / "copy").read_bytes() == b"data"
 
 
@@ -230,7 +217,7 @@ def test_a_closed_standard_error_is_none(python):
     assert server.finish(20)[0] == 0
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_version_and_help_of_each_command(python):
     code, stderr, stdout = helpers.start_kmcast(["--version"], python, program=helpers.KMCAST).finish(20)
     assert (code, stderr) == (0, "")

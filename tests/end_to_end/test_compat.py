@@ -10,9 +10,8 @@ import helpers
 import kmcast
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
+from pythons import BOTH, NEWEST, OLDEST
 
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 PAYLOAD = payload_size(1500)
 
 

@@ -14,9 +14,8 @@ import pytest
 import helpers
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
+from pythons import BOTH, NEWEST, OLDEST
 
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 PAYLOAD = payload_size(1500)
 SMALL = ["--buffer-packets", 10]
 ROUNDS = 5 * 10 * PAYLOAD       # bytes: more rounds of SMALL than a client keeps unwritten

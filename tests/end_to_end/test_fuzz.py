@@ -7,12 +7,13 @@ import sys
 import pytest
 
 import helpers
+from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
 ROUNDS = {"client": 400, "server": 600, "parsers": 4000}
 
 
-@pytest.mark.parametrize("python", sorted({helpers.oldest(), helpers.newest()}), ids=helpers.version_name)
+@BOTH
 @pytest.mark.parametrize("endpoint", sorted(ROUNDS))
 def test_fuzz(endpoint, python):
     fuzz = subprocess.run([sys.executable, FUZZ, "--endpoint", endpoint, "--rounds", str(ROUNDS[endpoint]), "--python", python],

@@ -17,7 +17,8 @@ import fuzz
 import helpers
 from fuzz import ALIVE, BYE, DONE, HELLO, INFO, PACKETS, READY, REQUEST, SENT, WELCOME, packet
 from helpers import LOOPBACK
-from hostile import BOTH, flooded, GARBAGE, NEWEST, noise, OLDEST, orderly, receive, receive_frame, reset, wrapped
+from hostile import flooded, GARBAGE, noise, orderly, receive, receive_frame, reset, wrapped
+from pythons import BOTH, NEWEST, OLDEST
 
 PAYLOAD = 100
 ROUNDS = [helpers.random_bytes(300, seed=1), helpers.random_bytes(150, seed=2)]
@@ -139,19 +140,28 @@ class Script(object):
         self.info(b"")
         self.expect(READY)
 
-    def end(self, **fields):
-        """The end of a good session."""
+    def last_words(self, **fields):
+        """The last SENT and BYE."""
         self.send(SENT + self.digest() + fuzz.bye(True, **dict(
             {"bytes": len(b"".join(ROUNDS)), "sha256": self.hash.hexdigest()}, **fields)))
+
+    def end(self, **fields):
+        """The end of a good session."""
+        self.last_words(**fields)
         self.expect(DONE)
 
 
-def good(script):
-    """A session as it should be."""
+def until_the_end(script):
+    """A session as it should be, up to its last words."""
     script.greet()
     for data in ROUNDS:
         script.round(data)
     script.last()
+
+
+def good(script):
+    """A session as it should be."""
+    until_the_end(script)
     script.end()
 
 
@@ -297,12 +307,9 @@ def test_the_connection_ends(tmp_path, end):
 def test_a_server_that_goes_away_before_it_is_told_the_end(tmp_path, python):
     """The image is complete and verified, so nothing that a server does can make it a failure."""
     def script(server):
-        server.greet()
-        for data in ROUNDS:
-            server.round(data)
-        server.last()
-        server.send(SENT + server.digest() + fuzz.frame(BYE, {
-            "ok": True, "bytes": sum(map(len, ROUNDS)), "sha256": server.hash.hexdigest()}) + after)
+        until_the_end(server)
+        server.last_words()
+        server.send(after)
         server.sock.close()
     for after in (b"", fuzz.frame(BYE, {"ok": False, "reason": "stopped by SIGTERM"}), GARBAGE):
         server = Script(script, to_file=tmp_path / "image", python=python)

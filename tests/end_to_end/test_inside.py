@@ -4,7 +4,8 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK
-from hostile import all_receive, BOTH, IMAGE, wrapped
+from hostile import all_receive, IMAGE, wrapped
+from pythons import BOTH
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Our own threads

@@ -8,9 +8,8 @@ import pytest
 import helpers
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
+from pythons import BOTH, EVERY, NEWEST, OLDEST
 
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 PAYLOAD = payload_size(1500)
 
 #: bit/s that helpers.Network passes on without losing more than it is told to
@@ -69,7 +68,7 @@ def test_shared_loss_is_repaired_once_for_all():
     assert summary.coded + summary.by_tcp < 2 * shared + others, "by TCP alone: %r, here: %r" % (losses, summary)
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_one_client_with_loss_is_repaired_by_tcp_or_multicast(python):
     data = helpers.random_bytes(200 * PAYLOAD + 1)
     transfer(data, [helpers.loss(20, seed=3), None], RATE + ["--buffer-packets", 50], (), python, [python])

@@ -15,9 +15,8 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK, payload_size
+from pythons import BOTH, EVERY, NEWEST, OLDEST
 
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 PAYLOAD = payload_size(1500)
 
 
@@ -382,7 +381,7 @@ def raw_server():
     server.listener.close()
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_a_session_from_a_server_to_the_letter(raw_server, python):
     """The client takes what PROTOCOL.md describes, with keys that a later version may add, and ALIVEs anywhere."""
     alive = b"\0"

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 import helpers
+from pythons import BOTH, EVERY
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,13 @@ def pyz(tmp_path_factory):
     return str(alone / "kmcast.pyz")
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_a_transfer_with_the_pyz(pyz, python):
     data = helpers.random_bytes(500000)
     helpers.transfer(data, 2, server_python=python, client_python=[python], program=pyz).check(data)
 
 
-@pytest.mark.parametrize("python", sorted({helpers.oldest(), helpers.newest()}), ids=helpers.version_name)
+@BOTH
 def test_the_demo_from_the_pyz(pyz, python, tmp_path):
     """Its processes are of the same file."""
     (tmp_path / "file").write_bytes(b"x" * 100000)

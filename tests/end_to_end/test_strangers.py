@@ -17,8 +17,9 @@ import fuzz
 import helpers
 from fuzz import ALIVE, BYE, DONE, HELLO, READY, REQUEST
 from helpers import LOOPBACK
-from hostile import (all_receive, another_session, BOTH, CLIENTS, DELAY, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB,
-                     NEWEST, noise, OLDEST, orderly, receive, receive_frame, reset, undisturbed, wrong_checksums, wrong_sizes)
+from hostile import (all_receive, another_session, CLIENTS, DELAY, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, noise, orderly,
+                     receive, receive_frame, reset, undisturbed, wrong_checksums, wrong_sizes)
+from pythons import BOTH, NEWEST, OLDEST
 
 #: Lines that strangers can fill a log with in such a transfer: 10 in 10 seconds, and a few for what went before.
 LINES = 30

@@ -11,9 +11,8 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK, payload_size
+from pythons import BOTH, EVERY, NEWEST, OLDEST
 
-OLDEST, NEWEST = helpers.oldest(), helpers.newest()
-BOTH = pytest.mark.parametrize("python", sorted({OLDEST, NEWEST}), ids=helpers.version_name)
 PAYLOAD = payload_size(1500)
 SMALL = ["--buffer-packets", 10]
 
@@ -194,7 +193,7 @@ def test_many_clients_of_a_server_of_the_oldest_interpreter_by_unicast():
 # ---------------------------------------------------------------------------------------------------------------------
 # Interpreters, and ways to send and receive
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_every_interpreter_serves_every_interpreter(python):
     data = helpers.random_bytes(400000)
     result = helpers.transfer(data, clients=len(helpers.interpreters()), server_python=python,
@@ -405,7 +404,7 @@ def test_name_is_what_the_server_calls_the_image(tmp_path):
     assert "image node.img, 4 bytes" in result.clients[0].stderr
 
 
-@pytest.mark.parametrize("python", helpers.interpreters(), ids=helpers.version_name)
+@EVERY
 def test_file_names_beyond_ascii(tmp_path, python):
     source, target, port = tmp_path / u"quelle \u00e4.img", tmp_path / u"ziel \u00e4.img", helpers.free_port()
     source.write_bytes(b"data" * 1000)

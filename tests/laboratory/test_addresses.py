@@ -4,8 +4,7 @@ import pytest
 
 import helpers
 from deployment import IMAGE
-
-BOTH = pytest.mark.parametrize("python", sorted({helpers.oldest(), helpers.newest()}), ids=helpers.version_name)
+from pythons import BOTH
 
 
 def two_interfaces(host):
