@@ -52,9 +52,18 @@ of them are through.  So orders run down the chain and answers run up.
 """
 from __future__ import division, print_function
 
+try:
+    import _signal as early             # built in: here in no time
+except ImportError:
+    import signal as early              # so it is with Python 2
+if __name__ == '__main__' and early.getsignal(early.SIGINT) is early.default_int_handler:
+    # Until main() looks after signals a Ctrl-C just ends us, without a traceback.
+    early.signal(early.SIGINT, early.SIG_DFL)
+
 import argparse
 import binascii
 import collections
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -73,7 +82,7 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
+import termios
 import threading
 import time
 import zlib
@@ -145,6 +154,11 @@ def explain(error):
     return getattr(error, 'strerror', None) or str(error)
 
 
+def counted(number, noun):
+    """`1 packet`, `2 packets`."""
+    return '%d %s' % (number, noun if number == 1 else noun + 's')
+
+
 def uninterrupted(call, *args):
     """`call(*args)`, again when a signal interrupted it (PEP 475)."""
     while True:
@@ -185,6 +199,24 @@ class Lost(Failure):
 class ProtocolError(Exception):
     """A peer said something that PROTOCOL.md does not allow."""
 
+
+class Interrupted(BaseException):
+    """A signal asked the program to stop; its text says which.
+
+    No Exception: what handles those for their own sake, as logging does, would swallow it.
+    """
+
+
+def start_thread(thread):
+    """Start a threading.Thread.  Raises Failure where this host has none to give."""
+    try:
+        thread.start()
+    except (RuntimeError, threading.ThreadError):   # the latter: Python 2
+        raise Failure('this host gives us no thread more; see "ulimit -u", or the limit of its '
+                      'container')
+
+
+TICK = 0.5                              # seconds between looks at the clocks
 
 # Exit codes; the table is in the man page.
 OK, FAILED, USAGE, PARTLY = 0, 1, 2, 3
@@ -284,6 +316,14 @@ def field(fields, key, kinds, optional=False):
     if not good or (kinds is NUMBER and not 0 <= value < 1 << 64):
         raise ProtocolError('a frame without a proper "%s"' % key)
     return printable(value) if kinds is TEXT else value
+
+
+def stall_of(fields):
+    """The stall timeout in seconds that a HELLO or WELCOME tells; 0: none.  Raises ProtocolError."""
+    value = fields.get('stall', 0)
+    if not isinstance(value, NUMBER + (float,)) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ProtocolError('a frame without a proper "stall"')
+    return value
 
 
 def printable(text, limit=200):
@@ -608,13 +648,16 @@ class Buffer(object):
     def fill(self, source):
         """Read once from the image and make packets of it: buffer_fill.
 
-        source.read_into(view) -> bytes read, 0 at the image's end.  Only the
-        last packet of the image is short.  Sets `ended` at the image's end.
+        source.read_into(view) -> bytes read, 0 at the image's end, None if there
+        is nothing yet.  Only the last packet of the image is short.  Sets
+        `ended` at the image's end.
         """
         payload, first = self.payload, self.count
         staging = source.staging(Batch.MOST * payload)
         room = min(len(staging), (self.limit - first) * payload)
         got = source.read_into(staging[self._rest:room])
+        if got is None:
+            return
         self._rest += got
         count = self._rest // payload
         if count:
@@ -635,7 +678,6 @@ class Buffer(object):
             if self._rest:
                 self.add(staging[:self._rest].tobytes())
             self.ended = True
-        return got
 
     full = property(lambda self: self.ended or self.count >= self.limit)
 
@@ -1006,11 +1048,14 @@ class MessageVector(object):
         return result
 
 
-def multicast_route(local_ip, group):
-    """A UDP socket that sends to a group through the interface of local_ip."""
+def multicast_route(local_ip):
+    """A UDP socket that multicasts through the interface of local_ip.  Raises OS_ERRORS."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
-                    socket.inet_aton(local_ip))
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(local_ip))
+    except OS_ERRORS:
+        sock.close()
+        raise
     return sock
 
 
@@ -1026,7 +1071,7 @@ class DatagramSender(object):
 
         Raises OS_ERRORS where there is no such interface.
         """
-        self.sock = multicast_route(local_ip, group)
+        self.sock = multicast_route(local_ip)
         self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
         self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
@@ -1131,20 +1176,11 @@ class DatagramReceiver(object):
         full packet; way: one of WAYS.  Raises OS_ERRORS.
         """
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:                            # root may have more than net.core.rmem_max
-            self.sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, SOCKET_BUFFER)
+        try:
+            self._join(local_ip, group, port)
         except OS_ERRORS:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
-        self.socket_buffer = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-        try:                            # only the groups that this socket joins
-            self.sock.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, 0)
-        except OS_ERRORS:
-            pass
-        self.sock.bind((group, port))
-        self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
-                             socket.inet_aton(group) + socket.inet_aton(local_ip))
-        self.sock.setblocking(False)
+            self.sock.close()
+            raise
         self.way = WAYS[0] if way == 'auto' else way
         if self.way == 'gso':
             try:
@@ -1164,6 +1200,22 @@ class DatagramReceiver(object):
             ([(spill + i * self.SPILL, self.SPILL)],
              control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.JOINED)])
         self._joins = False             # whether the last call got joined datagrams
+
+    def _join(self, local_ip, group, port):
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:                            # root may have more than net.core.rmem_max
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, SOCKET_BUFFER)
+        except OS_ERRORS:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        self.socket_buffer = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        try:                            # only the groups that this socket joins
+            self.sock.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, 0)
+        except OS_ERRORS:
+            pass
+        self.sock.bind((group, port))
+        self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                             socket.inet_aton(group) + socket.inet_aton(local_ip))
+        self.sock.setblocking(False)
 
     def fileno(self):
         """For poll(): readable when there are datagrams."""
@@ -1423,41 +1475,134 @@ class Command(object):
 
     PATIENCE = 5.0                      # seconds, until it says what it waits for
     TURN = 0.01                         # seconds between looks whether it has ended
+    LAST_MOMENT = 1.0                   # seconds from SIGTERM to SIGKILL
+
+    # What stops a process group that wants the terminal and may not have it, or that a user stops
+    # there: tty(4).  Each gets it, and goes on.
+    OF_TERMINAL = frozenset((signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP))
 
     def __init__(self, text, **pipes):
-        """text: for the shell; pipes: as subprocess.Popen takes them."""
+        """text: for the shell; pipes: as subprocess.Popen takes them.  Raises OS_ERRORS."""
         self.text = text
+        self.code = None                # its exit code, or -N for signal N; None while it runs
+        self._lock = threading.Lock()   # the writer waits for it, and the main thread looks at it
+        self._stopped = None            # the signal that has stopped it
+        self._terminal = None           # a descriptor, once it has the terminal
+        self._through = None            # when it began to be all that is waited for
         self._process = subprocess.Popen(text, shell=True, preexec_fn=self._set_up, **pipes)
-        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+        self.pipe = self._process.stdin or self._process.stdout
 
     @staticmethod
     def _set_up():
         os.setpgid(0, 0)                # so that all of a pipeline can be ended
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGTTOU):
+            signal.signal(number, signal.SIG_DFL)
+        for fd in os.listdir('/proc/self/fd'):      # what Python 2 would let it inherit
+            if int(fd) > 2:
+                try:
+                    fcntl.fcntl(int(fd), fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+                except OS_ERRORS:
+                    pass                # the one of listdir()
+
+    def look(self):
+        """Whether it has ended; a look that does not wait.  Raises Failure if nobody can tell how."""
+        with self._lock:
+            if self._stopped:
+                self._go_on()
+            while self.code is None:
+                try:
+                    pid, status = uninterrupted(os.waitpid, self._process.pid,
+                                                os.WNOHANG | os.WUNTRACED)
+                except OS_ERRORS as error:
+                    raise Failure('how the command ended cannot be known (%s): %s'
+                                  % (explain(error), printable(self.text)))
+                if not pid:
+                    return False
+                if os.WIFSTOPPED(status):
+                    self._stopped = os.WSTOPSIG(status)
+                    self._go_on()
+                    if self._stopped:
+                        log.warning('the command is stopped, by signal %d: %s', self._stopped,
+                                    printable(self.text))
+                else:
+                    self._ended(-os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                                else os.WEXITSTATUS(status))
+        return True
+
+    def _ended(self, code):
+        self.code = self._process.returncode = code
+        if self._terminal is not None:
+            try:
+                os.tcsetpgrp(self._terminal, os.getpgrp())
+            except OS_ERRORS:
+                pass                    # it went away
+            os.close(self._terminal)
+            self._terminal = None
+
+    def _go_on(self):
+        """If it was stopped for the terminal, and that is ours to give: give it."""
+        if self._stopped not in self.OF_TERMINAL:
+            return
+        try:
+            if self._terminal is None:
+                terminal = os.open('/dev/tty', os.O_RDWR | os.O_NOCTTY)
+                if os.tcgetpgrp(terminal) != os.getpgrp():
+                    os.close(terminal)
+                    return
+                self._terminal = terminal
+            os.tcsetpgrp(self._terminal, self._process.pid)
+            os.killpg(self._process.pid, signal.SIGCONT)
+            self._stopped = None
+        except OS_ERRORS:
+            pass                        # there is no terminal
+
+    def succeeded(self):
+        """Whether it has ended, without waiting.  Raises Failure unless it exited with 0."""
+        if not self.look():
+            self._through = self._through or monotonic()
+            if monotonic() - self._through > self.PATIENCE:
+                self._through = UNLIMITED           # said once
+                log.info('all the data is through; waiting for the command to end: %s',
+                         printable(self.text))
+            return False
+        if self.code:
+            raise Failure('the command %s: %s' % (
+                'was ended by signal %d' % -self.code if self.code < 0
+                else 'failed with exit code %d' % self.code, printable(self.text)))
+        return True
 
     def finish(self, seconds=UNLIMITED):
         """Wait for its end, at most so long.  Raises Failure unless it exits with 0."""
-        started, next_words = monotonic(), self.PATIENCE
-        while self._process.poll() is None:
-            waited = monotonic() - started
-            if waited > seconds:
-                return
-            if waited > next_words:
-                next_words = UNLIMITED
-                log.info('all the data is through; waiting for the command to end: %s',
-                         printable(self.text))
+        deadline = monotonic() + seconds
+        while not self.succeeded() and monotonic() < deadline:
             time.sleep(self.TURN)
-        code = self._process.returncode
-        if code:
-            raise Failure('the command %s: %s' % (
-                'was ended by signal %d' % -code if code < 0 else 'failed with exit code %d' % code,
-                printable(self.text)))
 
     def end(self):
-        """End it, if it still runs."""
+        """Ask it to end, if it still runs."""
+        if self.code is None:
+            self._kill(signal.SIGTERM)
+            self._kill(signal.SIGCONT)
+
+    def close(self):
+        """See to its end."""
+        self.end()
         try:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGTERM)
+            deadline = monotonic() + self.LAST_MOMENT
+            while not self.look() and monotonic() < deadline:
+                time.sleep(self.TURN)
+            if self.code is None:
+                self._kill(signal.SIGKILL)
+                self._ended(-signal.SIGKILL)
+        except Failure:
+            self._ended(-signal.SIGTERM)
+        try:
+            self.pipe.close()
+        except OS_ERRORS:
+            pass                        # of what it did not read
+
+    def _kill(self, number):
+        try:
+            os.killpg(self._process.pid, number)
         except OS_ERRORS:
             pass
 
@@ -1469,37 +1614,50 @@ class Source(object):
     """
 
     def __init__(self, path=None, command=None, digest=True):
-        """path: of a file; command: for the shell.  Raises Failure."""
+        """path: of a file; command: for the shell, which start() starts.  Raises Failure."""
+        self._text = command
         self._command = None
-        try:
-            if command is not None:
-                self._command = Command(command, stdout=subprocess.PIPE)
-                descriptor = self._command.stdout.fileno()
-            else:
-                descriptor = 0 if path is None else path
-            self._file = io.open(descriptor, 'rb', buffering=0, closefd=path is not None)
-            status = os.fstat(self._file.fileno())
-            if stat.S_ISDIR(status.st_mode):
-                raise IOError(errno.EISDIR, os.strerror(errno.EISDIR))
-        except OS_ERRORS as error:
-            raise Failure('cannot read %s: %s' % (
-                'standard input' if path is None else printable(path), explain(error)), USAGE)
-        if os.isatty(self._file.fileno()):
-            raise Failure('%s is a terminal; give the image as "< FILE", through a pipe, with '
-                          '-i FILE or with --pipe COMMAND' % (
-                              'standard input' if path is None else printable(path)), USAGE)
+        self._file = None
         self.name = path and os.path.basename(path)
         self.size = None
+        self.bytes = 0
+        self.drained = False            # nothing more to read, but the command still runs
+        self._hash = hashlib.sha256() if digest else None
+        self._staging = bytearray()
+        if command is not None:
+            return
+        called = 'standard input' if path is None else printable(path)
+        try:
+            # Not blocking: a FIFO that nobody writes to yet is waited for like any other producer.
+            fd = 0 if path is None else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                if path is not None:
+                    os.close(fd)
+                raise IOError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self._file = io.open(fd, 'rb', buffering=0, closefd=path is not None)
+        except OS_ERRORS as error:
+            raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
+        if os.isatty(fd):
+            self._file.close()
+            raise Failure('%s is a terminal; give the image as "< FILE", through a pipe, with '
+                          '-i FILE or with --pipe COMMAND' % called, USAGE)
         if stat.S_ISREG(status.st_mode):
-            self.size = max(0, status.st_size - os.lseek(self.fileno(), 0, os.SEEK_CUR))
-        elif stat.S_ISFIFO(status.st_mode):
+            self.size = max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+
+    def start(self):
+        """All is well here: start the command, if there is one.  Raises Failure."""
+        if self._text is not None:
+            try:
+                self._command = Command(self._text, stdout=subprocess.PIPE)
+            except OS_ERRORS as error:
+                raise Failure('cannot start the command: %s' % explain(error))
+            self._file = io.open(self._command.pipe.fileno(), 'rb', buffering=0, closefd=False)
+        if stat.S_ISFIFO(os.fstat(self.fileno()).st_mode):
             try:                        # F_SETPIPE_SZ: fewer, larger reads
                 fcntl.fcntl(self.fileno(), 1031, 1 << 20)
             except OS_ERRORS:
                 pass
-        self.bytes = 0
-        self._hash = hashlib.sha256() if digest else None
-        self._staging = bytearray()
 
     def fileno(self):
         """For select(): readable when read_into() will not wait."""
@@ -1512,7 +1670,7 @@ class Source(object):
         return memoryview(self._staging)
 
     def read_into(self, view):
-        """Read once; returns bytes read, 0 at the image's end.
+        """Read once; returns bytes read, 0 at the image's end, None if there is nothing yet.
 
         Raises Failure, also at the end when the command failed, or when a
         file has another size than it had at the beginning.
@@ -1521,9 +1679,12 @@ class Source(object):
             got = uninterrupted(self._file.readinto, view)
         except OS_ERRORS as error:
             raise Failure('cannot read the image: %s' % explain(error))
+        if got is None:                 # whoever gave us the pipe wants it not to block
+            return None
         if not got:
-            if self._command:
-                self._command.finish()
+            self.drained = bool(self._command) and not self._command.succeeded()
+            if self.drained:
+                return None
             if self.size and self.bytes != self.size:       # the files of /proc say 0
                 raise Failure('the image had %d bytes, and now has %d: is it still being '
                               'written?' % (self.size, self.bytes))
@@ -1532,35 +1693,54 @@ class Source(object):
             self._hash.update(view[:got])
         return got
 
+    def look(self):
+        """A look at the command while nothing else is to do.  Raises Failure."""
+        if self._command:
+            self._command.look()
+
     def digest(self):
         """SHA-256 of all that was read so far; b'' without digests."""
         return self._hash.digest() if self._hash else b''
 
+    def end(self):
+        """Ask the command to end: nobody reads on."""
+        if self._command:
+            self._command.end()
+
     def close(self):
         """Stop reading."""
         if self._command:
-            self._command.end()
-        self._file.close()
+            self._command.close()
+        if self._file:
+            self._file.close()
 
 
 class Sink(object):
     """Where the client's image goes: standard output, a file, a command.
 
     A file is written under a temporary name beside its target and takes its
-    place at commit(); what is not a regular file is written in place.
+    place at commit(); what is not a regular file is written in place.  Who has
+    the temporary file open holds its lock, flock(2), so that of a dead run can
+    be told from that of a living one.
     """
 
     LAST_WORDS = 1.0                    # seconds for a command that reads no more to end
 
     def __init__(self, path=None, command=None):
-        """path: of the target; command: for the shell.  Raises Failure."""
-        self._target = self._temporary = self._command = None
-        self._text = command
+        """path: of the target; command: for the shell."""
+        self._path, self._text = path, command
+        self._target = self._temporary = self._command = self._fifo = None
+        self._fd = None
+        self._fate = {}                 # 'is': 'commit' or 'discard', whichever came first
         self.written = 0                # bytes
         self._chunk = 1 << 20           # bytes in a write
+
+    def open(self):
+        """Find out whether it can be written to; returns the Sink.  Raises Failure."""
+        path = self._path
         try:
-            if command is not None:
-                return
+            if self._text is not None:
+                return self
             if path is None:
                 if os.isatty(1):
                     raise Failure('standard output is a terminal; give "> FILE", a pipe, '
@@ -1568,10 +1748,15 @@ class Sink(object):
                 self._fd = 1
                 os.fstat(1)
             elif os.path.exists(path) and not os.path.isfile(path):
-                disk = stat.S_ISBLK(os.stat(path).st_mode)      # not one that is mounted
-                self._fd = os.open(path, os.O_WRONLY | (os.O_EXCL if disk else 0))
-                if os.isatty(self._fd):
-                    raise OSError(errno.EINVAL, 'it is a terminal')
+                kind = os.stat(path).st_mode
+                if stat.S_ISFIFO(kind):
+                    self._fifo = path
+                    self._open_fifo()
+                else:
+                    flags = os.O_EXCL if stat.S_ISBLK(kind) else 0  # not a disk that is mounted
+                    self._fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | flags)
+                    if os.isatty(self._fd):
+                        raise OSError(errno.EINVAL, 'it is a terminal')
             else:
                 self._target = os.path.realpath(path)
                 folder, name = os.path.split(self._target)
@@ -1579,22 +1764,64 @@ class Sink(object):
                     raise OSError(errno.EISDIR, 'that is no name of a file')
                 if folder == '/dev':    # a mistyped disk, and memory for what is meant for it
                     raise OSError(errno.ENOENT, 'no such device')
-                self._fd, self._temporary = tempfile.mkstemp(
-                    '.part', '.%s.' % name[:60], folder)
+                if self._target in mount_points():
+                    raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
+                                  'use "> FILE", or another FILE')
+                self._open_temporary(folder, '.%s.' % name[:60])
         except OS_ERRORS as error:
             reason = explain(error)
-            if errno_of(error) == errno.EBUSY:
+            if errno_of(error) == errno.EBUSY and not self._target:
                 reason += ' (it may be mounted)'
             raise Failure('cannot write %s: %s' % (
                 'standard output' if path is None else printable(path), reason), USAGE)
+        return self
+
+    def _open_temporary(self, folder, prefix):
+        """Open a new file, and remove those that dead runs have left."""
+        remove_dead(folder, prefix)
+        ours = False
+        while not ours:
+            # Its name is kept before there is such a file: a signal may come at any moment.
+            self._temporary = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = os.fstat(self._fd).st_nlink > 0
+            except OS_ERRORS as error:  # another run just removes it; or there are no locks here
+                ours = errno_of(error) not in TRY_AGAIN
+            if not ours:
+                os.close(self._fd)
+
+    def _open_fifo(self):
+        """Open it if somebody reads from it; returns whether it is open."""
+        try:
+            self._fd = os.open(self._fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OS_ERRORS as error:
+            if errno_of(error) != errno.ENXIO:      # fifo(7): nobody does
+                raise
+        return self._fd is not None
+
+    def expect(self, size):
+        """The image will have so many bytes: find out whether there is room.  Raises Failure."""
+        room = None
+        if self._target:
+            space = os.fstatvfs(self._fd)
+            room = (space.f_bavail if os.geteuid() else space.f_bfree) * space.f_frsize
+        elif self._path is not None and self._fd is not None:
+            if stat.S_ISBLK(os.fstat(self._fd).st_mode):
+                room = os.lseek(self._fd, 0, os.SEEK_END)
+                os.lseek(self._fd, 0, os.SEEK_SET)
+        if room is not None and size > room:
+            raise Failure('no room for the image at %s: it has %d bytes, and there is room for %d'
+                          % (printable(self._path), size, room), NOT_STARTED)
 
     def start(self):
         """The first data is coming: start the command.  Raises Failure."""
         try:
             if self._text is not None:
                 self._command = Command(self._text, stdin=subprocess.PIPE)
-                self._fd = self._command.stdin.fileno()
-            if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+                self._fd = self._command.pipe.fileno()
+            if self._fifo or stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._chunk = 1 << 16   # so that a slow consumer is seen to move
         except OS_ERRORS as error:
             raise Failure('cannot start the command: %s' % explain(error))
@@ -1602,8 +1829,16 @@ class Sink(object):
     def write(self, data):
         """Write all of a memoryview.  Raises Failure."""
         try:
+            while self._fd is None and not self._open_fifo():
+                self._wait_a_moment()
             while len(data):
-                count = uninterrupted(os.write, self._fd, data[:self._chunk])
+                try:
+                    count = uninterrupted(os.write, self._fd, data[:self._chunk])
+                except OS_ERRORS as error:
+                    if errno_of(error) not in TRY_AGAIN:
+                        raise
+                    self._wait_a_moment()           # a pipe that we were given so
+                    continue
                 self.written += count
                 data = data[count:]
         except OS_ERRORS as error:
@@ -1614,26 +1849,68 @@ class Sink(object):
                 raise Failure('what reads the image has ended')
             raise Failure('cannot write the image: %s' % explain(error))
 
+    def _wait_a_moment(self):
+        """Wait until the output takes more, or for a while."""
+        if self._fate.get('is') == 'discard':
+            raise Failure('stopped')
+        if self._fd is None:
+            time.sleep(0.05)
+        else:
+            poller = select.poll()
+            poller.register(self._fd, select.POLLOUT)
+            uninterrupted(poller.poll, TICK * 1000)
+
+    def look(self):
+        """A look at the command while nothing else is to do.  Raises Failure."""
+        if self._command:
+            self._command.look()
+
+    def abandon(self):
+        """Whether the image can still be given up; then it will not be committed."""
+        return self._fate.setdefault('is', 'discard') == 'discard'
+
+    def _decide(self):
+        """The point of no return.  Raises Failure if it was abandoned before."""
+        if self._fate.setdefault('is', 'commit') != 'commit':
+            raise Failure('stopped')
+
     def commit(self):
         """The image is complete and verified: make it so.  Raises Failure."""
         try:
             if self._command:
-                self._command.stdin.close()
+                self._command.pipe.close()
                 self._command.finish()
+                self._decide()
                 return
+            while self._fd is None and not self._open_fifo():
+                self._wait_a_moment()
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._sync(self._fd)
             if self._target:
                 os.fchmod(self._fd, self._mode())
-            os.close(self._fd)
+            self._decide()
             if self._target:
                 os.rename(self._temporary, self._target)
                 self._temporary = None
-                folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
+            os.close(self._fd)          # not before: it has the lock
+        except OS_ERRORS as error:
+            if not self._target or self._temporary:
+                raise Failure('cannot finish the image: %s' % explain(error))
+            log.warning('the image is in place, but closing it failed: %s', explain(error))
+        if self._target:
+            self._sync_folder()
+
+    def _sync_folder(self):
+        """Bring the new name to the disk.  It is too late to fail: the file is there."""
+        try:
+            folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
+            try:
                 self._sync(folder)
+            finally:
                 os.close(folder)
         except OS_ERRORS as error:
-            raise Failure('cannot finish the image: %s' % explain(error))
+            log.warning('the image is in place, but its folder could not be synchronised: %s',
+                        explain(error))
 
     @staticmethod
     def _sync(fd):
@@ -1652,37 +1929,86 @@ class Sink(object):
             os.umask(mask)
             return 0o666 & ~mask
 
-    def discard(self):
-        """Unless it was committed: leave nothing behind."""
-        if self._command:
+    def end(self):
+        """Unless it was committed, ask the command to end."""
+        if self.abandon() and self._command:
             self._command.end()
+
+    def close(self):
+        """Unless it was committed, leave nothing behind."""
+        self.end()
+        if self._command:
+            self._command.close()
         if self._temporary:
             try:
                 os.unlink(self._temporary)
             except OS_ERRORS:
                 pass
             self._temporary = None
+        # Not under a writer that hangs in it: another file would get its number.
+
+
+def mount_points():
+    """Where file systems are mounted, files included: proc(5), mountinfo."""
+    try:
+        with io.open('/proc/self/mountinfo', encoding='utf-8', errors='replace') as table:
+            return set(re.sub(r'\\([0-7]{3})', lambda found: chr(int(found.group(1), 8)),
+                              line.split(' ')[4]) for line in table)
+    except OS_ERRORS + (IndexError,):
+        return set()
+
+
+def remove_dead(folder, prefix):
+    """Remove the temporary files of runs that are dead: their locks are free."""
+    try:
+        names = os.listdir(folder)
+    except OS_ERRORS:
+        return
+    for name in names:
+        if not re.match(re.escape(prefix) + r'[0-9a-f]{12}\.part$', name):
+            continue
+        path = os.path.join(folder, name)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OS_ERRORS:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+            log.debug('removed %s, which a run that was killed had left', printable(path))
+        except OS_ERRORS:
+            pass                        # somebody writes it, or it is not ours to remove
+        finally:
+            os.close(fd)
 
 
 # ---------------------------------------------------------------------------
 # 10. Server
 # ---------------------------------------------------------------------------
 
-ALIVE_EVERY = 5.0                       # seconds
+ALIVE_EVERY = 5.0                       # seconds, or three times in the other's stall timeout
 STALL = 30.0                            # seconds: the default of --stall-timeout
 # The same for a server with --compat: the C clients wait 20 s for each other.
 BASE_STALL = 15.0
 GREETING_TIME = 5.0                     # seconds for a client to say HELLO
 FAREWELL_TIME = 2.0                     # seconds for a BYE to get through
-MOST_PENDING = 256                      # connections that are no clients (yet)
-TICK = 0.5                              # seconds between looks at the clocks
+MOST_PENDING = 256                      # connections of one address that are no clients (yet)
 
-# What a client can owe its server, in words for the log, and the signals
-# that pay it.
-GREETING, READINESS = 'HELLO', 'READY'
-ANSWER, COMPLETION = 'DONE or REQUEST', 'DONE'
+# What a client can owe its server, in words for the log, and the signals that pay it.
+GREETING, READINESS = 'HELLO', 'word that it is ready for the next round'
+ANSWER, COMPLETION = 'word of what it received', 'word that it has everything'
 PAYS = {GREETING: (HELLO,), READINESS: (READY,),
         ANSWER: (DONE, REQUEST), COMPLETION: (DONE,)}
+
+
+def alive_every(stall_timeout):
+    """How often to be heard from, seconds, by a peer that waits for so many (0: for ever)."""
+    return min(ALIVE_EVERY, stall_timeout / 3) if stall_timeout else ALIVE_EVERY
+
+
+def unacknowledged(sock):
+    """Bytes that a TCP connection's other end has not acknowledged: tcp(7), SIOCOUTQ."""
+    return struct.unpack('@i', fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b'\0\0\0\0'))[0]
 
 
 def causes(payload):
@@ -1692,13 +2018,17 @@ def causes(payload):
             'the host, the wrong LOCAL_IP' + (jumbo if payload > payload_for(1500) else ''))
 
 
-def keep_alive(sock):
-    """Make the kernel notice a dead peer within 20 s: tcp(7)."""
+def keep_alive(sock, stall_timeout):
+    """Make the kernel give up a dead peer when we would, seconds: tcp(7).
+
+    With 0, never, it does so only if there is nothing to send, after 17 s.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-    sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, 15000)
+    if stall_timeout:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(1000 * stall_timeout))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
@@ -1738,15 +2068,12 @@ class Session(object):
 
     def __init__(self, options, payload, name, size):
         self.group, self.port = options.group, options.port
-        self.places = options.clients
         self.per_thread = options.clients_per_thread
         self.compat = options.compat
         self.stall_timeout = options.stall_timeout
         if self.stall_timeout is None:
             self.stall_timeout = BASE_STALL if self.compat else STALL
         self.strangers = options.strangers
-        self.enough = options.min_clients
-        self.start_by = None if options.start_wait is None else monotonic() + options.start_wait
         self.payload = payload
         salts = struct.unpack('<II', os.urandom(8))
         self.salt, self.repair_salt = (0, 0) if self.compat else salts
@@ -1756,6 +2083,7 @@ class Session(object):
             'repair_salt': self.repair_salt, 'payload': payload,
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
+            'stall': self.stall_timeout,
             'unicast': options.unicast})
 
     @property
@@ -1764,14 +2092,95 @@ class Session(object):
         return (c_sum,) if self.compat else (zlib.crc32,)
 
 
+class Roster(object):
+    """Who takes part: who is here before the start, who was here at it, who was refused.
+
+    All threads look at it.  Each change is one operation on a list or a dict, and a client
+    leaves it only through the thread that has it; so it needs no lock.
+    """
+
+    MOST_REFUSED = 1000                 # hosts that are remembered
+
+    def __init__(self, places, enough=1, start_by=None):
+        """places: clients that can take part; enough: how many must be here at
+        `start_by`, seconds on the monotonic clock (None: wait for all)."""
+        self.places, self.enough, self.start_by = places, enough, start_by
+        self.begun = False
+        self.everyone = []              # who was here at the start, whatever became of them
+        self._here = []
+        self._refused = {}              # (host, address) -> why
+
+    @property
+    def here(self):
+        """The clients that are here now."""
+        return list(self._here)
+
+    @property
+    def refused(self):
+        """(host, address) and why, of those that were refused and did not get in later."""
+        return sorted(self._refused.items())
+
+    def refusal(self):
+        """Why there is no place for another client; None if there is one."""
+        if self.begun:
+            return 'the transfer has begun'
+        if len(self._here) >= self.places:
+            return 'all %d places are taken' % self.places
+        return None
+
+    def refuse(self, peer, why):
+        """Remember who was refused."""
+        if len(self._refused) < self.MOST_REFUSED:
+            self._refused[peer.identity] = why
+
+    def twin(self, peer):
+        """The client that is here from the same host; None without one.
+
+        Not of the loopback interface: there several clients are for trying it out.
+        """
+        if peer.host is None or peer.address.startswith('127.'):
+            return None
+        twins = [other for other in self.here if other.identity == peer.identity]
+        return twins[0] if twins else None
+
+    def admit(self, peer):
+        """A client has a place; returns how many are here now."""
+        self._refused.pop(peer.identity, None)
+        self._here.append(peer)
+        return len(self._here)
+
+    def leave(self, peer):
+        """A client is not here any more; returns whether it was."""
+        try:
+            self._here.remove(peer)
+        except ValueError:
+            return False
+        return True
+
+    def begin(self, now):
+        """Start if it is time to, with those who are here; returns whether it has begun."""
+        here = self.here
+        late = self.start_by is not None and now > self.start_by and len(here) >= self.enough
+        if not self.begun and (late or len(here) >= self.places):
+            self.everyone = here
+            self.begun = True
+        return self.begun
+
+    def end(self):
+        """Nobody can come any more, be it that it has not begun."""
+        if not self.begun:
+            self.everyone = self.here
+            self.begun = True
+
+
 class Step(object):
     """What a parent wants its TCP servers to do next; read-only once published.
 
-    kind: accept (so many more `places`), announce (the `buffer`), sent (the
-    buffer, with its `digest`), again (repair: by multicast for the peers in
-    `coded`, AGAIN being `message`; by TCP for the others), repair (by TCP,
-    and see to the end of it), finish (sent, and `message` is the last BYE),
-    abort (`message` is the reason).
+    kind: accept (the clients; only TCP server 1), announce (the `buffer`),
+    sent (the buffer, with its `digest`), again (repair: by multicast for the
+    peers in `coded`, AGAIN being `message`; by TCP for the others), repair (by
+    TCP, and see to the end of it), finish (sent, and `message` is the last
+    BYE), abort (`message` is the reason).
     """
 
     # For what a TCP server waits, before it releases its parent.
@@ -1779,16 +2188,13 @@ class Step(object):
                'again': (), 'repair': (READINESS, ANSWER, COMPLETION),
                'finish': (COMPLETION,), 'abort': ()}
 
-    def __init__(self, kind, buffer=None, digest=b'', coded=(), message=None,
-                 places=0, info=None, dropped=None):
+    def __init__(self, kind, buffer=None, digest=b'', coded=(), message=None, info=None):
         self.kind = kind
         self.buffer = buffer
         self.digest = digest
         self.coded = coded
         self.message = message
-        self.places = places
         self.info = info
-        self.dropped = dropped or {}    # peers to drop, and why
         self.awaited = self.AWAITED[kind]
 
 
@@ -1805,7 +2211,11 @@ class Peer(object):
         self.incoming, self.outgoing = TcpQueue(), TcpQueue()
         self.need = 1                   # bytes before it is worth to parse again
         self.owes = None                # a key of PAYS
-        self.moved = monotonic()        # when it last got something done
+        self.moved = monotonic()        # when it, or its kernel, last got something done
+        self.sent = 0                   # bytes, into the socket
+        self.acknowledged = 0           # bytes of these
+        self.alive_every = ALIVE_EVERY  # seconds; how often it wants to hear from us
+        self.sentence = None            # why its thread is to drop it at its next look
         self.paid = 0.0                 # when it last owed nothing more
         self.signs = 0                  # ALIVE messages
         self.since = monotonic()        # when it connected
@@ -1819,9 +2229,21 @@ class Peer(object):
     def __str__(self):
         return '%s (%s)' % (self.host, self.address) if self.host else self.address
 
+    identity = property(lambda self: (self.host, self.address))
+
     def fileno(self):
         """For poll()."""
         return self.sock.fileno()
+
+    def look_at_kernel(self):
+        """Take what the other end has acknowledged for a move."""
+        try:
+            acknowledged = self.sent - unacknowledged(self.sock)
+        except OS_ERRORS:
+            return
+        if acknowledged > self.acknowledged:
+            self.acknowledged = acknowledged
+            self.moved = monotonic()
 
     def owe(self, what):
         """From now on the peer owes us something (or, None, nothing)."""
@@ -1842,6 +2264,7 @@ class Peer(object):
                 if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
                     return
                 raise Gone(explain(error))
+            self.sent += count
             self.moved = self.told = monotonic()
             if count < len(data):
                 self.outgoing.put_head(memoryview(data)[count:])
@@ -1891,33 +2314,36 @@ class TcpServer(threading.Thread):
     The spec's TCP server: one poll() over its clients and its links.  Of its
     states, INIT is to have no `step` yet, ACCEPT the step of that name, PREP to
     have released the parent, SYNC the announce step, and SEND all others.
+
+    TCP server 1 has the listener and hears the greetings of all; a client that
+    it has no room for it passes on to its child, which does the same.  So a
+    release means "look": at `passed_on`, at the clients' sentences, at `step`.
     """
 
     PATIENCE = 5.0                      # seconds, until it says whom it waits for
     AT_ONCE = 64                        # connections to accept in a turn
 
-    def __init__(self, session, parent, link, listener, before=0, pending=()):
+    def __init__(self, session, roster, parent, link, listener=None, number=1):
         """parent: who publishes `step`; link: ours; listener: a socket that
-        listens; before: clients that the servers above have; pending:
-        connections that are still to say HELLO."""
-        threading.Thread.__init__(self, name='tcp-server')
+        listens, for the first; number: in the chain, from 1."""
+        threading.Thread.__init__(self, name='tcp-server-%d' % number)
         self.daemon = True
-        self.session, self.parent, self.link = session, parent, link
+        self.session, self.roster = session, roster
+        self.parent, self.link = parent, link
         self.listener = listener
+        self.number = number
         self.child = None
         self.step = None
+        self.passed_on = collections.deque()    # clients for the child
         self.answers = {}               # peer -> places asked for, with the child's
-        self.members = []               # counted clients that are still here
-        self.everyone = []              # counted clients, whatever became of them
+        self.members = []               # clients of this thread that are still here
         self.failure = None             # why this thread ended, if not in order
-        self._before = before
-        self._wanted = 0                # members to take
-        self._unplaced = 0              # members for the child to take
-        self._pending = list(pending)
+        self._pending = []
         self._leaving = []
         self._released = True
         self._child_released = True
         self._over = False
+        self._tick = TICK
         self._next_look = 0.0
         self._next_words = 0.0          # when to say whom we wait for
         self._poller = select.poll()
@@ -1930,9 +2356,11 @@ class TcpServer(threading.Thread):
         try:
             self._watch(self.link.parent_fd, self._on_parent)
             while not self._over:
-                self._poll(TICK)
+                self._poll(self._tick)
                 self._look_at_clocks()
                 self._advance()
+        except Failure as error:
+            self.failure = error.reason
         except Exception as error:      # pylint: disable=broad-except
             log.debug('in a TCP server', exc_info=True)
             self.failure = 'internal error: %s: %s' % (type(error).__name__, error)
@@ -1940,8 +2368,10 @@ class TcpServer(threading.Thread):
             if self.failure:
                 self._dismiss_all(self.failure)
         finally:
-            for fd in (self.link.parent_fd, self.link.child_fd, self.listener.fileno()):
+            for fd in (self.link.parent_fd, self.link.child_fd):
                 self._unwatch(fd)
+            if self.listener:
+                self._unwatch(self.listener.fileno())
             self.link.close()
             self._farewell()
 
@@ -1975,7 +2405,7 @@ class TcpServer(threading.Thread):
             return
         accepting = self.step.kind == 'accept'
         if not self._released:
-            if accepting and not self._all_here():
+            if accepting and not self.roster.begin(monotonic()):
                 return
             if not self._child_released or [p for p in self.members
                                             if p.owes in self.step.awaited]:
@@ -1985,14 +2415,14 @@ class TcpServer(threading.Thread):
                 self.answers.update(self.child.answers)
             self._released = True
             self.link.release_parent()
-        if not self.members and self.link.child_fd is None:
+        if not accepting and not self.members and self.link.child_fd is None:
             self._over = True           # nobody is left to serve
 
     def _look_at_clocks(self):
         now = monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + TICK
+        self._next_look = now + self._tick
         if not self._released and now > self._next_words:
             self._next_words = now + 2 * self.PATIENCE
             late = [str(peer) for peer in self.members if peer.owes in self.step.awaited]
@@ -2002,13 +2432,14 @@ class TcpServer(threading.Thread):
         for peer in self._pending[:]:
             if now - peer.moved > GREETING_TIME:
                 self._drop(peer, 'no %s within %d s' % (peer.owes, GREETING_TIME))
+        limit = self.session.stall_timeout
         for peer in self.members[:]:
-            limit = self.session.stall_timeout
-            if (peer.owes or peer.outgoing.count) and limit and now - peer.moved > limit:
-                self._drop(peer, 'stalled: nothing came of its %s for %g s'
-                           % (peer.owes or 'reading', limit))
-            elif (not peer.owes and not self.session.compat
-                  and now - peer.told > ALIVE_EVERY and not peer.outgoing.count):
+            if peer.owes or peer.outgoing.count:
+                peer.look_at_kernel()
+                if limit and now - peer.moved > limit:
+                    self._drop(peer, 'stalled: for %g s no %s' % (
+                        limit, peer.owes or 'sign that it takes what is sent to it'))
+            elif not self.session.compat and now - peer.told >= peer.alive_every:
                 self._send(peer, ALIVE)
         for peer in self._leaving[:]:
             if now > peer.leaving:
@@ -2024,14 +2455,19 @@ class TcpServer(threading.Thread):
             self.failure = getattr(self.parent, 'failure', None)
             self._dismiss_all(self.failure or 'the server has stopped')
             return
+        while self.number > 1 and self.parent.passed_on:
+            self._take(self.parent.passed_on.popleft())
         step = self.parent.step
-        if step.kind == 'abort':
+        if step is None or step is self.step or self.number > 1 and step.kind == 'accept':
+            self._carry_out_sentences()
+            self.link.release_child()
+        elif step.kind == 'abort':
             self.step = step
             self.link.release_child()
             self._dismiss_all(step.message)
-            return
-        self._released = False
-        getattr(self, '_do_' + step.kind)(step)
+        else:
+            self._released = False
+            getattr(self, '_do_' + step.kind)(step)
 
     def _begin(self, step):
         """Publish a step to the child, too."""
@@ -2039,66 +2475,30 @@ class TcpServer(threading.Thread):
         self._child_released = self.link.child_fd is None
         self.link.release_child()
         self._next_words = monotonic() + self.PATIENCE
+        self._carry_out_sentences()
+
+    def _carry_out_sentences(self):
         for peer in self.members[:]:
-            if peer in step.dropped:
-                self._drop(peer, step.dropped[peer])
+            if peer.sentence:
+                self._drop(peer, peer.sentence)
 
     def _on_child(self, _event):
-        fd = self.link.child_fd
         try:
             self.link.wait_child()
         except LinkClosed:
-            self._unwatch(fd)
+            self._unwatch(self.link.child_fd)
             self.link.close_child()
             if self.child.failure:
                 self.failure = self.child.failure
                 self._over = True
                 return
-            self._watch(self.listener.fileno(), self._on_connection)
         self._child_released = True
 
     # ---- the steps
 
     def _do_accept(self, step):
-        take = min(step.places, self.session.per_thread - self._wanted)
-        self._wanted += take
-        self._unplaced += step.places - take
         self.step = step
-        if not self.child:
-            self._watch(self.listener.fileno(), self._on_connection)
-            for peer in self._pending:
-                self._watch_peer(peer)
-
-    def _all_here(self):
-        """Whether all clients came; passes the listener on when it is time."""
-        if not self.child:
-            if self._time_is_up():
-                self._unplaced = 0
-            elif len(self.members) < self._wanted:
-                return False
-            if not self._unplaced:
-                return True
-            self._unwatch(self.listener.fileno())
-            for peer in self._pending:
-                self._unwatch(peer.fileno())
-            self.child = TcpServer(self.session, self, self.link.spawn(),
-                                   self.listener, self._before + len(self.members),
-                                   self._pending)
-            self._pending = []
-            self._watch(self.link.child_fd, self._on_child)
-            self.child.start()
-        elif not self._child_released or not self._unplaced:
-            return self._child_released
-        step = Step('accept', places=self._unplaced)
-        self._unplaced = 0
-        self._begin(step)
-        return False
-
-    def _time_is_up(self):
-        """Whether --start-wait is over and enough clients are there."""
-        start_by = self.session.start_by
-        return (start_by is not None and monotonic() > start_by
-                and self._before + len(self.members) >= self.session.enough)
+        self._watch(self.listener.fileno(), self._on_connection)
 
     def _do_announce(self, step):
         self._begin(step)
@@ -2142,48 +2542,83 @@ class TcpServer(threading.Thread):
 
     def _on_connection(self, _event):
         for _ in range(self.AT_ONCE):   # then hear what they say
-            # Whoever is pushed out here hears nothing, and so tries again.
-            if len(self._pending) + len(self._leaving) >= self.session.strangers:
-                if self._leaving:
-                    self._close(self._leaving[0])
-                else:
-                    self._drop(self._pending[0], 'too many connections that say nothing',
-                               tell=False)
             try:
                 sock, address = self.listener.accept()
             except OS_ERRORS:
                 return
+            self._make_room(address[0])
             sock.setblocking(False)
-            keep_alive(sock)
+            keep_alive(sock, self.session.stall_timeout)
             peer = Peer(sock, address[0])
             peer.outgoing.put_tail(pack_group_info(
                 self.session.group, self.session.port, not self.session.compat))
             if self.session.compat:
-                if not self._has_place():
-                    strangers.info('%s: refused, all places are taken', peer)
-                    sock.close()
+                refusal = self.roster.refusal()
+                if refusal:
+                    self._refuse(peer, refusal)
                     continue
                 self._watch_peer(peer)
                 if peer.sock:
                     self._admit(peer)
-                if self.child:
-                    return              # who takes the others
                 continue
             peer.owe(GREETING)
             self._pending.append(peer)
             self._watch_peer(peer)
 
-    def _has_place(self):
-        return (self.step.kind == 'accept' and not self._released and not self.child
-                and len(self.members) < self._wanted)
+    def _make_room(self, address):
+        """Bound the connections that are no clients: those of an address, and of all.
+
+        A burst from many addresses is a room full of hosts that were switched on together;
+        one from a single address is not.  Who is pushed out hears nothing, and so tries again.
+        """
+        waiting = self._leaving + self._pending
+        if len(waiting) < min(MOST_PENDING, self.session.strangers):
+            return
+        of = collections.Counter(peer.address for peer in waiting)
+        free = self.roster.places - len(self.roster.here)
+        if of[address] >= MOST_PENDING:
+            busiest = address
+        elif len(waiting) >= self.session.strangers + max(0, free):
+            busiest = of.most_common(1)[0][0]
+        else:
+            return
+        victim = [peer for peer in waiting if peer.address == busiest][0]
+        if victim in self._leaving:
+            self._close(victim)
+        else:
+            self._drop(victim, 'too many connections that say nothing', tell=False)
+
+    def _refuse(self, peer, why):
+        self.roster.refuse(peer, why)
+        strangers.info('%s: refused, %s', peer, why)
+        self._drop(peer, 'refused: ' + why)
 
     def _admit(self, peer):
         peer.owe(None)
-        self.members.append(peer)
-        self.everyone.append(peer)
-        arrivals.info('%s is here, %d of %d', peer, self._before + len(self.members),
-                      self.session.places)
-        self._advance()                 # the next may already be at the door
+        arrivals.info('%s is here, %d of %d', peer, self.roster.admit(peer), self.roster.places)
+        self._take(peer)
+        self._advance()
+
+    def _take(self, peer):
+        """Serve a client, or have the child do so.  Raises Failure."""
+        if len(self.members) < self.session.per_thread:
+            self._tick = min(self._tick, peer.alive_every / 2)
+            self.members.append(peer)
+            self._watch_peer(peer)
+            return
+        self._unwatch(peer.fileno())
+        self.passed_on.append(peer)
+        if not self.child:
+            child = TcpServer(self.session, self.roster, self, self.link.spawn(),
+                              number=self.number + 1)
+            try:
+                start_thread(child)
+            except Failure:
+                child.link.close()
+                raise
+            self.child = child
+            self._watch(self.link.child_fd, self._on_child)
+        self.link.release_child()
 
     def _on_peer(self, event, peer):
         try:
@@ -2232,7 +2667,8 @@ class TcpServer(threading.Thread):
         elif kind == ALIVE and peer.owes != GREETING and not self.session.compat:
             peer.moved = monotonic()
             peer.signs += 1
-            if peer.signs > 20 + (peer.moved - peer.since):
+            if peer.signs > 20 + 2 * (peer.moved - peer.since) / alive_every(
+                    self.session.stall_timeout):
                 raise ProtocolError('far too many signs of life')
         elif kind in PAYS.get(peer.owes, ()):
             self.HANDLERS[kind](self, peer, message)
@@ -2243,10 +2679,16 @@ class TcpServer(threading.Thread):
         fields = unpack_frame(message[5:])
         field(fields, 'version', TEXT)
         peer.host = field(fields, 'host', TEXT)
-        if not self._has_place():
-            self._drop(peer, 'refused: the transfer has begun with the clients that were there'
-                       if self.session.start_by else
-                       'refused: all %d places are taken' % self.session.places)
+        peer.alive_every = alive_every(stall_of(fields))
+        twin = None if self.roster.begun else self.roster.twin(peer)
+        if twin:                        # its thread may be another one
+            twin.sentence = 'replaced by a later client of the same host'
+            self.roster.leave(twin)
+            self._carry_out_sentences()
+            self.link.release_child()
+        refusal = self.roster.refusal()
+        if refusal:
+            self._refuse(peer, refusal)
             return
         self._pending.remove(peer)
         self._send(peer, self.session.welcome)
@@ -2282,17 +2724,14 @@ class TcpServer(threading.Thread):
         """End with one client; the others do not notice."""
         if peer in self.members:
             self.members.remove(peer)
-            peer.outcome = reason
-            starting = self.step.kind == 'accept' and not self._released
+            self.roster.leave(peer)
             if not self._over:          # else the reason is everybody's, and said at the end
-                (arrivals if starting else log).warning('%s: %s', peer, reason)
-            if starting:
-                self.everyone.remove(peer)      # its place is free again
-                if self.child:
-                    self._unplaced += 1
+                peer.outcome = reason
+                (log if self.roster.begun else arrivals).warning('%s: %s', peer, reason)
         elif peer in self._pending:
             self._pending.remove(peer)
-            strangers.info('%s: %s', peer, reason)
+            if not peer.host:           # else it was refused
+                strangers.info('%s: %s', peer, reason)
         if peer.outgoing.count and not self._over:
             tell = False                # packets of a buffer that will be used again
         if tell and not peer.leaving and not self.session.compat:
@@ -2306,6 +2745,7 @@ class TcpServer(threading.Thread):
         for peers in (self.members, self._pending, self._leaving):
             if peer in peers:
                 peers.remove(peer)
+        self.roster.leave(peer)
         if peer.sock:
             self._unwatch(peer.fileno())
             peer.outgoing.clear()
@@ -2314,6 +2754,10 @@ class TcpServer(threading.Thread):
 
     def _dismiss_all(self, reason):
         self._over = True
+        self.roster.end()
+        while self.child is None and self.passed_on:
+            self.members.append(self.passed_on.popleft())
+            self._watch_peer(self.members[-1])
         for peer in self.members + self._pending:
             self._drop(peer, reason)
 
@@ -2328,10 +2772,6 @@ class TcpServer(threading.Thread):
                 break
         for peer in self._leaving + self._pending + self.members:
             self._close(peer)
-
-
-class Interrupted(Exception):
-    """A signal asked the program to stop; its text says which."""
 
 
 class Multicaster(object):
@@ -2352,24 +2792,18 @@ class Multicaster(object):
     DRAIN = 48 << 10                    # bytes that a queue gets rid of before TCP's turn
     STUCK = 5.0                         # seconds without room to send a packet
     ENDURANCE = 10.0                    # seconds below --min-rate
+    SETTLED = 3                         # rounds without a slower rate, until it is worth a line
     FIRST_SEQ = 0
 
-    def __init__(self, options, source):
-        """options: of the command line; source: a Source.  Raises Failure."""
-        self.source = source
-        try:
-            self.sender = DatagramSender(options.local_ip, options.group, options.port,
-                                         options.ttl, options.datagrams)
-        except OS_ERRORS as error:
-            raise Failure('cannot multicast to %s from %s: %s' % (
-                options.group, options.local_ip, explain(error)), USAGE)
-        mtu = self._mtu(options.mtu)
-        self.session = Session(options, payload_for(mtu), options.name or source.name,
-                               source.size)
-        self.listener = self._listen(options.port)
+    def __init__(self, options, source, signals):
+        """options: of the command line; source: a Source; signals: a StopInOrder."""
+        self.options, self.source, self.signals = options, source, signals
+        self.sender = self.listener = self.session = self.tcp = None
+        start_by = None if options.start_wait is None else monotonic() + options.start_wait
+        self.roster = Roster(options.clients, options.min_clients, start_by)
         self.link = SemLink()
         self.step = None
-        self.tcp = TcpServer(self.session, self, self.link.spawn(), self.listener)
+        self.started = monotonic()      # when the first round began
         self.pacer = Pacer()
         self.control = None
         if options.rate == 'auto':
@@ -2378,9 +2812,7 @@ class Multicaster(object):
             self.pacer.rate = options.rate
         self.multicasting = not options.unicast
         self.unicast = options.unicast
-        capacity = options.buffer_packets or self.ROUND // self.session.payload
-        self.buffers = [Buffer(self.session.payload, capacity, self.session.salt,
-                               self.session.checks) for _ in (0, 1)]
+        self.buffers = []
         self.upcoming = None            # the buffer that is being filled
         self.limit = self.FIRST_ROUND   # packets in the next buffer
         self.rounds = 0
@@ -2392,9 +2824,27 @@ class Multicaster(object):
         self.ignored = set()            # clients that lose too much at any rate
         self.min_rate = options.min_rate
         self.brake = None               # the client that alone keeps the rate down
+        self.settled = 0                # rounds since the rate last fell
         self.held_by = None             # (client, since when) below --min-rate
         self.alone = {}                 # client -> seconds waited for it alone
-        self.dropped = {}               # client -> why to drop it
+
+    def _open(self):
+        """Check that all that it takes can be had here.  Raises Failure."""
+        options = self.options
+        try:
+            self.sender = DatagramSender(options.local_ip, options.group, options.port,
+                                         options.ttl, options.datagrams)
+        except OS_ERRORS as error:
+            raise Failure('cannot multicast to %s from %s: %s' % (
+                options.group, options.local_ip, explain(error)), USAGE)
+        mtu = self._mtu(options.mtu)
+        self.session = Session(options, payload_for(mtu), options.name or self.source.name,
+                               self.source.size)
+        self.listener = self._listen(options.port)
+        self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
+        capacity = options.buffer_packets or self.ROUND // self.session.payload
+        self.buffers = [Buffer(self.session.payload, capacity, self.session.salt,
+                               self.session.checks) for _ in (0, 1)]
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -2413,6 +2863,7 @@ class Multicaster(object):
             listener.bind(('', port))
             listener.listen(1024)
         except OS_ERRORS as error:
+            listener.close()
             raise Failure('cannot listen on TCP port %d: %s; give another PORT to '
                           'server and clients' % (port, explain(error)), USAGE)
         listener.setblocking(False)
@@ -2421,42 +2872,69 @@ class Multicaster(object):
     # ---- the whole
 
     def run(self):
-        """Serve the image; returns an exit code."""
-        started = monotonic()
+        """Serve the image; returns an exit code.  Raises Failure if it cannot begin."""
+        self._open()
         failure = None
         try:
-            self.tcp.start()
-            log.info('waiting for %d clients on port %d, group %s',
-                     self.session.places, self.session.port, self.session.group)
-            self._fill_next(self.FIRST_SEQ)
-            self._do('accept', places=self.session.places)
-            started = monotonic()
-            here = len(self._everybody())
-            if here < self.session.places:
-                log.info('starting with %d of %d clients', here, self.session.places)
-            log.debug('sending from the interface with MTU %d, %d bytes a packet, by %s',
-                      self.sender.mtu, self.session.payload, self.sender.way)
-            while self._round():
-                pass
-        except LinkClosed:
-            failure = self.tcp.failure or 'no client is left'
-        except Failure as error:
-            failure = error.reason
+            failure = self._serve()
+            self.signals.over()         # from here on the verdict stands
         except Interrupted as error:
             failure = 'stopped by %s' % error
-        except Exception as error:      # pylint: disable=broad-except
-            log.debug('in the multicaster', exc_info=True)
-            failure = 'internal error: %s: %s' % (type(error).__name__, error)
+        self.source.end()
+        self.roster.end()
         if failure:
             self.step = Step('abort', message=failure)
             self.link.release_child()
         self.link.close()
         for thread in self._threads():
             thread.join(2 * FAREWELL_TIME)
-        self.listener.close()
-        self.sender.close()
-        self.source.close()
-        return self._summary(failure, monotonic() - started)
+        return self._summary(failure, monotonic() - self.started)
+
+    def _serve(self):
+        """Serve the image; returns None, or why not."""
+        try:
+            start_thread(self.tcp)
+            self.source.start()
+            log.info('multicasting from %s to %s port %d, waiting for %s', self.options.interface,
+                     self.session.group, self.session.port, counted(self.roster.places, 'client'))
+            if self.options.local_ip.startswith('127.'):
+                log.warning('only this host hears what is multicast from %s', self.options.local_ip)
+            self._fill_next(self.FIRST_SEQ)
+            self._do('accept')
+            self.started = monotonic()
+            here = len(self.roster.everyone)
+            if here < self.roster.places:
+                log.info('starting with %d of %s', here, counted(self.roster.places, 'client'))
+            log.debug('sending from the interface with MTU %d, %d bytes a packet, by %s',
+                      self.sender.mtu, self.session.payload, self.sender.way)
+            while self._round():
+                pass
+        except LinkClosed:
+            return self.tcp.failure or 'no client is left'
+        except Failure as error:
+            return error.reason
+        except Exception as error:      # pylint: disable=broad-except
+            log.debug('in the multicaster', exc_info=True)
+            return 'internal error: %s: %s' % (type(error).__name__, error)
+        return None
+
+    def close(self):
+        """Leave nothing behind; can be called at any time."""
+        self.source.end()
+        self.link.close()
+        if self.tcp and not self.tcp.ident:
+            self.tcp.link.close()
+        for end in (self.listener, self.sender, self.source):
+            if end:
+                end.close()
+
+    def state(self):
+        """How it stands, in a line."""
+        here = len(self.roster.here)
+        if not self.roster.begun:
+            return '%d of %s here' % (here, counted(self.roster.places, 'client'))
+        return '%d bytes in %s, %s here' % (self.source.bytes, counted(self.rounds, 'round'),
+                                            counted(here, 'client'))
 
     def _threads(self):
         thread = self.tcp if self.tcp.ident else None
@@ -2474,10 +2952,6 @@ class Multicaster(object):
             self._time_alone(started)
         return self.tcp.answers
 
-    def _everybody(self):
-        """The clients that are still with us."""
-        return [peer for thread in self._threads() for peer in thread.members]
-
     def _wait(self, until=None, link=False, sender=False):
         """Fill the next buffer until a time (seconds on the monotonic clock),
         until the child's release, or until there is room in the socket.
@@ -2491,7 +2965,10 @@ class Multicaster(object):
                 if timeout <= 0:
                     return
             reads = [self.link.child_fd]
-            if self.upcoming and not self.upcoming.full:
+            filling = bool(self.upcoming) and not self.upcoming.full
+            if filling and self.source.drained:     # its command is to end; nothing tells but a look
+                timeout = min(timeout, Command.TURN)
+            elif filling:
                 reads.append(self.source)
             readable, writable, _ = uninterrupted(
                 select.select, reads, [self.sender] if sender else [], [], timeout)
@@ -2501,10 +2978,12 @@ class Multicaster(object):
                     return
             elif writable:
                 return
-            elif readable:
+            elif filling and (readable or self.source.drained):
                 self.upcoming.fill(self.source)
                 if not (link or sender or until) and self.upcoming.full:
                     return
+            else:
+                self.source.look()
 
     def _fill_next(self, base):
         """Begin to fill the buffer that is not in use."""
@@ -2530,9 +3009,11 @@ class Multicaster(object):
         self.data += buffer.count
         if buffer.count:
             self._fill_next(buffer.base + buffer.count)
-        started, dropped, self.dropped = monotonic(), self.dropped, {}
-        self._do('announce', buffer=buffer, info=info, dropped=dropped)
+        started = monotonic()
+        self._do('announce', buffer=buffer, info=info)
         if not buffer.count:
+            if not self.source.bytes and not self.options.allow_empty:
+                raise Failure('the image is empty; if that is meant, give --allow-empty')
             self._do('finish', buffer=buffer, digest=digest, message=self._farewell(digest))
             return False
         probing = not self.multicasting
@@ -2590,7 +3071,7 @@ class Multicaster(object):
                     for peer, places in answers.items())
         heard = sorted((peer for peer in lost if len(lost[peer]) < count),
                        key=lambda peer: len(lost[peer]))
-        silent, everybody = len(lost) - len(heard), len(self._everybody())
+        silent, everybody = len(lost) - len(heard), len(self.roster.here)
         now = monotonic()
         if self.last_heard is None or silent < everybody:
             self.last_heard = now
@@ -2614,8 +3095,11 @@ class Multicaster(object):
             heard = [peer for peer in heard if peer not in self.ignored]
             why = self.control.round_over(count, lost[heard[-1]] if heard else [],
                                           achieved, seconds)
+            self.settled += 1
             if self.control.rate < before:
                 self._look_for_brake([(len(lost[peer]), peer) for peer in heard], everybody)
+            if self.brake and self.settled == self.SETTLED:
+                log.info('%s alone takes no more than %s', self.brake, bits(self.control.rate))
             if self.control.hopeless:
                 self.ignored.add(heard[-1])
                 log.warning('%s loses %d %% at any rate, so the rate is set without it; %s',
@@ -2636,13 +3120,13 @@ class Multicaster(object):
         brake = None
         if everybody > 1 and (len(heard) < 2 or heard[-2][0] < heard[-1][0] / 4):
             brake = heard[-1][1]
-        if brake and brake is not self.brake:
-            log.info('%s alone takes no more than %s', brake, bits(self.control.rate))
+        if not brake or brake is not self.brake or self.settled < self.SETTLED:
+            self.settled = 0
         self.brake = brake
 
     def _time_alone(self, started):
         """Note for how long a step waited for one client alone."""
-        paid = sorted(self._everybody(), key=lambda peer: peer.paid)
+        paid = sorted(self.roster.here, key=lambda peer: peer.paid)
         if len(paid) > 1:
             last = paid[-1]
             seconds = last.paid - max(paid[-2].paid, started)
@@ -2655,14 +3139,14 @@ class Multicaster(object):
         for peer in alone:
             if alone[peer] > seconds / 2:
                 culprit = peer
-        everybody = self._everybody()
+        everybody = self.roster.here
         if goodput >= self.min_rate or culprit not in everybody or len(everybody) < 2:
             self.held_by = None
         elif not self.held_by or self.held_by[0] is not culprit:
             self.held_by = culprit, monotonic() - seconds
         elif monotonic() - self.held_by[1] >= self.ENDURANCE:
-            self.dropped = {culprit: 'alone it kept the transfer below %s, now at %s'
-                                     % (bits(self.min_rate), bits(goodput))}
+            culprit.sentence = ('alone it kept the transfer below %s, now at %s'
+                                % (bits(self.min_rate), bits(goodput)))
             self.held_by = self.brake = None
             if self.control:
                 self.control = RateControl()
@@ -2712,30 +3196,33 @@ class Multicaster(object):
 
     def _summary(self, failure, seconds):
         """Say how it went; returns the exit code."""
-        everyone = [peer for thread in self._threads() for peer in thread.everyone]
-        served = [peer for peer in everyone if peer.outcome == 'complete']
-        for peer in everyone:
+        roster = self.roster
+        served = [peer for peer in roster.everyone if peer.outcome == 'complete']
+        complete = len(served) == roster.places and not roster.refused
+        failure = None if complete else failure     # it came too late to matter
+        everywhere = 'the server was ' + failure if (failure or '').startswith('stopped') else failure
+        for peer in roster.everyone:
             if peer.outcome != 'complete':
                 log.error('%s does not have the image: %s', peer,
-                          peer.outcome or failure or 'unknown')
+                          peer.outcome or everywhere or 'unknown')
+        for (host, address), why in roster.refused:
+            log.error('%s was refused: %s', '%s (%s)' % (host, address) if host else address, why)
         if failure:
             log.error('%s', failure)
         if self.data and not self.multicasting and not self.unicast:
             self._warn_of_silence()
-        log.info('data: %d packets in %d rounds, %d bytes in %.1f s, %s', self.data,
-                 self.rounds, self.source.bytes, seconds,
-                 bits(self.source.bytes * 8 / max(1e-6, seconds)))
-        log.info('repair: %d packets by multicast, %d packets by TCP',
-                 self.coded, self.by_tcp)
-        if not failure and not self.source.bytes:
-            log.warning('the image is empty')
-        absent = self.session.places - len(everyone)
+        if self.rounds:
+            log.info('data: %s in %s, %s in %.1f s, %s', counted(self.data, 'packet'),
+                     counted(self.rounds, 'round'), counted(self.source.bytes, 'byte'), seconds,
+                     bits(self.source.bytes * 8 / max(1e-6, seconds)))
+            log.info('repair: %s by multicast, %s by TCP',
+                     counted(self.coded, 'packet'), counted(self.by_tcp, 'packet'))
+        absent = roster.places - len(roster.everyone)
         if absent and not failure:
-            log.error('%d clients never came', absent)
-        log.info('%d of %d clients have the image', len(served), self.session.places)
-        if not served:
-            return FAILED
-        return PARTLY if failure or len(served) < self.session.places else OK
+            log.error('%s never came', counted(absent, 'client'))
+        log.info('%d of %s %s the image', len(served), counted(roster.places, 'client'),
+                 'has' if roster.places == 1 else 'have')
+        return OK if complete else PARTLY if served else FAILED
 
 
 # ---------------------------------------------------------------------------
@@ -2745,19 +3232,40 @@ class Multicaster(object):
 class Connection(object):
     """The client's TCP connection: read what is expected, or fail clearly."""
 
-    def __init__(self, sock, stall_timeout):
+    def __init__(self, stall_timeout):
         """stall_timeout: seconds without a byte until the server is given up."""
-        self.sock = sock
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self.stall_timeout = stall_timeout
+        self.alive_every = ALIVE_EVERY  # seconds; how often the server wants to hear from us
+        self.told_alive = monotonic()
+        self.owing = False              # the server waits for us: tell it that we receive
         self.session = False
         self.heard = monotonic()        # when the server last showed life
         self.companion = None           # a SemLink whose end ends us, too
-        sock.setblocking(False)
-        keep_alive(sock)
+
+    def connect(self, address, port, seconds):
+        """Connect to a server, in at most so many seconds.  Raises OS_ERRORS."""
+        self.sock.settimeout(seconds)
+        self.sock.connect((address, port))
+        if self.sock.getsockname() == self.sock.getpeername():
+            # Nobody listens there, but the kernel chose the same port for our
+            # end, and has connected us to ourselves.
+            raise socket.error(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        self.sock.setblocking(False)
+        self.heard = monotonic()
 
     def fileno(self):
         """For poll()."""
         return self.sock.fileno()
+
+    def show_life(self):
+        """Tell the server that we got something done, unless it heard so a moment ago."""
+        if self.session and monotonic() - self.told_alive >= self.alive_every:
+            self.told_alive = monotonic()
+            try:
+                self.sock.send(ALIVE)
+            except OS_ERRORS:
+                pass                    # its queue is full, or reading will tell why
 
     def readable(self, seconds):
         """Whether there is something to read, or will be so soon."""
@@ -2798,6 +3306,8 @@ class Connection(object):
                 raise Lost('the server closed the connection')
             self.heard = monotonic()
             done += got
+            if self.owing:
+                self.show_life()
 
     def read(self, size):
         """Exactly `size` bytes.  Raises Failure."""
@@ -2881,9 +3391,17 @@ class Writer(threading.Thread):
         self.link.release_child()
 
     def commit(self):
-        """After all buffers: make the image final."""
+        """After all buffers: make the image final, and end."""
         self._jobs.append((None, 0, None))
         self.link.release_child()
+
+    def close(self):
+        """Let it end, whatever it does."""
+        self.link.close()
+        if self.ident:
+            self.join(1.0)              # more, only if nobody takes what it writes
+        else:
+            self._own_link.close()
 
     def run(self):
         """The thread."""
@@ -2894,8 +3412,8 @@ class Writer(threading.Thread):
                 buffer, size, digest = self._jobs.popleft()
                 if buffer is None:
                     self.sink.commit()
-                else:
-                    self._write(buffer.flush(), size, digest)
+                    return
+                self._write(buffer.flush(), size, digest)
                 self._own_link.release_parent()
         except LinkClosed:
             pass
@@ -2933,12 +3451,14 @@ class Client(object):
     RETRY = 0.1                         # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
 
-    def __init__(self, options):
-        """options: of the command line."""
-        self.options = options
+    def __init__(self, options, signals):
+        """options: of the command line; signals: a StopInOrder."""
+        self.options, self.signals = options, signals
         self.server = None              # Connection
         self.receiver = None            # DatagramReceiver
-        self.writer = self.sink = None
+        self.writer = None
+        self.sink = Sink(options.output, options.pipe)
+        self.flowing = False            # data has come, so the sink has been started
         self.session = False
         self.payload = payload_for(1500)
         self.salt = self.repair_salt = 0
@@ -2952,14 +3472,13 @@ class Client(object):
         self.by_multicast = 0           # packets, as in by_tcp and coded
         self.by_tcp = self.coded = 0
         self.overflows = None           # datagrams lost in this host
-        self.told_alive = (0, 0)        # when, and the bytes written by then
         self.heard_all = False          # the server's last word: it can go, the image is ours
 
     def run(self):
         """Receive the image; returns an exit code.  Raises Failure."""
-        self.sink = Sink(self.options.output, self.options.pipe)
         try:
             try:
+                self.sink.open()
                 self._connect()
                 self._transfer()
             except ProtocolError as error:
@@ -2967,23 +3486,38 @@ class Client(object):
             except LinkClosed:
                 raise self.writer.failure or Failure('the writer ended')
             except Interrupted as error:
-                raise Failure('stopped by %s' % error)
+                if self.sink.abandon():
+                    raise Failure('stopped by %s' % error)
+                self._await_end()       # too late to stop: the image is taking its place
+            self.signals.over()         # from here on the verdict stands
         except Failure as error:
+            self.sink.end()
             self._say_bye(error)
             if not self.begun and error.code == FAILED:
                 error.code = NOT_STARTED
             raise
-        finally:
-            self.sink.discard()
-            if self.writer:
-                self.writer.link.close()
-                self.writer.join(1.0)   # more, only if nobody takes what it writes
-            if self.server:
-                self.server.sock.close()
-            if self.receiver:
-                self.receiver.close()
+        self._say(DONE)
         self._summary()
         return OK
+
+    def close(self):
+        """Leave nothing behind; can be called at any time."""
+        self.sink.close()
+        if self.writer:
+            self.writer.close()
+        if self.server:
+            self.server.sock.close()
+        if self.receiver:
+            self.receiver.close()
+
+    def state(self):
+        """How it stands, in a line."""
+        if not self.receiver:
+            return 'looking for a server at %s port %d' % (self.options.server_ip, self.options.port)
+        if not self.begun:
+            return 'waiting for the transfer to start'
+        return '%s written, of which the last round came %.1f s ago' % (
+            counted(self.sink.written, 'byte'), monotonic() - self.server.heard)
 
     def _say_bye(self, failure):
         if self.session and not isinstance(failure, (Lost, Refused)):
@@ -3004,16 +3538,11 @@ class Client(object):
         deadline = monotonic() + options.wait
         log.debug('connecting to %s port %d', options.server_ip, options.port)
         while True:
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             attempt = min(GREETING_TIME, max(self.ATTEMPT, round(deadline - monotonic(), 1)))
+            self.server = Connection(min(attempt, options.stall_timeout or attempt))
+            self.session = False
             try:
-                sock.settimeout(attempt)
-                sock.connect((options.server_ip, options.port))
-                if sock.getsockname() == sock.getpeername():
-                    # Nobody listens there, but the kernel chose the same port
-                    # for our end, and has connected us to ourselves.
-                    raise socket.error(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-                self.server = Connection(sock, min(attempt, options.stall_timeout or attempt))
+                self.server.connect(options.server_ip, options.port, attempt)
                 group, port = self._greet()
                 break
             except OS_ERRORS as error:
@@ -3022,7 +3551,7 @@ class Client(object):
                     reason += '; this host has %s' % described(interfaces())
             except Lost as error:
                 reason = error.reason
-            sock.close()
+            self.server.sock.close()
             if monotonic() > deadline:
                 raise Failure('no kmcast server at %s port %d: %s' % (
                     options.server_ip, options.port, reason), NOT_STARTED)
@@ -3031,7 +3560,8 @@ class Client(object):
         if options.stall_timeout is None:
             # A server of the base protocol has no way to say that it is alive.
             self.server.stall_timeout = STALL if self.session else 0
-        local_ip = options.local_ip or sock.getsockname()[0]
+        keep_alive(self.server.sock, self.server.stall_timeout)
+        local_ip = options.local_ip or self.server.sock.getsockname()[0]
         try:
             self.receiver = DatagramReceiver(local_ip, group, port, self.payload,
                                              options.datagrams)
@@ -3041,20 +3571,21 @@ class Client(object):
         log.debug('receiving by %s, socket buffer of %d bytes', self.receiver.way,
                   self.receiver.socket_buffer)
         self.writer = Writer(self.sink, self.digest)
-        self.writer.start()
+        start_thread(self.writer)
         self.server.companion = self.writer.link
 
     def _greet(self):
         """Returns group and port."""
         server = self.server
-        server.session = self.session = False
         group, port, version = unpack_group_info(server.read(GROUP_INFO.size))
         if version is None:
             return group, port
         if version != SESSION_VERSION:
             raise ProtocolError('it speaks version %d' % version)
         server.send(pack_frame(HELLO, {'version': __version__,
-                                       'host': printable(socket.gethostname())}))
+                                       'host': printable(socket.gethostname()),
+                                       'stall': STALL if self.options.stall_timeout is None
+                                       else self.options.stall_timeout}))
         server.session = self.session = True
         server.signal(WELCOME)
         fields = server.frame()
@@ -3074,6 +3605,9 @@ class Client(object):
         self.digest = digest is not None
         self.unicast = fields.get('unicast') is True
         self.checks = [zlib.crc32]
+        server.alive_every = alive_every(stall_of(fields))
+        if size is not None:
+            self.sink.expect(size)
         log.debug('image %s, %s bytes', name or 'without a name',
                   'unknown' if size is None else size)
         return group, port
@@ -3092,13 +3626,15 @@ class Client(object):
             _, size, first, count = ROUND.unpack(self.server.read(ROUND.size))
             if not self.begun:
                 self.begun = monotonic()
-                self.sink.start()
                 base = first
             if first != base:
                 raise ProtocolError('a round that begins at %d, not %d' % (first, base))
             base = (base + count) & MASK
             if not count:
                 break
+            if not self.flowing:
+                self.flowing = True
+                self.sink.start()
             buffer = self._buffer(first, count, size)
             self.server.send(READY)
             self._hand_over()
@@ -3160,7 +3696,9 @@ class Client(object):
                 digest = self._listen(coded)
                 self.coded += solve(buffer, coded, recipe_count)
             else:
+                self.server.owing = True
                 self._read_packets(buffer, missing)
+                self.server.owing = False
                 if not buffer.complete:
                     raise ProtocolError('packets that were not asked for, or damaged')
                 self.by_tcp += count
@@ -3249,40 +3787,51 @@ class Client(object):
         if self.lent:
             self.free.append(self.lent.popleft())
 
-    def _await_writer(self, moving=False):
-        """Wait until the writer is through with one thing.
+    def _await_writer(self):
+        """Wait until the writer is through with a buffer.
 
-        Meanwhile tell the server that we are alive, if the output moved, or
-        if it is known to be `moving`.  Raises Failure, LinkClosed.
+        Meanwhile tell the server that we are alive, if the output moves.
+        Raises Failure, LinkClosed.
         """
+        limit = self.server.stall_timeout
+        written, moved = self.sink.written, monotonic()
         poller = select.poll()
         if not self.heard_all:
             poller.register(self.server, select.POLLIN)
         poller.register(self.writer.link.child_fd, select.POLLIN)
         while True:
-            fds = [fd for fd, _ in uninterrupted(poller.poll, TICK * 1000)]
+            timeout = min(TICK, self.server.alive_every / 2)
+            fds = [fd for fd, _ in uninterrupted(poller.poll, timeout * 1000)]
             if self.writer.link.child_fd in fds:
                 self._writer_released()
                 self.server.heard = monotonic()
                 return
             if fds:
                 self.server.signal_or_alive()
-            since, written = self.told_alive
-            if (self.session and monotonic() - since > ALIVE_EVERY
-                    and (moving or self.sink.written != written)):
-                self.told_alive = (monotonic(), self.sink.written)
-                self._say(ALIVE)
+            self.sink.look()
+            if self.sink.written != written:
+                written, moved = self.sink.written, monotonic()
+                self.server.show_life()
+            elif limit and monotonic() - moved > limit:
+                raise Failure('the output has taken nothing for %g s' % limit)
+
+    def _await_end(self):
+        """Wait until the image is final, however long it takes.  Raises Failure."""
+        while self.writer.is_alive():
+            self.server.show_life()
+            self.sink.look()
+            self.writer.join(min(TICK, self.server.alive_every / 2))
+        self.server.companion = None
+        if self.writer.failure:
+            raise self.writer.failure
 
     def _say(self, signal):
-        """Send a signal; after the last word of the server, only if it is still there."""
+        """Send a signal after the last word of the server, if that is still there."""
         try:
             self.server.send(signal)
         except (Refused, Lost, ProtocolError) as error:
-            if not self.heard_all:
-                raise
-            if signal == DONE:
-                log.warning('the image is complete, but the server could not be told: %s',
-                            getattr(error, 'reason', error))
+            log.warning('the image is complete, but the server could not be told: %s',
+                        getattr(error, 'reason', error))
 
     def _finish(self):
         """The end of the image: verify, commit, and say so."""
@@ -3302,10 +3851,13 @@ class Client(object):
             digest = field(fields, 'sha256', TEXT, optional=True)
             if self.digest and digest != self.writer.hash.hexdigest():
                 raise Failure('the digest of the image differs')
-        self.writer.commit()
-        self._await_writer(moving=True)
+        elif not self.writer.bytes and not self.options.allow_empty:
+            raise Failure('the image is empty; if that is meant, give --allow-empty')
+        if not self.flowing:
+            self.sink.start()
         self.overflows = self.receiver.overflows()
-        self._say(DONE)
+        self.writer.commit()
+        self._await_end()
 
     def _summary(self):
         seconds = monotonic() - self.begun
@@ -3314,11 +3866,12 @@ class Client(object):
             log.warning('multicast does not reach this host, everything came by TCP; %s',
                         causes(self.payload))
         if self.overflows:
-            log.info('%d datagrams found no room in this host\'s socket buffer of %d bytes; '
+            log.info('%s found no room in this host\'s socket buffer of %d bytes; '
                      'a larger net.core.rmem_max helps (sysctl), or root',
-                     self.overflows, self.receiver.socket_buffer)
-        log.info('%d bytes in %.1f s, %s; repaired %d packets by multicast, %d by TCP; %s',
-                 size, seconds, bits(size * 8 / max(1e-6, seconds)), self.coded,
+                     counted(self.overflows, 'datagram'), self.receiver.socket_buffer)
+        log.info('%s in %.1f s, %s; repaired %s by multicast, %d by TCP; %s',
+                 counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
+                 counted(self.coded, 'packet'),
                  self.by_tcp, 'SHA-256 %s' % self.writer.hash.hexdigest()
                  if self.digest else 'without a digest')
 
@@ -3392,6 +3945,9 @@ def local_address(text):
     problem = ('there is no default route, so "auto" cannot decide' if text == 'auto'
                else '%s is no address or interface of this host' % printable(text))
     raise Failure('%s; LOCAL_IP can be: %s' % (problem, described(known)), USAGE)
+
+
+MOST_CLIENTS = 10000                    # of one server
 
 
 def whole(least, most):
@@ -3477,6 +4033,9 @@ def command_line():
     common.add_argument('--stall-timeout', type=seconds_type, metavar='SECONDS',
                         help='give up a peer that has got nothing done for so long; 0: never; in '
                         'the base protocol 15 for a server and 0 for a client (30)')
+    common.add_argument('--allow-empty', action='store_true',
+                        help='an image of 0 bytes is no error; a client heeds it in the base '
+                        'protocol only, else the server has the say')
     common.add_argument('-v', '--verbose', action='store_true', help='say more')
     common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
     port = {'nargs': '?', 'type': whole(1, 65535), 'metavar': 'PORT',
@@ -3544,24 +4103,44 @@ def command_line():
     return parser
 
 
+class Lines(logging.Handler):
+    """Writes `kmcast client: warning: …` to standard error, without ever being held up by it.
+
+    A terminal that was stopped, or a pipe that nobody reads, costs lines and not the transfer;
+    the next line that gets through says how many.
+    """
+
+    PATIENCE = 1.0                      # seconds for a line, as long as the last one got through
+
+    def __init__(self, command):
+        logging.Handler.__init__(self)
+        self._prefix = 'kmcast %s: ' % command
+        self._missed = 0
+
+    def emit(self, record):
+        """Write a record: logging.Handler.emit."""
+        level = record.levelname.lower() + ': ' if record.levelno >= logging.WARNING else ''
+        missed = ' (%s could not be written)' % counted(self._missed, 'line') if self._missed else ''
+        text = self._prefix + level + self.format(record) + missed + '\n'
+        data = text.encode('ascii', 'backslashreplace') if isinstance(text, type(u'')) else text
+        try:
+            poller = select.poll()
+            poller.register(2, select.POLLOUT)
+            # A pipe that has room at all has room for a page (pipe(7)), so this does not wait.
+            if not uninterrupted(poller.poll, 0 if self._missed else 1000 * self.PATIENCE):
+                self._missed += 1
+                return
+            os.write(2, data[:4096])
+            self._missed = 0
+        except OS_ERRORS:
+            pass                        # it may be closed
+
+
 def start_logging(command, verbose, quiet):
     """Log to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    prefix = 'kmcast %s: ' % command
-
-    class Lines(logging.Formatter):
-        """`kmcast client: warning: …`."""
-
-        def format(self, record):
-            level = ''
-            if record.levelno >= logging.WARNING:
-                level = record.levelname.lower() + ': '
-            return prefix + level + logging.Formatter.format(self, record)
-
-    handler.setFormatter(Lines())
-    log.addHandler(handler)
+    log.addHandler(Lines(command))
     log.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO)
-    logging.raiseExceptions = False     # standard error may be closed
+    logging.raiseExceptions = False
 
 
 def open_standard_files():
@@ -3579,16 +4158,22 @@ class StopInOrder(object):
 
     In between, another means the same: timeout(1) sends two at once, and a
     terminal that is closed as well.  A signal that our parent had us ignore
-    stays ignored, for nohup(1).
+    stays ignored, for nohup(1).  SIGUSR1 and SIGUSR2 ask for a line of state.
     """
 
     SIGNALS = {signal.SIGINT: 'SIGINT', signal.SIGTERM: 'SIGTERM', signal.SIGHUP: 'SIGHUP'}
 
     def __init__(self):
+        self.state = None               # a function that returns how it stands, in a line
         self._first = None              # when the first came
+        # An ignored SIGCHLD survives exec, and takes the exit codes of commands away: wait(2).
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)   # we take the terminal back from commands
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._say_state)
 
     def __call__(self, number, _frame):
         if self._first is None:
@@ -3598,8 +4183,12 @@ class StopInOrder(object):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def _say_state(self, _number, _frame):
+        if self.state:
+            log.info('%s', self.state())
+
     def over(self):
-        """All is done: no signal changes the exit code any more."""
+        """The verdict stands: no signal changes the exit code any more."""
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -3609,19 +4198,24 @@ def allow_descriptors(options):
     connections of others there may be.  Raises Failure."""
     # Each client, both ends of each thread's link, a few strangers, our own.
     needed = options.clients + 2 * (1 + options.clients // options.clients_per_thread) + 48
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(1 << 20 if hard == resource.RLIM_INFINITY else hard, needed + MOST_PENDING)
     if limit < needed:
         raise Failure('%d clients need %d file descriptors, and the limit is %d; raise it '
                       'with "ulimit -n"' % (options.clients, needed, hard), USAGE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if soft != resource.RLIM_INFINITY and soft < limit:     # commands inherit it, so never lower
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     options.strangers = 16 + limit - needed
 
 
-def server_command(options):
-    """`kmcast server`."""
+def server_command(options, signals):
+    """`kmcast server`: what will do it.  Raises Failure."""
     if options.input and options.pipe is not None:
         raise Failure('give one of --input and --pipe', USAGE)
+    port_like = options.clients >= 1024 and options.port < 1024
+    if options.clients > MOST_CLIENTS or port_like:
+        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
+                      % (options.clients, options.port), USAGE)
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
                       % (options.min_clients, options.clients), USAGE)
@@ -3629,12 +4223,14 @@ def server_command(options):
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
+    names = [entry for entry in interfaces() if entry[1] == options.local_ip]
+    options.interface = '%s (%s)' % names[0] if names else options.local_ip
     source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
-    return Multicaster(options, source).run()
+    return Multicaster(options, source, signals)
 
 
-def client_command(options):
-    """`kmcast client`."""
+def client_command(options, signals):
+    """`kmcast client`: what will do it.  Raises Failure."""
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
     if re.match(r'[0-9.]*$', options.server_ip):
@@ -3644,7 +4240,7 @@ def client_command(options):
             raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
     # `auto` is the address of the connection to the server, once there is one.
     options.local_ip = None if options.local_ip == 'auto' else local_address(options.local_ip)
-    return Client(options).run()
+    return Client(options, signals)
 
 
 class DemoClient(threading.Thread):
@@ -3674,69 +4270,99 @@ def end_with(parent):
         os._exit(FAILED)
 
 
-def demo_command(options):
+class Demo(object):
     """`kmcast demo`: a server and some clients as processes of this file."""
-    def images():
-        if options.file is None:
+
+    def __init__(self, options, _signals):
+        self.options = options
+        self._processes = []
+        if options.file:
+            try:
+                io.open(options.file, 'rb').close()
+            except OS_ERRORS as error:
+                raise Failure('cannot read %s: %s' % (printable(options.file), explain(error)), USAGE)
+
+    def _images(self):
+        if self.options.file is None:
             for _ in range(64):
                 yield os.urandom(1 << 20)
         else:
-            with io.open(options.file, 'rb') as image:
+            with io.open(self.options.file, 'rb') as image:
                 for block in iter(lambda: image.read(1 << 20), b''):
                     yield block
-    if options.file:
+
+    def _start(self, *arguments, **pipes):
+        us = os.getpid()
+        process = subprocess.Popen(
+            [sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
+            preexec_fn=lambda: end_with(us), **pipes)
+        self._processes.append(process)
+        return process
+
+    def run(self):
+        """Send and compare; returns an exit code."""
+        options = self.options
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = str(probe.getsockname()[1])
+        server = self._start('server', '127.0.0.1', str(options.clients), port,
+                             '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
+        clients = [self._start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE) for _ in range(options.clients)]
+        clients = [DemoClient(process) for process in clients]     # threads: after the last fork
+        sent, digest = 0, hashlib.sha256()
         try:
-            io.open(options.file, 'rb').close()
+            for block in self._images():
+                server.stdin.write(block)
+                sent += len(block)
+                digest.update(block)
+            server.stdin.close()
         except OS_ERRORS as error:
-            raise Failure('cannot read %s: %s' % (printable(options.file), explain(error)), USAGE)
-    probe = socket.socket()
-    probe.bind(('127.0.0.1', 0))
-    port = str(probe.getsockname()[1])
-    probe.close()
-    us = os.getpid()
-
-    def start(*arguments, **pipes):
-        return subprocess.Popen([sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
-                                preexec_fn=lambda: end_with(us), **pipes)
-    server = start('server', '127.0.0.1', str(options.clients), port,
-                   '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
-    clients = [start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
-                     stderr=subprocess.PIPE) for _ in range(options.clients)]
-    clients = [DemoClient(process) for process in clients]     # threads: after the last fork
-    sent, digest = 0, hashlib.sha256()
-    try:
-        for block in images():
-            server.stdin.write(block)
-            sent += len(block)
-            digest.update(block)
-        server.stdin.close()
-    except OS_ERRORS as error:
-        log.error('the server ended early: %s', explain(error))
-    if server.wait() == USAGE:          # it has not begun, so the clients wait in vain
+            log.error('the server ended early: %s', explain(error))
+        if server.wait() == USAGE:      # it has not begun, so the clients wait in vain
+            for client in clients:
+                client.process.terminate()
         for client in clients:
-            client.process.terminate()
-    for client in clients:
-        client.join()
-    print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))
-    for number, client in enumerate(clients, 1):
-        text = client.errors.decode('ascii', 'replace')
-        match = re.search(r' s, (.*?); repaired (\d+) packets by multicast, (\d+) by TCP', text)
-        rate, repaired = '-', '-'
-        if match:
-            rate, repaired = match.group(1), int(match.group(2)) + int(match.group(3))
-        equal = client.hash.digest() == digest.digest() and client.process.returncode == 0
-        print('%-8d %15d %14s %10s  %s' % (number, client.bytes, rate, repaired,
-                                           'equal' if equal else 'DIFFERENT'))
-        client.equal = equal
-        if options.verbose or not equal:
-            sys.stderr.write(text)
-    good = server.returncode == 0 and all(client.equal for client in clients)
-    print('%s: %d bytes to %d clients on this host' % (
-        'all equal' if good else 'FAILED', sent, len(clients)))
-    return OK if good else FAILED
+            client.join()
+        print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))
+        for number, client in enumerate(clients, 1):
+            text = client.errors.decode('ascii', 'replace')
+            match = re.search(r' s, (.*?); repaired (\d+) packets? by multicast, (\d+) by TCP', text)
+            rate, repaired = '-', '-'
+            if match:
+                rate, repaired = match.group(1), int(match.group(2)) + int(match.group(3))
+            equal = client.hash.digest() == digest.digest() and client.process.returncode == 0
+            print('%-8d %15d %14s %10s  %s' % (number, client.bytes, rate, repaired,
+                                               'equal' if equal else 'DIFFERENT'))
+            client.equal = equal
+            if options.verbose or not equal:
+                sys.stderr.write(text)
+        good = server.returncode == 0 and all(client.equal for client in clients)
+        print('%s: %s to %s on this host' % ('all equal' if good else 'FAILED', counted(sent, 'byte'),
+                                             counted(len(clients), 'client')))
+        return OK if good else FAILED
+
+    def state(self):
+        """How it stands, in a line."""
+        return '%s running' % counted(len([process for process in self._processes
+                                           if process.returncode is None]), 'process')
+
+    def close(self):
+        """Leave no process behind."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                try:
+                    if pipe and not pipe.closed:
+                        pipe.close()
+                except OS_ERRORS + (ValueError,):
+                    pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'demo': demo_command}
+COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo}
 
 
 def main(arguments=None):
@@ -3758,9 +4384,12 @@ def main(arguments=None):
         parser.error('which COMMAND? one of server, client, demo')
     open_standard_files()
     start_logging(options.command, options.verbose, options.quiet)
-    stop = StopInOrder()
+    signals = StopInOrder()
+    job = None
     try:
-        return COMMANDS[options.command](options)
+        job = COMMANDS[options.command](options, signals)
+        signals.state = job.state
+        return job.run()
     except Failure as error:
         log.error('%s', error.reason)
         return error.code
@@ -3770,7 +4399,11 @@ def main(arguments=None):
         log.debug('please report this', exc_info=True)
         log.error('internal error: %s: %s', type(error).__name__, error)
     finally:
-        stop.over()
+        try:
+            signals.over()
+        finally:
+            if job:
+                job.close()
     return FAILED
 
 

@@ -483,15 +483,15 @@ def summary(stderr):
     """Return what a server's summary says, as numbers: packets and bytes of the image, repair packets by multicast
     (`coded`) and by TCP, clients that have the image, clients there were."""
     found = [re.search(pattern, stderr) for pattern in (
-        r"data: (\d+) packets.*? (\d+) bytes", r"repair: (\d+) packets by multicast, (\d+) packets by TCP",
-        r"(\d+) of (\d+) clients have the image")]
+        r"data: (\d+) packets?.*? (\d+) bytes?", r"repair: (\d+) packets? by multicast, (\d+) packets? by TCP",
+        r"(\d+) of (\d+) clients? ha(?:ve|s) the image")]
     assert all(found), "no summary in:\n" + stderr
     return Summary(*[int(number) for match in found for number in match.groups()])
 
 
 def repaired(stderr):
     """Return what a client's summary says: (packets repaired by multicast, by TCP)."""
-    found = re.search(r"repaired (\d+) packets by multicast, (\d+) by TCP", stderr)
+    found = re.search(r"repaired (\d+) packets? by multicast, (\d+) by TCP", stderr)
     assert found, "no summary in:\n" + stderr
     return int(found.group(1)), int(found.group(2))
 

@@ -78,11 +78,12 @@ IMAGE = helpers.random_bytes(3000000, seed=9)
 CLIENTS = 3
 
 
-def deploy(strangers=None, python=None, server_args=(), meanwhile=None):
+def deploy(strangers=None, python=None, server_args=(), meanwhile=None, refused=False):
     """A transfer of IMAGE to CLIENTS clients, all of which must get it. Returns seconds, the server's log and peak in KiB.
 
     strangers  function of the port that starts some: half a second before the first client does
     meanwhile  function of the port, called when all clients have their places
+    refused    whether others wanted a place, too, which the server's exit code then tells
     """
     port = helpers.free_port()
     server = helpers.start_server(["--rate", "40M"] + list(server_args) + [LOOPBACK, CLIENTS, port], python=python, stdin=IMAGE)
@@ -102,7 +103,7 @@ def deploy(strangers=None, python=None, server_args=(), meanwhile=None):
     finally:
         if started:
             started.stop()
-    assert code == 0, stderr
+    assert code == (3 if refused else 0), stderr
     assert "%d of %d clients have the image" % (CLIENTS, CLIENTS) in stderr
     orderly(stderr)
     return seconds, stderr, server.peak_kib

@@ -172,14 +172,6 @@ def test_a_dash_is_standard_input_or_output(python, tmp_path):
 
 
 @BOTH
-def test_an_empty_image_is_sent_with_a_warning(python):
-    """An image of nothing may be one, but more often is what a mistyped command has written."""
-    result = helpers.transfer(b"", server_python=python, client_python=python)
-    result.check(b"")
-    assert "warning: the image is empty" in result.server.stderr
-
-
-@BOTH
 def test_a_terminal_as_standard_input_or_output_does_not_matter_where_files_are_given(python, terminal, tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     port = helpers.free_port()

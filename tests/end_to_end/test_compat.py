@@ -53,7 +53,7 @@ def take_from_base_server(data, clients=2, server_args=(), client_args=(), pytho
 # ---------------------------------------------------------------------------------------------------------------------
 # kmcast as the server
 
-@pytest.mark.parametrize("size", [0, 1, 3, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1, 10 * PAYLOAD, 10 * PAYLOAD + 1, 300001])
+@pytest.mark.parametrize("size", [1, 3, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1, 10 * PAYLOAD, 10 * PAYLOAD + 1, 300001])
 def test_base_clients_of_a_compat_server(size):
     serve_base_clients(helpers.random_bytes(size, seed=size))
 
@@ -130,7 +130,7 @@ def test_a_base_client_that_hangs_is_given_up_before_the_others_give_up():
     with contextlib.closing(socket.create_connection((LOOPBACK, port))):
         assert helpers.start_base_client([LOOPBACK, LOOPBACK, port]).finish(15)[::2] == (0, b"data")
         code, stderr, _ = server.finish(10)
-    assert code == 3 and "stalled: nothing came of its READY for 1 s" in stderr, stderr
+    assert code == 3 and "stalled: for 1 s no word" in stderr, stderr
 
 
 def test_a_kmcast_client_of_a_compat_server_takes_it_for_what_it_is():
@@ -143,7 +143,7 @@ def test_a_kmcast_client_of_a_compat_server_takes_it_for_what_it_is():
 # kmcast as the client
 
 @pytest.mark.parametrize("size, checksum", [
-    (0, "sum"), (1, "sum"), (1, "crc"), (PAYLOAD - 1, "sum"), (PAYLOAD + 1, "crc"), (10 * PAYLOAD, "sum"),
+    (1, "sum"), (1, "crc"), (PAYLOAD - 1, "sum"), (PAYLOAD + 1, "crc"), (10 * PAYLOAD, "sum"),
     (10 * PAYLOAD + 1, "crc"), (300001, "sum"), (300001, "crc")])
 def test_clients_of_a_base_server(size, checksum):
     take_from_base_server(helpers.random_bytes(size, seed=size), 2, ["--buffer-packets", 10, "--checksum", checksum])

@@ -174,7 +174,7 @@ def test_salts_are_of_the_session():
 
 def test_hellos_that_arrive_together_are_spread_over_the_threads():
     port = helpers.free_port()
-    server = start_server(["--clients-per-thread", 1, LOOPBACK, 3], port)
+    server = start_server(["--clients-per-thread", 1, LOOPBACK, 3], port, stdin=b"data")
     clients = [RawClient(port) for _ in range(3)]
     server.signal(signal.SIGSTOP)
     for client in clients:
@@ -189,7 +189,7 @@ def test_hellos_that_arrive_together_are_spread_over_the_threads():
 def test_connections_that_wait_while_a_thread_fills_up_go_to_the_next():
     """Some of them in the middle of their HELLO."""
     port = helpers.free_port()
-    start_server(["--clients-per-thread", 1, LOOPBACK, 3], port)
+    start_server(["--clients-per-thread", 1, LOOPBACK, 3], port, stdin=b"data")
     clients = [RawClient(port) for _ in range(3)]
     for client in clients:
         client.sock.sendall(HELLO[:7])

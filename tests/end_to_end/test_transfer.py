@@ -34,7 +34,7 @@ def gso_works():
 # Images
 
 @pytest.mark.parametrize("size", [
-    0, 1, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1, 2 * PAYLOAD - 1, 10 * PAYLOAD - 1, 10 * PAYLOAD, 10 * PAYLOAD + 1,
+    1, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1, 2 * PAYLOAD - 1, 10 * PAYLOAD - 1, 10 * PAYLOAD, 10 * PAYLOAD + 1,
     20 * PAYLOAD, 75 * PAYLOAD + 123])
 def test_an_image_of_any_size_arrives(size):
     data = helpers.random_bytes(size, seed=size)

@@ -83,7 +83,7 @@ class Client(helpers.Process):
 
     def repaired(self):
         """How many packets it got by repair, as its summary says: (by multicast, by TCP)."""
-        match = re.search(r"repaired (\d+) packets by multicast, (\d+) by TCP", self.stderr)
+        match = re.search(r"repaired (\d+) packets? by multicast, (\d+) by TCP", self.stderr)
         assert match, self.stderr
         return int(match.group(1)), int(match.group(2))
 
@@ -217,7 +217,7 @@ class Deployment(object):
 
     def repair(self):
         """The packets of repair in the server's summary: (by multicast, by TCP)."""
-        match = re.search(r"repair: (\d+) packets by multicast, (\d+) packets by TCP", self.server.stderr)
+        match = re.search(r"repair: (\d+) packets? by multicast, (\d+) packets? by TCP", self.server.stderr)
         assert match, str(self)
         return int(match.group(1)), int(match.group(2))
 

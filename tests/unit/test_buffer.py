@@ -86,7 +86,7 @@ def test_fill_makes_full_packets_of_whatever_it_reads(pipe, size, chunk):
     buffer.start(5, 0, 0)
     for piece in cut(data, chunk):
         pipe.write(piece)
-        assert buffer.fill(pipe.source) > 0
+        buffer.fill(pipe.source)
         assert not buffer.full
     pipe.end()
     while not buffer.full:

@@ -15,13 +15,13 @@ def ends():
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(1)
-    ours = socket.create_connection(listener.getsockname())
+    connection = kmcast.Connection(0.3)
+    connection.connect(*listener.getsockname(), seconds=5)
     theirs, _ = listener.accept()
     listener.close()
-    connection = kmcast.Connection(ours, 0.3)
     connection.session = True
     yield connection, theirs
-    ours.close()
+    connection.sock.close()
     theirs.close()
 
 
@@ -118,8 +118,9 @@ def test_rounds_are_written_in_order_and_then_made_final(writer):
         digest.update(data)
         writer.give(round_of(data), len(data), digest.digest())
     writer.commit()
-    for _ in range(3):
+    for _ in range(2):
         writer.link.wait_child()
+    writer.join(5)
     assert writer.sink.data == b"a" * 250 + b"b" * 1000 and writer.sink.committed
     assert writer.bytes == 1250
 

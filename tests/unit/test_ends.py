@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import select
 import stat
 import threading
 
@@ -18,9 +19,9 @@ def read_all(source, size=10000):
     data, view = b"", memoryview(bytearray(size))
     while True:
         got = source.read_into(view)
-        if not got:
+        if got == 0:
             return data
-        data += view[:got].tobytes()
+        data += view[:got or 0].tobytes()
 
 
 def write_all(sink, data=DATA, size=70000):
@@ -100,6 +101,7 @@ def test_a_fifo_has_no_size_and_is_read_as_it_comes(tmp_path):
     thread.start()
     source = kmcast.Source(fifo)
     assert source.size is None
+    select.select([source], [], [])         # until somebody writes, it is at its end
     assert read_all(source) == DATA
     thread.join()
     source.close()
@@ -125,7 +127,7 @@ def test_a_read_error_is_a_failure():
 
 def test_a_file_appears_when_it_is_committed(tmp_path, umask):
     target = tmp_path / "image"
-    sink = kmcast.Sink(str(target))
+    sink = kmcast.Sink(str(target)).open()
     assert not target.exists()
     write_all(sink)
     assert not target.exists() and len(names(tmp_path)) == 1
@@ -133,7 +135,7 @@ def test_a_file_appears_when_it_is_committed(tmp_path, umask):
     sink.commit()
     assert names(tmp_path) == ["image"] and content(target) == DATA
     assert mode(target) == 0o666 & ~umask
-    sink.discard()
+    sink.close()
     assert content(target) == DATA, "what was committed is not discarded"
 
 
@@ -141,7 +143,7 @@ def test_an_older_file_stays_until_then_and_leaves_its_permissions(tmp_path, uma
     target = tmp_path / "image"
     target.write_bytes(b"older")
     os.chmod(str(target), 0o604)
-    sink = kmcast.Sink(str(target))
+    sink = kmcast.Sink(str(target)).open()
     write_all(sink)
     assert content(target) == b"older"
     sink.commit()
@@ -149,22 +151,22 @@ def test_an_older_file_stays_until_then_and_leaves_its_permissions(tmp_path, uma
 
 
 def test_what_is_not_finished_is_for_nobody_else_to_read(tmp_path, umask):
-    sink = kmcast.Sink(str(tmp_path / "image"))
+    sink = kmcast.Sink(str(tmp_path / "image")).open()
     assert mode(tmp_path / names(tmp_path)[0]) == 0o600
-    sink.discard()
+    sink.close()
 
 
 def test_discard_leaves_nothing_behind(tmp_path):
     (tmp_path / "image").write_bytes(b"older")
-    sink = kmcast.Sink(str(tmp_path / "image"))
+    sink = kmcast.Sink(str(tmp_path / "image")).open()
     write_all(sink)
-    sink.discard()
-    sink.discard()
+    sink.close()
+    sink.close()
     assert names(tmp_path) == ["image"] and content(tmp_path / "image") == b"older"
 
 
 def test_two_at_once_do_not_share_a_temporary_file(tmp_path):
-    sinks = [kmcast.Sink(str(tmp_path / "image")) for _ in range(2)]
+    sinks = [kmcast.Sink(str(tmp_path / "image")).open() for _ in range(2)]
     assert len(names(tmp_path)) == 2
     for sink in sinks:
         write_all(sink)
@@ -178,7 +180,7 @@ def test_a_symbolic_link_stays_one(tmp_path):
     os.symlink("elsewhere/target", str(tmp_path / "link"))
     os.symlink("elsewhere/new", str(tmp_path / "dangling"))
     for link in ("link", "dangling"):
-        sink = kmcast.Sink(str(tmp_path / link))
+        sink = kmcast.Sink(str(tmp_path / link)).open()
         write_all(sink)
         sink.commit()
         assert os.path.islink(str(tmp_path / link)) and content(tmp_path / link) == DATA
@@ -190,7 +192,7 @@ def test_a_relative_path(tmp_path):
     before = os.getcwd()
     os.chdir(str(tmp_path))
     try:
-        sink = kmcast.Sink("image")
+        sink = kmcast.Sink("image").open()
         write_all(sink)
         sink.commit()
     finally:
@@ -203,7 +205,7 @@ def test_a_fifo_is_written_in_place(tmp_path):
     os.mkfifo(fifo)
     thread = threading.Thread(target=lambda: received.append(content(fifo)))
     thread.start()
-    sink = kmcast.Sink(fifo)
+    sink = kmcast.Sink(fifo).open()
     write_all(sink)
     sink.commit()
     thread.join(20)
@@ -212,18 +214,18 @@ def test_a_fifo_is_written_in_place(tmp_path):
 
 def test_a_device_is_written_in_place():
     before = os.stat("/dev/null")
-    sink = kmcast.Sink("/dev/null")
+    sink = kmcast.Sink("/dev/null").open()
     write_all(sink)
     sink.commit()
     assert os.stat("/dev/null").st_rdev == before.st_rdev and stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 def test_a_full_device_is_a_failure():
-    sink = kmcast.Sink("/dev/full")
+    sink = kmcast.Sink("/dev/full").open()
     with pytest.raises(kmcast.Failure) as failure:
         write_all(sink)
     assert failure.value.code == 1 and "No space left" in failure.value.reason
-    sink.discard()
+    sink.close()
 
 
 def test_a_reader_that_ends_is_a_failure(tmp_path):
@@ -231,37 +233,37 @@ def test_a_reader_that_ends_is_a_failure(tmp_path):
     os.mkfifo(fifo)
     thread = threading.Thread(target=lambda: open(fifo, "rb").close())
     thread.start()
-    sink = kmcast.Sink(fifo)
+    sink = kmcast.Sink(fifo).open()
     thread.join()
     with pytest.raises(kmcast.Failure) as failure:
         write_all(sink)
     assert failure.value.code == 1
-    sink.discard()
+    sink.close()
 
 
 @pytest.mark.parametrize("path", ["/nonexistent/image", "/", "", "/dev/null/image"])
 def test_what_cannot_be_written_is_wrong_usage(path):
     with pytest.raises(kmcast.Failure) as failure:
-        kmcast.Sink(path)
+        kmcast.Sink(path).open()
     assert failure.value.code == 2 and "\n" not in failure.value.reason
 
 
 def test_a_directory_that_goes_away_is_a_failure(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
-    sink = kmcast.Sink(str(folder / "image"))
+    sink = kmcast.Sink(str(folder / "image")).open()
     write_all(sink)
     os.unlink(str(folder / names(folder)[0]))
     folder.rmdir()
     with pytest.raises(kmcast.Failure) as failure:
         sink.commit()
     assert failure.value.code == 1
-    sink.discard()
+    sink.close()
 
 
 def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path):
     name = "x" * 250                        # NAME_MAX is 255
-    sink = kmcast.Sink(str(tmp_path / name))
+    sink = kmcast.Sink(str(tmp_path / name)).open()
     write_all(sink)
     sink.commit()
     assert names(tmp_path) == [name]
