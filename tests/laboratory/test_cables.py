@@ -1,4 +1,4 @@
-"""A client's cable is pulled in mid-transfer: the kernel's clocks tell for how long that may be.
+"""A client's cable is pulled in mid-transfer: the stall timeout tells for how long that may be.
 
 Each test brings one fault into a transfer between real processes that is slow enough (--rate) to be disturbed.
 """
@@ -23,16 +23,14 @@ def test_cable_pulled_and_plugged_in_again(laboratory, deploy):
 
 
 def test_cable_pulled_for_good(laboratory, deploy):
-    """Dropped within 20 s by the kernel's clocks alone; the client gives up by its own --stall-timeout."""
+    """Dropped after the server's --stall-timeout; the client gives up by its own."""
     lab = laboratory()
-    run = deploy(lab, IMAGE, RATE + PATIENT, lambda number: IMPATIENT if number == 3 else PATIENT)
+    run = deploy(lab, IMAGE, RATE + ["--stall-timeout", "5"], lambda number: IMPATIENT if number == 3 else PATIENT)
     run.wait_received()
     victim = run.clients[3]
     victim.host.unplug()
-    pulled = time.monotonic()
     run.wait_end(victim, timeout=3 + SLACK)
-    run.server.wait_stderr(victim.host.name + " (%s): it went away" % victim.host.address, timeout=20)
-    assert time.monotonic() - pulled < 20
+    run.server.wait_stderr("%s (%s): " % (victim.host.name, victim.host.address), timeout=5 + SLACK)
     run.finish()
     run.check_complete(*others(run, victim))
     run.check_server(3, victim.host)

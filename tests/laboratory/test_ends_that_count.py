@@ -109,5 +109,5 @@ def test_one_client_too_many(laboratory, deploy):
     late = run.add_client(lab.clients[2], ["--wait", "0"])
     run.finish()
     run.check_complete(*others(run, late))
-    run.check_server(0)
+    run.check_server(3)
     assert late.code == 3 and late.consumer.size == 0 and "refused" in late.stderr, str(run)
