@@ -374,7 +374,9 @@ def start_kmcast(args, python=None, prefix=(), program=None, **options):
     The other options are those of Process. Returns the Process.
     """
     python = python or sys.executable
-    strict = ["-X", "dev", "-W", "error"] if version_of(python) == version_of(newest()) >= (3, 7) else []
+    strict = []
+    if program != BASE_PEER and version_of(python) == version_of(newest()) >= (3, 7):
+        strict = ["-X", "dev", "-W", "error"]
     return Process(list(prefix) + [python] + strict + [program or compiled(python)] + list(args), **options)
 
 
