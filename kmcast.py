@@ -56,9 +56,13 @@ try:
     import _signal as early             # built in: here in no time
 except ImportError:
     import signal as early              # so it is with Python 2
-if __name__ == '__main__' and early.getsignal(early.SIGINT) is early.default_int_handler:
-    # Until main() looks after signals a Ctrl-C just ends us, without a traceback.
-    early.signal(early.SIGINT, early.SIG_DFL)
+if __name__ == '__main__':
+    # Until main() looks after signals a Ctrl-C just ends us, without a traceback,
+    # and a question how far we are goes unheard.
+    if early.getsignal(early.SIGINT) is early.default_int_handler:
+        early.signal(early.SIGINT, early.SIG_DFL)
+    early.signal(early.SIGUSR1, early.SIG_IGN)
+    early.signal(early.SIGUSR2, early.SIG_IGN)
 
 import argparse
 import binascii
@@ -3481,6 +3485,7 @@ class Client(object):
                 self.sink.open()
                 self._connect()
                 self._transfer()
+                self.signals.over()     # from here on the verdict stands
             except ProtocolError as error:
                 raise Failure('protocol error of the server: %s' % error)
             except LinkClosed:
@@ -3489,13 +3494,13 @@ class Client(object):
                 if self.sink.abandon():
                     raise Failure('stopped by %s' % error)
                 self._await_end()       # too late to stop: the image is taking its place
-            self.signals.over()         # from here on the verdict stands
         except Failure as error:
             self.sink.end()
             self._say_bye(error)
             if not self.begun and error.code == FAILED:
                 error.code = NOT_STARTED
             raise
+        self.signals.over()
         self._say(DONE)
         self._summary()
         return OK
@@ -4188,8 +4193,11 @@ class StopInOrder(object):
             log.info('%s', self.state())
 
     def over(self):
-        """The verdict stands: no signal changes the exit code any more."""
-        for number in self.SIGNALS:
+        """The verdict stands: no signal changes the exit code any more.
+
+        Not even at the interpreter's end, which sets handlers, but not SIG_IGN, to the default.
+        """
+        for number in tuple(self.SIGNALS) + (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -4384,27 +4392,36 @@ def main(arguments=None):
         parser.error('which COMMAND? one of server, client, demo')
     open_standard_files()
     start_logging(options.command, options.verbose, options.quiet)
-    signals = StopInOrder()
-    job = None
+    return run_job(options, StopInOrder())
+
+
+def run_job(options, signals):
+    """Do what the command line asks for; returns the exit code.
+
+    A signal can come between any two instructions.  Once there is a verdict it changes
+    nothing, and what was begun is closed in any case.
+    """
+    job = code = reason = None
     try:
-        job = COMMANDS[options.command](options, signals)
-        signals.state = job.state
-        return job.run()
-    except Failure as error:
-        log.error('%s', error.reason)
-        return error.code
-    except Interrupted as error:
-        log.error('stopped by %s', error)
-    except Exception as error:          # pylint: disable=broad-except
-        log.debug('please report this', exc_info=True)
-        log.error('internal error: %s: %s', type(error).__name__, error)
-    finally:
         try:
-            signals.over()
-        finally:
-            if job:
-                job.close()
-    return FAILED
+            job = COMMANDS[options.command](options, signals)
+            signals.state = job.state
+            code = job.run()
+        except Failure as error:
+            code, reason = error.code, error.reason
+        except Exception as error:      # pylint: disable=broad-except
+            log.debug('please report this', exc_info=True)
+            code, reason = FAILED, 'internal error: %s: %s' % (type(error).__name__, error)
+        signals.over()
+    except Interrupted as error:        # at most one is ever raised
+        if code is None:
+            code, reason = FAILED, 'stopped by %s' % error
+        signals.over()
+    if reason:
+        log.error('%s', reason)
+    if job:
+        job.close()
+    return code
 
 
 if __name__ == '__main__':
