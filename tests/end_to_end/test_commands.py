@@ -206,6 +206,21 @@ def test_a_server_that_is_stopped_ends_its_command_before_it_takes_leave_of_its_
 
 
 @BOTH
+def test_a_command_that_does_not_hear_sigterm_does_not_outlive_a_second_signal(python, command):
+    port, deaf = helpers.free_port(), command("trap '' TERM; while :; do sleep 1; done")
+    server = wrapped("kmcast.FAREWELL_TIME = 30.0", ["server", "--pipe", deaf.text, LOOPBACK, 2, port], python)
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port], python)
+    server.wait_stderr("is here")
+    wait_until(deaf.has_begun, "the command has begun")
+    client.signal(signal.SIGSTOP)
+    server.signal(signal.SIGTERM)
+    time.sleep(1.2)
+    server.signal(signal.SIGTERM)
+    assert server.wait(10) == -signal.SIGTERM
+    wait_until(lambda: not deaf.runs(), "the command was ended", 2)
+
+
+@BOTH
 def test_clients_that_die_while_the_end_of_the_command_is_waited_for_are_noticed(python, command):
     """It has written all that it will write, in the middle of a round, but still runs, and may yet fail."""
     port, producer = helpers.free_port(), command("head -c 100000 /dev/urandom; exec 1>&-; exec sleep 100")

@@ -1,0 +1,153 @@
+"""What server and clients say: the words that tell a user what happened, whose fault it was, and what to do."""
+
+import os
+import re
+import signal
+
+import pytest
+
+import helpers
+from helpers import LOOPBACK
+from hostile import IMAGE
+from pythons import BOTH, NEWEST
+
+#: A rate at which the image of 3 MB takes six seconds, unless somebody ends it.
+SLOW = ["--rate", "4M"]
+
+
+@pytest.fixture
+def port():
+    return helpers.free_port()
+
+
+def line_with(text, stderr):
+    """The one line that contains it."""
+    lines = [line for line in stderr.splitlines() if text in line]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+def under_way(port, python=None, clients=2, server_args=()):
+    """A server that has begun to send to so many clients: (server, clients)."""
+    server = helpers.start_server(SLOW + list(server_args) + [LOOPBACK, clients, port], python=python, stdin=IMAGE)
+    started = [helpers.start_client([LOOPBACK, LOOPBACK, port], python=python) for _ in range(clients)]
+    server.wait_stderr("%d of %d" % (clients, clients))
+    return server, started
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At the start
+
+@BOTH
+def test_the_first_line_tells_where_it_multicasts_from_and_to(port, python):
+    """A wrong interface is the most frequent mistake, and from 127.0.0.1 it may be meant or not."""
+    server = helpers.start_server([LOOPBACK, 2, port], python=python)
+    server.wait_stderr("waiting for")
+    server.wait_stderr("only this host")
+    server.signal(signal.SIGTERM)
+    first, second = server.finish(10)[1].splitlines()[:2]
+    assert first == ("kmcast server: multicasting from lo (127.0.0.1) to %s port %d, waiting for 2 clients"
+                     % (helpers.GROUP, port))
+    assert "warning" in second and "only this host" in second
+
+
+@pytest.mark.parametrize("clients, port", [(18383, 3), (10001, 20000), (1024, 1023)])
+def test_clients_and_port_that_look_swapped_are_asked_about(clients, port):
+    code, stderr, _ = helpers.start_kmcast(["server", LOOPBACK, clients, port]).finish(10)
+    assert code == 2 and "swapped" in stderr and len(stderr.splitlines()) == 1, stderr
+
+
+@BOTH
+def test_a_server_stopped_before_any_client_speaks_of_no_data(port, python):
+    server = helpers.start_server([LOOPBACK, 1, port], python=python, stdin=IMAGE)
+    server.wait_stderr("waiting for")
+    server.signal(signal.SIGINT)
+    code, stderr, _ = server.finish(10)
+    assert code == 1 and "stopped by SIGINT" in stderr, stderr
+    assert "data:" not in stderr and "round" not in stderr, stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who does not get the image, and why
+
+@BOTH
+@pytest.mark.parametrize("one_died", [False, True], ids=["all are there", "one has died"])
+def test_a_late_host_hears_that_the_transfer_has_begun(port, one_died, python):
+    """Not that all places are taken, as if there would be one if another had not come."""
+    server, clients = under_way(port, python)
+    if one_died:
+        clients[0].signal(signal.SIGKILL)
+        server.wait_stderr("it went away")
+    late = helpers.start_client([LOOPBACK, LOOPBACK, port], python=python)
+    code, stderr, _ = late.finish(20)
+    assert code == 3 and "has begun" in stderr and "taken" not in stderr, stderr
+    refused = line_with("refused", server.stderr)
+    assert "has begun" in refused and "taken" not in refused
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_server_that_is_stopped_says_so_of_itself(port, name, python):
+    """Not "… does not have the image: stopped by SIGINT", as if the client was."""
+    server, clients = under_way(port, python)
+    server.signal(getattr(signal, name))
+    code, stderr, _ = server.finish(20)
+    assert code == 1, stderr
+    lines = re.findall("does not have the image: (.*)", stderr)
+    assert lines == 2 * ["the server was stopped by " + name], stderr
+    for client in clients:
+        assert client.finish(10)[0] in (1, 3)   # 3: it was not told of the first round yet
+
+
+def test_a_client_that_stalled_is_said_in_words_to_have_failed_to_do_something(port):
+    """And not in those of the protocol, which a user does not know."""
+    server, clients = under_way(port, server_args=["--stall-timeout", 1])
+    os.kill(clients[0].pid, signal.SIGSTOP)
+    server.wait_stderr("stalled")
+    said = line_with("stalled", server.stderr).partition("stalled")[2]
+    assert not re.search("READY|DONE|REQUEST|SENT", said), said
+    assert re.search("for 1 s no [a-z]+ .*[a-z]+", said), said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One and many
+
+def test_one_client_and_one_packet_are_no_plural(port):
+    server = helpers.start_server([LOOPBACK, 1, port], NEWEST, stdin=b"x")
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port], NEWEST)
+    of_client, of_server = client.finish(20)[1], server.finish(20)[1]
+    assert "waiting for 1 client\n" in of_server
+    assert "data: 1 packet in 2 rounds, 1 byte in " in of_server
+    assert "repair: 0 packets by multicast, 0 packets by TCP" in of_server
+    assert "1 of 1 client has the image" in of_server
+    assert "client: 1 byte in " in of_client and "repaired 0 packets by multicast" in of_client
+
+
+def test_two_clients_and_one_repaired_packet(port):
+    """The first packet is lost on the way to one of the two."""
+    lost = []
+
+    def lose_one(datagram):
+        lost.append(datagram)
+        return [] if len(lost) == 1 else [datagram]
+
+    server = helpers.start_server([LOOPBACK, 2, port], stdin=IMAGE[:50000])
+    path = helpers.Network(port).path(lose_one)
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, to]) for to in (port, path)]
+    for client in clients:
+        assert client.finish(20)[0] == 0, client.stderr
+    stderr = server.finish(20)[1]
+    assert "waiting for 2 clients" in stderr
+    assert "repair: 0 packets by multicast, 1 packet by TCP" in stderr
+    assert "2 of 2 clients have the image" in stderr
+
+
+def test_one_round_is_no_plural(port):
+    """All that there was before the only client went away: the producer has not made the second one yet."""
+    server = helpers.start_server([LOOPBACK, 1, port], stdin=helpers.PIPE)
+    server.popen.stdin.write(IMAGE[:100 * helpers.payload_size()])     # the first round has 64 packets
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port])
+    server.wait_stderr("is here")
+    client.signal(signal.SIGTERM)
+    stderr = server.finish(20)[1]
+    assert " in 1 round, " in stderr, stderr

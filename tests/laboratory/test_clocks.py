@@ -1,0 +1,56 @@
+"""Time on a slow or broken network: who still moves is not dropped, who has a minute gets it, and no rate is said too early."""
+
+import re
+import signal
+import time
+
+from deployment import IMAGE, MIB
+
+#: Mbit/s of a port
+SLOW_PORT = 20
+
+
+def test_a_client_that_tcp_brings_data_all_the_time_has_not_stalled(laboratory, deploy):
+    """The server's kernel takes a whole round at once, and a round takes longer than --stall-timeout to arrive: meanwhile
+    the server has nothing to do, and the client is at work."""
+    lab = laboratory(clients=1)
+    lab.server.run(["sysctl", "-qw", "net.ipv4.tcp_wmem=4096 4194304 4194304"])     # its sockets get so large by themselves
+    lab.clients[0].block_multicast()
+    lab.clients[0].limit(2, queue="8mb")
+    run = deploy(lab, IMAGE[:3000000], ["--stall-timeout", "5"])
+    run.finish()
+    run.check_complete()
+    assert run.seconds > 10, str(run)           # else this was no test
+
+
+def test_who_is_stopped_or_unplugged_for_less_than_the_stall_timeout_goes_on(laboratory, deploy):
+    """18 s of 40: only the stall timeout is to tell, and no clock of the kernel's. All is sent by TCP, and the one that is
+    stopped has a small window, so that it is full, and not just idle."""
+    lab = laboratory(clients=3)
+    lab.clients[0].run(["sysctl", "-qw", "net.ipv4.tcp_rmem=4096 65536 65536"])
+    lab.server.limit_egress(60, queue="1mb")
+    limit = ["--stall-timeout", "40"]
+    run = deploy(lab, IMAGE, ["--unicast"] + limit, limit)
+    run.wait_received(MIB // 2)
+    stopped, unplugged, _ = run.clients
+    stopped.signal(signal.SIGSTOP)
+    unplugged.host.unplug()
+    time.sleep(18)
+    stopped.signal(signal.SIGCONT)
+    unplugged.host.plug()
+    run.finish()
+    run.check_complete()
+    assert run.seconds > 18, str(run)
+
+
+def test_what_a_client_alone_takes_is_said_once_the_rate_has_settled(laboratory, deploy):
+    """Not on the way down to it, when it would be several times too high."""
+    lab = laboratory()
+    lab.clients[0].limit(SLOW_PORT)
+    run = deploy(lab, IMAGE * 2)
+    run.finish()
+    run.check_complete()
+    said = re.findall(r"(\S+) \(\S+\) alone takes no more than ([0-9.]+) (\w+)/s", run.server.stderr)
+    assert said, str(run)
+    for name, rate, unit in said:
+        assert name == lab.clients[0].name and unit == "Mbit" and float(rate) <= 1.25 * SLOW_PORT, str(run)
