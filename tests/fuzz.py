@@ -74,7 +74,7 @@ MOST_KIB = 200 << 10            # of resident memory, in a process under test
 # The wire, as PROTOCOL.md has it
 
 ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
-HELLO, WELCOME, AGAIN, BYE = b"\x10", b"\x20", b"\x40", b"\x80"
+HELLO, STATE, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x20", b"\x40", b"\x80"
 U32 = struct.Struct("<I")
 HEADER = struct.Struct("<3I")
 MASK = 0xffffffff
@@ -479,7 +479,9 @@ class ServerCase(object):
                 raise Ended("BYE: %s" % wire.frame().get("reason"))
             if kind in kinds:
                 return kind
-            if kind != ALIVE:
+            if kind == STATE:
+                wire.frame()
+            elif kind != ALIVE:
                 raise ValueError("signal %r" % kind)
 
     def _repair(self, wire, cast, base, payloads, packets, sent, others):
@@ -634,6 +636,8 @@ class PeerCase(object):
                     wire.send(DONE, others)
                     self.served = not wire.changed
                 raise Ended("BYE: %s" % fields.get("reason"))
+            elif kind == STATE and not self.compat:
+                wire.frame()
             elif kind != ALIVE or self.compat:
                 raise ValueError("signal %r" % kind)
 
@@ -778,7 +782,8 @@ def bring_up(kmcast, task, pipe):
         except ImportError:             # Python 2
             pass
         # --start-wait is over when the driver says so: it knows when all have greeted.
-        kmcast.TcpServer._time_is_up = lambda self: os.path.exists(task["err"] + ".go")
+        begin = kmcast.Roster.begin
+        kmcast.Roster.begin = lambda self, now: begin(self, now * 1000 if os.path.exists(task["err"] + ".go") else 0)
         before = len(os.listdir("/proc/self/fd"))
         try:
             code = kmcast.main(task["args"])
@@ -888,7 +893,7 @@ def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
     for number in numbers:
         case = ServerCase(seed, number, group, port)
         image = os.path.join(target, "image")
-        args = ["client", "--wait", 0, "--stall-timeout", CASE_LIMIT if case.must_arrive() else CLIENT_STALL]
+        args = ["client", "--allow-empty", "--wait", 0, "--stall-timeout", CASE_LIMIT if case.must_arrive() else CLIENT_STALL]
         job = nursery_.start(args + (["-o", image] if case.to_file else []) + [LOOPBACK, LOOPBACK, port], out, err)
         case.play(listener.accept()[0], cast)
         wrong = []
@@ -949,7 +954,7 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
         path = os.path.join(folder, "image")
         with open(path, "wb") as file:
             file.write(image)
-        args = ["server", "-i", path, "--mtu", 256, "--buffer-packets", generator.choice((1, 8, 8, 8, 64)), "--group", group,
+        args = ["server", "--allow-empty", "-i", path, "--mtu", 256, "--buffer-packets", generator.choice((1, 8, 8, 8, 64)), "--group", group,
                 "--stall-timeout", SERVER_STALL, "--start-wait", 60, "--rate", generator.choice(("max", "auto", "100M")),
                 "--clients-per-thread", generator.choice((1, 5, 64))]
         args += ["--compat"] if compat else []
@@ -1069,9 +1074,9 @@ def parse_frames(kmcast, generator):
 
 
 def parse_messages(kmcast, generator):
-    """Peer.receive: the same messages, however the bytes are cut."""
+    """Connection.messages: the same, however the bytes are cut."""
     most = generator.choice((0, 1, 8, 65536))
-    messages = [generator.choice((ALIVE, READY, DONE, hello(), bye(False, reason="x"), request(range(generator.choice((1, 8))))))
+    messages = [generator.choice((ALIVE, READY, DONE, hello(), bye(False, reason="x"), frame(STATE, {}), request(range(generator.choice((1, 8))))))
                 for _ in range(generator.randrange(1, 12))]
     data = b"".join(messages)
     if generator.randrange(3):
@@ -1079,11 +1084,11 @@ def parse_messages(kmcast, generator):
             data = change_bytes(generator, data)
 
     def received(pieces):
-        peer = kmcast.Peer(FakeSocket(pieces), "test")
+        peer = kmcast.Connection(FakeSocket(pieces), "test")
         got = []
         try:
             while True:
-                for message in peer.receive(most):
+                for message in peer.messages(lambda head: kmcast.SessionDialect.client_message_size(head, most)):
                     got.append(bytes(message))
         except kmcast.Gone:
             return got, "gone"

@@ -265,8 +265,9 @@ class Process(object):
     @property
     def stderr(self):
         """What the process has said on stderr until now, as text."""
-        self._stderr.seek(0)
-        return self._stderr.read().decode("utf-8", "replace")
+        # Opened once more: the process and self._stderr share one file offset, which each line of it moves.
+        with open("/proc/self/fd/%d" % self._stderr.fileno(), "rb") as again:
+            return again.read().decode("utf-8", "replace")
 
     def poll(self):
         """Return the exit code (-N if signal N ended it), or None while the process runs."""

@@ -16,14 +16,16 @@ from pythons import BOTH, NEWEST, OLDEST
 PAUSE = 4
 
 #: (--stall-timeout, interpreter of the servers, of the clients)
-SHORT = pytest.mark.parametrize("limit, of_server, of_client", [(1, OLDEST, NEWEST), (2, NEWEST, OLDEST)], ids=["1 s", "2 s"])
+SHORT = pytest.mark.parametrize("limit, of_server, of_client", [(1, OLDEST, NEWEST), (2, NEWEST, OLDEST)],
+                                ids=["1 s", "2 s"])
 
 
 @BOTH
 def test_a_client_whose_output_is_stuck_ends_by_its_own_clock(python):
-    """The server's may be switched off; in small rounds the client is through with a round before its output is stuck."""
+    """The server's may be switched off. The rounds are small: the client has more than one when its output is stuck."""
     port = helpers.free_port()
-    server = helpers.start_server(["--stall-timeout", 0, "--buffer-packets", 64, LOOPBACK, 1, port], python=python, stdin=IMAGE)
+    server = helpers.start_server(["--stall-timeout", 0, "--buffer-packets", 64, LOOPBACK, 1, port], python=python,
+                                  stdin=IMAGE)
     client = helpers.start_client(["--stall-timeout", 2, LOOPBACK, LOOPBACK, port], python=python, stdout=helpers.PIPE)
     assert client.wait(20) == 1, client.stderr
     assert "output" in client.stderr.splitlines()[-1], client.stderr
@@ -36,7 +38,8 @@ class Session(object):
     def __init__(self, sides, limit, of_server, of_client, data, stdin=None, places=1):
         self._data, self._python = data, of_client
         self._port = helpers.free_port()
-        self._limit_of = dict((side, ["--stall-timeout", limit] if side in sides else []) for side in ("server", "client"))
+        self._limit_of = dict((side, ["--stall-timeout", limit] if side in sides else [])
+                              for side in ("server", "client"))
         self._clients = []
         self.server = helpers.start_server(self._limit_of["server"] + [LOOPBACK, places, self._port], python=of_server,
                                            stdin=stdin or data)
@@ -64,9 +67,10 @@ class Session(object):
 
 
 def on_each_side(*args, **options):
-    """A Session for each of the sides that can have a short timeout, or for both. `stdin` is a function that returns one."""
+    """A Session for each side that can have a short timeout, and one for both. `stdin`: a function that returns one."""
     stdin = options.pop("stdin", lambda: None)
-    return [Session(sides, *args, stdin=stdin(), **options) for sides in (("server",), ("client",), ("server", "client"))]
+    return [Session(sides, *args, stdin=stdin(), **options)
+            for sides in (("server",), ("client",), ("server", "client"))]
 
 
 @SHORT
@@ -97,8 +101,8 @@ def test_a_wait_for_the_others_that_is_longer_than_the_stall_timeout_costs_nobod
 
 
 @SHORT
-def test_a_consumer_that_takes_longer_for_a_round_than_the_stall_timeout_but_moves_costs_nobody(limit, of_server, of_client):
-    """Neither its client nor one that waits for it. 64 KiB every third of the timeout: the longest round has 374 KB."""
+def test_a_consumer_that_takes_longer_than_the_stall_timeout_but_moves_costs_nobody(limit, of_server, of_client):
+    """Neither its client nor one that waits for it. 64 KiB each third of the timeout; a round has up to 374 KB."""
     sessions = on_each_side(limit, of_server, of_client, IMAGE[:700000], places=2)
     for session in sessions:
         session.add_client(pace=limit / 3)

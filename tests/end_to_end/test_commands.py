@@ -106,9 +106,11 @@ def test_a_failed_command_is_no_success_where_kmcast_inherits_that_sigchld_is_ig
 @BOTH
 def test_a_command_inherits_nothing_but_its_three_standard_files(python, tmp_path):
     """A socket of kmcast's in its hands would keep a connection open that ends when kmcast does."""
-    port, listing = helpers.free_port(), "(ls /proc/$$/fd > '%s'); "        # a subshell: the shell's own redirection is none of it
+    port = helpers.free_port()
+    listing = "(ls /proc/$$/fd > '%s'); "   # a subshell, whose redirection the shell knows nothing of
     server = helpers.start_server(["--pipe", listing % (tmp_path / "server") + "echo image", LOOPBACK, 1, port], python)
-    client = helpers.start_client(["--pipe", listing % (tmp_path / "client") + "cat > /dev/null", LOOPBACK, LOOPBACK, port], python)
+    client = helpers.start_client(
+        ["--pipe", listing % (tmp_path / "client") + "cat > /dev/null", LOOPBACK, LOOPBACK, port], python)
     assert (client.finish(20)[0], server.finish(20)[0]) == (0, 0)
     for end in ("server", "client"):
         assert sorted((tmp_path / end).read_text().split()) == ["0", "1", "2"], end
@@ -149,8 +151,9 @@ def test_the_limit_of_descriptors_is_raised_where_need_be_but_never_lowered(pyth
     if hard_limit() != "unlimited" and int(hard_limit()) < hard:
         pytest.skip("the hard limit of descriptors is %s here" % hard_limit())
     port = helpers.free_port()
+    producer = "ulimit -n > '%s'; echo image" % (tmp_path / "limit")
     server = helpers.start_server(
-        ["--start-wait", 0, "--pipe", "ulimit -n > '%s'; echo image" % (tmp_path / "limit"), LOOPBACK, places, port], python,
+        ["--start-wait", 0, "--pipe", producer, LOOPBACK, places, port], python,
         prefix=["sh", "-c", 'ulimit -n %d; ulimit -S -n %d; exec "$@"' % (hard, soft), "sh"])
     assert helpers.start_client([LOOPBACK, LOOPBACK, port], python).finish(20)[::2] == (0, b"image\n"), server.stderr
     assert server.finish(20)[0] == (0 if places == 1 else 3), server.stderr
@@ -161,7 +164,7 @@ def test_the_limit_of_descriptors_is_raised_where_need_be_but_never_lowered(pyth
 # When a command starts, and when it ends
 
 def too_large_an_mtu():
-    """The arguments of a server that wants a larger MTU than its interface has; none where all are as large as can be."""
+    """The arguments of a server that wants a larger MTU than its interface has: a list of one, or of none."""
     listing = subprocess.check_output(["ip", "-4", "-o", "addr"]).decode("ascii")
     for name, address in re.findall(r"^\d+: (\S+)\s+inet ([0-9.]+)", listing, re.M):
         with open("/sys/class/net/%s/mtu" % name.split("@")[0]) as file:
@@ -177,7 +180,8 @@ def test_a_server_starts_its_command_only_when_nothing_else_is_wrong(python, tmp
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen(1)
-        for wrong in [[LOOPBACK, 1, other.getsockname()[1]], ["203.0.113.7", 1, helpers.free_port()]] + too_large_an_mtu():
+        busy, nowhere = [LOOPBACK, 1, other.getsockname()[1]], ["203.0.113.7", 1, helpers.free_port()]
+        for wrong in [busy, nowhere] + too_large_an_mtu():
             server = helpers.start_server(["--pipe", "touch '%s'" % (tmp_path / "started")] + wrong, python)
             assert server.finish(10)[0] == 2, server.stderr
     time.sleep(0.5)                         # as long as the start of a shell may take
@@ -275,7 +279,8 @@ def terminal():
 def test_a_servers_command_reads_what_is_typed_at_the_terminal(python, terminal):
     """As `ssh` does for a password."""
     port = helpers.free_port()
-    server = helpers.start_server(["--pipe", 'read x < /dev/tty; echo "$x"', LOOPBACK, 1, port], python, prefix=terminal.prefix)
+    server = helpers.start_server(["--pipe", 'read x < /dev/tty; echo "$x"', LOOPBACK, 1, port], python,
+                                  prefix=terminal.prefix)
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python)
     terminal.type(b"a password\n")
     assert client.finish(10)[::2] == (0, b"a password\n")
@@ -287,10 +292,9 @@ def test_a_servers_command_reads_what_is_typed_at_the_terminal(python, terminal)
 @pytest.mark.parametrize("size", [1000, len(IMAGE)])
 def test_a_clients_command_reads_what_is_typed_at_the_terminal(python, size, terminal, tmp_path):
     """Whether or not the whole image has found room in its pipe by then."""
-    port = helpers.free_port()
+    port, consumer = helpers.free_port(), "read x < /dev/tty; cat > '%s'" % (tmp_path / "image")
     server = helpers.start_server([LOOPBACK, 1, port], python, stdin=IMAGE[:size])
-    client = helpers.start_client(["--pipe", "read x < /dev/tty; cat > '%s'" % (tmp_path / "image"), LOOPBACK, LOOPBACK, port],
-                                  python, prefix=terminal.prefix)
+    client = helpers.start_client(["--pipe", consumer, LOOPBACK, LOOPBACK, port], python, prefix=terminal.prefix)
     client.wait_stderr("connected to")
     terminal.type(b"a password\n")
     code, stderr, _ = client.finish(10)

@@ -389,7 +389,7 @@ def test_a_signal_after_the_end_changes_nothing(python):
 
 @BOTH
 def test_a_second_signal_after_a_while_ends_a_program_that_hangs(python):
-    stuck = "import time; kmcast.Multicaster._summary = lambda *args: time.sleep(100)"
+    stuck = "import time; kmcast.Multicaster._verdict = lambda *args: time.sleep(100)"
     server = wrapped(stuck, ["server", LOOPBACK, 1, helpers.free_port()], python, stdin=b"data")
     server.wait_stderr("waiting")
     server.signal(signal.SIGTERM)
@@ -525,7 +525,10 @@ LAST_BYE = 2 * (BUFFER_INFO + SENT)     # of an image of one round
 ], ids=["digests", "repaired packets", "a repaired packet without digests"])
 def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
     data, port = helpers.random_bytes(20 * PAYLOAD), helpers.free_port()
-    server = helpers.start_server(SMALL + server_args + [LOOPBACK, len(places) + 1, port], python=python, stdin=data)
+    # It says nothing to clients that wait, so that the places stay where they are.
+    server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + server_args + [LOOPBACK, len(places) + 1, port],
+                     python=python, stdin=data)
+    server.wait_stderr("waiting for")
     network = helpers.Network(port)
     failing = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(tcp=Flip(place))], python=python) for place in places]
     good = helpers.start_client(["-o", tmp_path / "image", LOOPBACK, LOOPBACK, port], python=python)

@@ -50,7 +50,7 @@ def mount():
         subprocess.check_call(["umount", "--lazy", target])     # lazy: a test that failed may have left a client in it
 
 
-def own_files_of(size, tmp_path):
+def image_file(size, tmp_path):
     """The path of a file with an image of so many bytes."""
     path = tmp_path / "source"
     path.write_bytes(IMAGE[:size])
@@ -72,7 +72,7 @@ def write(fd, data):
 
 @BOTH
 def test_a_fifo_without_a_writer_is_an_image_that_is_still_to_come(fifo, port, python):
-    """It holds up nobody, and is not at its end before the first writer has come; when he goes the image is complete."""
+    """It holds up nobody, and is not at its end before the first writer has come; when he goes it is complete."""
     server = helpers.start_server(["-i", fifo, LOOPBACK, 1, port], python=python)
     server.wait_stderr("waiting for")
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python=python)
@@ -205,7 +205,7 @@ def test_a_target_without_room_is_found_as_early_as_can_be(tmp_path, mount, port
     folder.mkdir()
     mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
     if size_known:
-        server = helpers.start_server(["-i", own_files_of(3000000, tmp_path), LOOPBACK, 1, port], python=python)
+        server = helpers.start_server(["-i", image_file(3000000, tmp_path), LOOPBACK, 1, port], python=python)
     else:
         server = helpers.start_server([LOOPBACK, 1, port], python=python, stdin=IMAGE)
     client = helpers.start_client(["-o", folder / "image", LOOPBACK, LOOPBACK, port], python=python)
@@ -233,7 +233,8 @@ def closes_all(process, code, timeout=30):
 
 def test_a_demo_closes_all(tmp_path):
     """-v: it says what its server and clients say."""
-    closes_all(helpers.start_kmcast(["demo", "-v", "--clients", 2, own_files_of(1000000, tmp_path)], NEWEST, env=STRICT), 0)
+    path = image_file(1000000, tmp_path)
+    closes_all(helpers.start_kmcast(["demo", "-v", "--clients", 2, path], NEWEST, env=STRICT), 0)
 
 
 ENDS = {
@@ -245,7 +246,7 @@ ENDS = {
 
 @pytest.mark.parametrize("ends", sorted(ENDS))
 def test_server_and_client_close_all(tmp_path, port, ends):
-    path = own_files_of(1000000, tmp_path)
+    path = image_file(1000000, tmp_path)
     of_server, of_client = ENDS[ends]
     with open(path, "rb") as source:
         server = helpers.start_server(of_server(path) + [LOOPBACK, 1, port], NEWEST, stdin=source, env=STRICT)
@@ -257,7 +258,7 @@ def test_server_and_client_close_all(tmp_path, port, ends):
 @pytest.mark.parametrize("ends", sorted(ENDS))
 @pytest.mark.parametrize("stopped", ["server", "client"])
 def test_server_and_client_close_all_when_one_of_them_is_stopped(tmp_path, port, ends, stopped):
-    path = own_files_of(3000000, tmp_path)
+    path = image_file(3000000, tmp_path)
     of_server, of_client = ENDS[ends]
     with open(path, "rb") as source:
         server = helpers.start_server(["--rate", "4M"] + of_server(path) + [LOOPBACK, 1, port], NEWEST, stdin=source,
@@ -271,7 +272,7 @@ def test_server_and_client_close_all_when_one_of_them_is_stopped(tmp_path, port,
 
 
 def test_a_client_that_is_refused_closes_all(port, tmp_path):
-    path = own_files_of(3000000, tmp_path)
+    path = image_file(3000000, tmp_path)
     server = helpers.start_server(["--rate", "4M", "-i", path, LOOPBACK, 1, port], NEWEST, env=STRICT)
     client = helpers.start_client(["-o", path + ".copy", LOOPBACK, LOOPBACK, port], NEWEST, env=STRICT)
     server.wait_stderr("is here")

@@ -15,9 +15,9 @@ import pytest
 
 import fuzz
 import helpers
-from fuzz import ALIVE, BYE, DONE, HELLO, INFO, PACKETS, READY, REQUEST, SENT, WELCOME, packet
+from fuzz import ALIVE, BYE, DONE, HELLO, INFO, PACKETS, READY, REQUEST, SENT, STATE, WELCOME, packet
 from helpers import LOOPBACK
-from hostile import flooded, GARBAGE, noise, orderly, receive, receive_frame, reset, wrapped
+from hostile import flooded, GARBAGE, noise, orderly, receive, receive_fields, receive_frame, reset, wrapped
 from pythons import BOTH, NEWEST, OLDEST
 
 PAYLOAD = 100
@@ -101,10 +101,12 @@ class Script(object):
             self.base if base is None else base, self.count if count is None else count, len(data) if size is None else size))
 
     def expect(self, signal):
-        """Read a signal; a client that receives by TCP may say that it is alive before it."""
+        """Read a signal; a client may say that it is alive, or what it is doing, before it."""
         said = ALIVE
-        while said == ALIVE:
+        while said in (ALIVE, STATE):
             said = receive(self.sock, 1)
+            if said == STATE:
+                receive_fields(self.sock)
         assert said == signal
 
     def packets(self):

@@ -17,16 +17,16 @@ def broken(*args):
     return original(*args)
 """
 BROKEN = {
-    "on a HELLO": ("True", "TcpServer.HANDLERS[kmcast.HELLO]"),
-    "on READY": ("True", "TcpServer.HANDLERS[kmcast.READY]"),
-    "on a REQUEST": ("True", "TcpServer.HANDLERS[kmcast.REQUEST]"),
-    "on DONE": ("True", "TcpServer.HANDLERS[kmcast.DONE]"),
-    "in a step": ("True", "TcpServer._do_sent"),
-    "in the middle of the chain": ("args[0].number == 2", "TcpServer._do_sent"),
-    "at the end of the chain": ("args[0].number == 3", "TcpServer._do_sent"),
-    "in the last step": ("True", "TcpServer._do_finish"),
+    "on a HELLO": ("True", "TcpServer._on_hello"),
+    "on READY": ("True", "ServerWindow.HANDLERS[kmcast.READY]"),
+    "on a REQUEST": ("True", "ServerWindow.HANDLERS[kmcast.REQUEST]"),
+    "on DONE": ("True", "ServerWindow.HANDLERS[kmcast.DONE]"),
+    "in a step": ("args[1].kind == 'sent'", "TcpServer._begin"),
+    "in the middle of the chain": ("args[0].number == 2 and args[1].kind == 'sent'", "TcpServer._begin"),
+    "at the end of the chain": ("args[0].number == 3 and args[1].kind == 'sent'", "TcpServer._begin"),
+    "in the last step": ("args[1].kind == 'finish'", "TcpServer._begin"),
     "at the clocks": ("args[0].step and args[0].step.kind == 'sent'", "TcpServer._look_at_clocks"),
-    "in the multicaster": ("args[0].rounds > 2", "Multicaster._multicast"),
+    "in the multicaster": ("args[0].course.rounds > 2", "Multicaster.multicast"),
 }
 
 
@@ -79,12 +79,12 @@ def test_a_writer_of_a_client_that_dies_ends_it_in_order(tmp_path, python):
 # More than 2^32 packets
 
 NEAR_THE_WRAP = """
-kmcast.Multicaster.FIRST_SEQ = (2 ** 32 - %d) %% 2 ** 32
-original = kmcast.Multicaster.__init__
+kmcast.Course.FIRST_SEQ = (2 ** 32 - %d) %% 2 ** 32
+original = kmcast.Course.__init__
 def start(self, *args):
     original(self, *args)
     self.repair_number = (2 ** 32 - %d) %% 2 ** 32
-kmcast.Multicaster.__init__ = start
+kmcast.Course.__init__ = start
 """
 
 

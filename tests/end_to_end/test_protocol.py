@@ -5,6 +5,7 @@ The peers are raw sockets in the test: `RawClient` against a real server, `RawSe
 
 import hashlib
 import json
+import re
 import signal
 import socket
 import struct
@@ -393,7 +394,8 @@ def test_a_session_from_a_server_to_the_letter(raw_server, python):
     assert said.startswith(b"\x10")
     hello_size, = struct.unpack("<I", said[1:5])
     assert json.loads(said[5:5 + hello_size].decode("utf-8")).keys() >= {"version", "host"}
-    assert said[5 + hello_size:].replace(alive, b"") == (READY + request(0) + DONE + READY + DONE).replace(alive, b"")
+    answers = re.sub(b"\x13.{4}{[^}]*}", b"", said[5 + hello_size:], flags=re.DOTALL)      # how it stands, in a frame
+    assert answers.replace(alive, b"") == (READY + request(0) + DONE + READY + DONE).replace(alive, b"")
 
 
 @BOTH

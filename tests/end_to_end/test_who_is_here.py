@@ -58,8 +58,8 @@ def numbers(server):
 def test_those_who_are_gone_do_not_count_for_the_start(python):
     """Nor do they when another thread has looked after them."""
     data, port = b"data", helpers.free_port()
-    server = helpers.start_server(["--clients-per-thread", 1, "--min-clients", 2, "--start-wait", 3, LOOPBACK, 3, port], python,
-                                  stdin=data)
+    server = helpers.start_server(
+        ["--clients-per-thread", 1, "--min-clients", 2, "--start-wait", 3, LOOPBACK, 3, port], python, stdin=data)
     began = time.time()
     victim = Peer(port).come(server)
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python)
@@ -78,7 +78,8 @@ def test_those_who_are_gone_do_not_count_for_the_start(python):
 def test_nobody_is_no_start(python):
     """All who have come are gone again when the time is up."""
     port = helpers.free_port()
-    server = helpers.start_server(["--clients-per-thread", 1, "--start-wait", 2.5, LOOPBACK, 3, port], python, stdin=b"data")
+    server = helpers.start_server(
+        ["--clients-per-thread", 1, "--start-wait", 2.5, LOOPBACK, 3, port], python, stdin=b"data")
     began = time.time()
     first, second = Peer(port).come(server), Peer(port).come(server)
     first.go(server)

@@ -1,4 +1,4 @@
-"""Time on a slow or broken network: who still moves is not dropped, who has a minute gets it, and no rate is said too early."""
+"""Time on a slow or broken network: who moves is not dropped, who has a minute gets it, no rate is said too early."""
 
 import re
 import signal
@@ -11,10 +11,10 @@ SLOW_PORT = 20
 
 
 def test_a_client_that_tcp_brings_data_all_the_time_has_not_stalled(laboratory, deploy):
-    """The server's kernel takes a whole round at once, and a round takes longer than --stall-timeout to arrive: meanwhile
-    the server has nothing to do, and the client is at work."""
+    """The server's kernel takes a whole round at once, and a round takes longer than --stall-timeout to arrive:
+    meanwhile the server has nothing to do, and the client is at work."""
     lab = laboratory(clients=1)
-    lab.server.run(["sysctl", "-qw", "net.ipv4.tcp_wmem=4096 4194304 4194304"])     # its sockets get so large by themselves
+    lab.server.run(["sysctl", "-qw", "net.ipv4.tcp_wmem=4096 4194304 4194304"])     # sockets may grow to that anyway
     lab.clients[0].block_multicast()
     lab.clients[0].limit(2, queue="8mb")
     run = deploy(lab, IMAGE[:3000000], ["--stall-timeout", "5"])
@@ -24,11 +24,11 @@ def test_a_client_that_tcp_brings_data_all_the_time_has_not_stalled(laboratory, 
 
 
 def test_who_is_stopped_or_unplugged_for_less_than_the_stall_timeout_goes_on(laboratory, deploy):
-    """18 s of 40: only the stall timeout is to tell, and no clock of the kernel's. All is sent by TCP, and the one that is
-    stopped has a small window, so that it is full, and not just idle."""
+    """18 s of 40: only the stall timeout is to tell, and no clock of the kernel's. All goes by TCP, and who is stopped
+    has a small window, so that it is full, and not just idle."""
     lab = laboratory(clients=3)
     lab.clients[0].run(["sysctl", "-qw", "net.ipv4.tcp_rmem=4096 65536 65536"])
-    lab.server.limit_egress(60, queue="1mb")
+    lab.server.limit_egress(60)                 # with a short queue: a longer one makes TCP try again later
     limit = ["--stall-timeout", "40"]
     run = deploy(lab, IMAGE, ["--unicast"] + limit, limit)
     run.wait_received(MIB // 2)

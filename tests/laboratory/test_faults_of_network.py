@@ -108,7 +108,7 @@ def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
     lab = laboratory()
     for host in lab.clients:
         host.lose(3)
-    program = changed_kmcast(tmp_path, "kmcast.Multicaster.FIRST_SEQ = %d" % first)
+    program = changed_kmcast(tmp_path, "kmcast.Course.FIRST_SEQ = %d" % first)
     run = deploy(lab, IMAGE[:3000000], server={"program": program})
     run.finish()
     run.check_complete()
@@ -120,7 +120,7 @@ def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
 def test_packet_seqs_start_where_the_hook_says(laboratory, deploy, tmp_path):
     """What the test above rests on."""
     lab = laboratory(clients=2)
-    program = changed_kmcast(tmp_path, "kmcast.Multicaster.FIRST_SEQ = 2**32 - 6")
+    program = changed_kmcast(tmp_path, "kmcast.Course.FIRST_SEQ = 2**32 - 6")
     run = deploy(lab, IMAGE[:20 * 1460], ["--rate", "5M"], clients=0, places=1, server={"program": program})
     spy = helpers.start(lab.clients[1].command([sys.executable, "-c", SPY, lab.clients[1].address, helpers.GROUP]))
     spy.wait_stderr("ready")

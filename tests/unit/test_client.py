@@ -1,80 +1,146 @@
-"""The client's parts by themselves: its connection, and the thread that verifies and writes."""
+"""The client's parts by themselves: what it does in a round, and the thread that verifies and writes."""
 
 import hashlib
-import socket
-import threading
 
 import pytest
 
+import helpers
 import kmcast
+
+PAYLOAD, SALT = 100, 77
+DATA = helpers.random_bytes(20 * PAYLOAD + 30)
+DIGEST = hashlib.sha256(DATA).digest()
+
+
+def server_buffer(data=DATA, base=5):
+    """A round as the server has it."""
+    buffer = kmcast.Buffer(PAYLOAD, 100, SALT)
+    buffer.start(base, 0, 0)
+    for start in range(0, len(data), PAYLOAD):
+        buffer.add(data[start:start + PAYLOAD])
+    return buffer
+
+
+def put(window, buffer, places):
+    """The packets at these places arrive by multicast."""
+    for place in places:
+        data = buffer.get(buffer.base + place).tobytes()
+        window.listening.put(bytearray(data), 0, 1, len(data) - kmcast.PACKET.size)
+    window.listened(2.0)
 
 
 @pytest.fixture
-def ends():
-    """A Connection and the server's socket."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1)
-    connection = kmcast.Connection(0.3)
-    connection.connect(*listener.getsockname(), seconds=5)
-    theirs, _ = listener.accept()
-    listener.close()
-    connection.session = True
-    yield connection, theirs
-    connection.sock.close()
-    theirs.close()
+def window():
+    return kmcast.ClientWindow(kmcast.SessionDialect, PAYLOAD, (SALT, 0), digest=True)
 
 
-def test_exactly_what_is_asked_for_is_read_however_it_arrives(ends):
-    connection, server = ends
-    late = threading.Timer(0.1, server.sendall, [b"second"])
-    server.sendall(b"first ")
-    late.start()
-    assert connection.read(12) == b"first second"
+ROUND = server_buffer()
+INFO = kmcast.BUFFER_INFO + ROUND.info(0)
 
 
-def test_signs_of_life_are_passed_over(ends):
-    connection, server = ends
-    server.sendall(3 * kmcast.ALIVE + kmcast.SENT)
-    assert connection.signal(kmcast.SENT) == kmcast.SENT
+def begin(window):
+    assert window.heard(INFO, 1.0) == [("begin", None), ("send", kmcast.READY)]
+    return window
 
 
-def test_a_signal_that_is_not_expected_is_an_error(ends):
-    connection, server = ends
-    server.sendall(kmcast.WELCOME)
+def test_a_round_that_arrives_whole_is_done_and_handed_over_with_the_next_ready(window):
+    put(begin(window), ROUND, range(ROUND.count))
+    assert window.heard(kmcast.SENT + DIGEST, 3.0) == []
+    assert window.tick(3.0) == [("send", kmcast.DONE)]
+    following = server_buffer(base=5 + ROUND.count)
+    (_, ready), (verb, (buffer, size, digest)) = window.heard(kmcast.BUFFER_INFO + following.info(1), 3.001)
+    assert (ready, verb, size, digest) == (kmcast.READY, "write", len(DATA), DIGEST)
+    assert bytes(buffer.flush().tobytes()) == DATA
+
+
+def test_where_the_server_takes_its_time_it_is_handed_over_all_the_same(window):
+    put(begin(window), ROUND, range(ROUND.count))
+    window.heard(kmcast.SENT + DIGEST, 3.0)
+    window.tick(3.0)
+    assert window.tick(3.001) == []
+    assert [verb for verb, _ in window.tick(window.deadline)] == ["write"]
+
+
+def test_stragglers_are_waited_for_a_moment_and_then_asked_for(window):
+    put(begin(window), ROUND, [place for place in range(ROUND.count - 2) if place != 3])
+    window.heard(kmcast.SENT + DIGEST, 3.0)
+    assert window.tick(3.0) == []
+    put(window, ROUND, [ROUND.count - 2])
+    assert window.tick(2.0 + window.SETTLE / 2) == []
+    (verb, request), = window.tick(3.0 + 2 * window.SETTLE)
+    assert (verb, request[:1]) == ("send", kmcast.REQUEST)
+    assert request[1:] == b"".join(kmcast.U32.pack(number) for number in (2, 5 + 3, 5 + ROUND.count - 1))
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_packets_by_tcp_fill_what_is_missing_however_they_arrive(window, step):
+    lost = [0, 1, 2, 7, ROUND.count - 1]
+    put(begin(window), ROUND, [place for place in range(ROUND.count) if place not in lost])
+    window.heard(kmcast.SENT + DIGEST, 3.0)
+    window.tick(4.0)
+    assert window.heard(kmcast.PACKETS, 4.0) == [] and window.size_of(b"any") == 0
+    wire, todo = b"".join(ROUND.get(5 + place).tobytes() for place in lost), []
+    while wire:
+        size = min(step, len(wire), len(window.wants))
+        window.wants[:size] = wire[:size]
+        wire, todo = wire[size:], window.filled(size, 5.0)
+    assert todo == [("send", kmcast.DONE)] and window.wants is None
+    assert window.by_tcp == 5
+
+
+def test_other_packets_than_those_asked_for_are_an_error(window):
+    put(begin(window), ROUND, range(1, ROUND.count))
+    window.heard(kmcast.SENT + DIGEST, 3.0)
+    window.tick(4.0)
+    window.heard(kmcast.PACKETS, 4.0)
+    wrong = ROUND.get(5 + 1).tobytes()
+    window.wants[:] = wrong
     with pytest.raises(kmcast.ProtocolError):
-        connection.signal(kmcast.SENT)
+        window.filled(len(wrong), 5.0)
 
 
-def test_without_a_session_there_are_no_signs_of_life(ends):
-    connection, server = ends
-    connection.session = False
-    server.sendall(kmcast.ALIVE + kmcast.SENT)
+def test_no_more_rounds_are_taken_than_can_be_written(window):
+    base, ready = 5, []
+    for number in range(window.AT_WORK + 1):
+        buffer = server_buffer(base=base)
+        ready.append(("send", kmcast.READY) in window.heard(kmcast.BUFFER_INFO + buffer.info(number), 1.0))
+        if ready[-1]:
+            put(window, buffer, range(buffer.count))
+            window.heard(kmcast.SENT + DIGEST, 1.0)
+            window.tick(1.0)
+        base += buffer.count
+    assert ready == [True] * window.AT_WORK + [False] and window.owing
+    assert ("send", kmcast.READY) in window.written() and not window.owing
+
+
+def test_the_image_ends_with_a_round_of_nothing_and_a_word(window):
+    assert window.heard(kmcast.BUFFER_INFO + server_buffer(b"").info(0), 1.0) == [("send", kmcast.READY)]
+    window.heard(kmcast.SENT + DIGEST, 1.0)
+    assert window.heard(kmcast.pack_frame(kmcast.BYE, {"ok": True, "bytes": 0}), 1.0) == [("end", {"ok": True, "bytes": 0})]
+    assert window.state == window.OVER
+
+
+@pytest.mark.parametrize("message", [
+    kmcast.SENT + DIGEST, kmcast.PACKETS, kmcast.AGAIN + bytes(bytearray(12)), kmcast.WELCOME + kmcast.U32.pack(0),
+    kmcast.pack_frame(kmcast.BYE, {"ok": True}), kmcast.BUFFER_INFO + kmcast.ROUND.pack(0, 2000, 0, 10),
+    kmcast.BUFFER_INFO + kmcast.ROUND.pack(0, 100, 0, 70000)], ids=lambda message: repr(message[:1]))
+def test_what_is_out_of_turn_or_impossible_is_an_error(window, message):
     with pytest.raises(kmcast.ProtocolError):
-        connection.signal(kmcast.SENT)
+        window.heard(message, 1.0)
 
 
-def test_a_farewell_gives_its_reason(ends):
-    connection, server = ends
-    server.sendall(kmcast.pack_frame(kmcast.BYE, {"ok": False, "reason": "no client is left\x1b"}))
+def test_a_farewell_gives_its_reason(window):
     with pytest.raises(kmcast.Refused) as error:
-        connection.signal(kmcast.SENT)
+        window.heard(kmcast.pack_frame(kmcast.BYE, {"ok": False, "reason": "no client is left\x1b"}), 1.0)
     assert error.value.reason == "the server says: no client is left?"
 
 
-def test_a_server_that_is_silent_or_gone_is_lost(ends):
-    connection, server = ends
-    for _ in ("silent", "gone"):
-        with pytest.raises(kmcast.Lost):
-            connection.read(1)
-        server.close()
-
-
-def test_a_frame_that_is_too_long_is_not_read(ends):
-    connection, server = ends
-    server.sendall(kmcast.U32.pack(kmcast.MAX_FRAME + 1))
+def test_without_a_session_there_are_no_signs_of_life_and_no_signal_before_a_round():
+    window = kmcast.ClientWindow(kmcast.BaseDialect, PAYLOAD, checks=[kmcast.plain_crc, kmcast.c_sum])
+    assert window.size_of(b"") == 16
+    assert ("send", kmcast.READY) in window.heard(kmcast.ROUND.pack(7, 150, 3, 2), 1.0)
     with pytest.raises(kmcast.ProtocolError):
-        connection.frame()
+        window.heard(kmcast.ALIVE, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def test_rates(text, rate):
 @pytest.mark.parametrize("convert, text", [
     (kmcast.rate_type, "999"), (kmcast.rate_type, "1e9"), (kmcast.rate_type, "M"), (kmcast.least_rate_type, "auto"),
     (kmcast.least_rate_type, "max"), (kmcast.seconds_type, "-1"), (kmcast.seconds_type, "nan"), (kmcast.seconds_type, "1."),
-    (kmcast.whole(1, 9), "0"), (kmcast.whole(1, 9), "10"), (kmcast.whole(1, 9), "1 "), (kmcast.whole(1, 9), u"\u0663"),
+    (kmcast.whole_number(1, 9), "0"), (kmcast.whole_number(1, 9), "10"), (kmcast.whole_number(1, 9), "1 "), (kmcast.whole_number(1, 9), u"\u0663"),
     (kmcast.group_type, "223.255.255.255"), (kmcast.group_type, "240.0.0.0"), (kmcast.group_type, "239.1"),
     (kmcast.group_type, u"239.1.1.\u0661")])
 def test_arguments_that_are_refused(convert, text):

@@ -1,100 +1,172 @@
-"""The server's parts by themselves: what a peer says is taken apart, how much is logged, what is repaired how."""
-
-import collections
-import json
-import logging
-import socket
+"""What the server decides, by itself: who gets a place, who owes what, what is repaired how."""
 
 import pytest
 
 import kmcast
 
 
-@pytest.fixture
-def connection():
-    """A Peer of which nothing is expected, and the socket at its other end."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    yield kmcast.Peer(ours, "192.0.2.7"), theirs
-    ours.close()
-    theirs.close()
+class Hands(object):
+    """The hands of a Course that does nothing yet."""
+
+    def fill(self, base, limit):
+        self.filling = base, limit
 
 
-def frame(kind, fields):
-    text = json.dumps(fields).encode("ascii")
-    return kind + kmcast.U32.pack(len(text)) + text
+def course(dialect=kmcast.SessionDialect, **options):
+    return kmcast.Course(Hands(), kmcast.Roster(1), dialect, 1460, 1000, **options)
 
 
-HELLO = frame(kmcast.HELLO, {"version": "1.0.0", "host": "node7"})
-REQUEST = kmcast.REQUEST + kmcast.U32.pack(2) + kmcast.U32.pack(5) + kmcast.U32.pack(9)
-MESSAGES = [kmcast.READY, REQUEST, kmcast.ALIVE, HELLO, kmcast.DONE]
+def member(host="node7", address="192.0.2.7"):
+    made = kmcast.Member(address, 0.0)
+    made.host = host
+    return made
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_messages_are_told_apart_however_they_arrive(connection, size):
-    peer, other = connection
-    said, received = b"".join(MESSAGES), []
-    for start in range(0, len(said), size):
-        other.sendall(said[start:start + size])
-        received += list(peer.receive(10))
-    assert received == MESSAGES
+# ---------------------------------------------------------------------------------------------------------------------
+# Roster
+
+def test_it_begins_when_all_are_here_or_when_it_is_time_and_enough_are():
+    roster = kmcast.Roster(3, enough=2, start_by=10.0)
+    first, second = member("a"), member("b")
+    assert roster.admit(first) == 1 and not roster.begin(11.0)
+    assert roster.admit(second) == 2 and not roster.begin(9.0)
+    roster.leave(first)
+    assert not roster.begin(11.0), "what counts is who is here now"
+    roster.admit(first)
+    assert roster.begin(11.0) and roster.everyone == [second, first]
 
 
-def test_a_request_for_more_than_the_round_is_refused_before_it_is_read(connection):
-    peer, other = connection
-    other.sendall(kmcast.REQUEST + kmcast.U32.pack(11))
+def test_who_was_refused_is_remembered_unless_the_host_has_the_image_from_another_client():
+    roster = kmcast.Roster(1)
+    first = member("a")
+    roster.admit(first)
+    assert roster.begin(0.0)
+    roster.refuse(member("a"), kmcast.LATE)
+    roster.refuse(member("b"), kmcast.LATE)
+    assert [host for (host, _), _ in roster.refused] == ["a", "b"]
+    first.outcome = "complete"
+    assert [host for (host, _), _ in roster.refused] == ["b"]
+
+
+def test_a_host_that_comes_twice_has_a_twin_but_not_on_loopback():
+    roster = kmcast.Roster(3)
+    first = member("a")
+    roster.admit(first)
+    assert roster.twin(member("a")) is first
+    assert roster.twin(member("b")) is None
+    roster.admit(member("a", "127.0.0.1"))
+    assert roster.twin(member("a", "127.0.0.1")) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ServerWindow
+
+BUFFER = kmcast.Buffer(1460, 10)
+BUFFER.start(100, 10, 14600)
+
+
+def window(*members):
+    made = kmcast.ServerWindow(kmcast.SessionDialect, 30.0)
+    made.members += members
+    return made
+
+
+def announced(who):
+    made = window(who)
+    assert made.begin(kmcast.Step("announce", buffer=BUFFER, info=BUFFER.info(0)), 1.0) == [
+        ("send", who, b"\x01" + BUFFER.info(0))]
+    assert made.awaited() == [who]
+    return made
+
+
+def sent(who):
+    made = announced(who)
+    made.heard(who, kmcast.READY, 2.0)
+    assert made.awaited() == [] and who.listening
+    assert made.begin(kmcast.Step("sent", buffer=BUFFER, digest=b"d" * 32), 3.0) == [("send", who, b"\x08" + b"d" * 32)]
+    return made
+
+
+def request(*seqs):
+    return kmcast.REQUEST + b"".join(kmcast.U32.pack(number) for number in (len(seqs),) + seqs)
+
+
+def test_a_step_is_through_when_all_have_answered():
+    who = member()
+    made = sent(who)
+    assert made.awaited() == [who]
+    made.heard(who, kmcast.DONE, 4.0)
+    assert made.awaited() == [] and made.requests() == {} and who.paid == 4.0
+
+
+def test_what_is_asked_for_is_sent_as_packets_or_comes_again_by_multicast():
+    who = member()
+    made = sent(who)
+    made.heard(who, request(103, 109), 4.0)
+    assert made.requests() == {who: [3, 9]} and made.awaited() == []
+    assert made.begin(kmcast.Step("again", buffer=BUFFER, coded=[who], message=b"m" * 12), 5.0) == [
+        ("send", who, b"\x40" + b"m" * 12)]
+    made.begin(kmcast.Step("sent", buffer=BUFFER, digest=b""), 6.0)
+    made.heard(who, request(109), 7.0)
+    assert made.begin(kmcast.Step("repair", buffer=BUFFER), 8.0) == [("packets", who, [9])]
+    assert made.awaited() == [who]
+    made.heard(who, kmcast.DONE, 9.0)
+    assert made.awaited() == [] and (who.lost, who.by_tcp) == (3, 1)
+
+
+@pytest.mark.parametrize("message", [kmcast.READY, kmcast.DONE, request(100)], ids=repr)
+def test_what_is_not_owed_is_an_error(message):
+    who = member()
     with pytest.raises(kmcast.ProtocolError):
-        list(peer.receive(10))
+        window(who).heard(who, message, 1.0)
 
 
-def test_who_owes_a_greeting_may_say_nothing_else(connection):
-    peer, other = connection
-    peer.owe(kmcast.GREETING)
-    other.sendall(b"GET / HTTP/1.0\r\n\r\n")
+@pytest.mark.parametrize("seq", [99, 110, 2**32 - 1])
+def test_a_packet_outside_the_round_cannot_be_asked_for(seq):
+    who = member()
     with pytest.raises(kmcast.ProtocolError):
-        list(peer.receive(10))
+        sent(who).heard(who, request(100, seq), 4.0)
 
 
-def test_a_connection_that_ends_is_noticed(connection):
-    peer, other = connection
-    assert list(peer.receive(10)) == []
-    other.close()
-    with pytest.raises(kmcast.Gone):
-        list(peer.receive(10))
+def test_only_who_gets_nothing_done_has_stalled():
+    who = member()
+    made = announced(who)
+    assert made.stalled(who, 0.0, 31.0) is None
+    assert "ready for the next round" in made.stalled(who, 0.0, 31.1)
+    assert made.stalled(who, 20.0, 31.1) is None, "its kernel took something"
+    made.heard(who, kmcast.ALIVE, 30.0)
+    assert made.stalled(who, 0.0, 59.0) is None
+    made.heard(who, kmcast.SessionDialect.state(busy="writing"), 59.0)
+    assert made.stalled(who, 0.0, 60.1), "words alone move nothing"
 
 
-def test_what_a_socket_does_not_take_stays_queued_in_order(connection):
-    peer, other = connection
-    pieces = [bytes(bytearray([number])) * 100000 for number in range(20)]
-    for piece in pieces:
-        peer.outgoing.put_tail(piece)
-    received = b""
-    while len(received) < 2000000:
-        peer.flush()
-        received += other.recv(50000)
-    assert received == b"".join(pieces) and not peer.outgoing.count
+def test_signs_of_life_have_a_limit():
+    who = member()
+    made = announced(who)
+    with pytest.raises(kmcast.ProtocolError):
+        for _ in range(100):
+            made.heard(who, kmcast.ALIVE, 10.0)
 
 
-def test_a_log_that_is_flooded_says_how_much_it_hid():
-    few = kmcast.AtMost(3)
-    records = [logging.LogRecord("x", logging.INFO, "", 0, "line %d" % number, (), None) for number in range(10)]
-    assert [few.filter(record) for record in records] == [True] * 3 + [False] * 7
-    few._since -= few.PERIOD
-    record = logging.LogRecord("x", logging.INFO, "", 0, "another", (), None)
-    assert few.filter(record) and record.getMessage() == "(7 more like these) another"
+def test_a_client_says_what_it_is_busy_with():
+    who = member()
+    made = announced(who)
+    made.heard(who, kmcast.SessionDialect.state(busy="writing", overflows=5), 2.0)
+    assert who.busy == "writing" and who.figures == {"overflows": 5}
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, kmcast.SessionDialect.state(busy=7), 2.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is repaired by multicast
 
-def plan(answers, count=1000, compat=False, multicasting=True):
-    """Multicaster._plan() for clients that asked for these places of a round."""
+def plan(answers, count=1000, dialect=kmcast.SessionDialect, multicasting=True):
+    """Course.plan() for clients that asked for these places of a round."""
     buffer = kmcast.Buffer(1460, count)
     buffer.start(0, count, count * 1460)
-    multicaster = kmcast.Multicaster.__new__(kmcast.Multicaster)       # without sockets
-    multicaster.session = collections.namedtuple("Session", "compat")(compat)
-    multicaster.multicasting = multicasting
-    return multicaster._plan(buffer, answers)
+    made = course(dialect)
+    made.multicasting = multicasting
+    return made.plan(buffer, answers)
 
 
 def test_different_losses_of_many_are_repaired_together():
@@ -118,6 +190,7 @@ def test_who_lost_most_of_a_round_gets_it_by_tcp():
     assert sorted(peers) == ["a", "b"]
 
 
-@pytest.mark.parametrize("options", [{"compat": True}, {"multicasting": False}])
+@pytest.mark.parametrize("options", [{"dialect": kmcast.BaseDialect}, {"multicasting": False}],
+                         ids=["base protocol", "no multicast"])
 def test_without_a_session_or_multicast_all_is_repaired_by_tcp(options):
     assert plan({"a": list(range(0, 500, 5)), "b": list(range(1, 500, 5))}, **options) == ([], ())

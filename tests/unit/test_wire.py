@@ -16,20 +16,20 @@ def test_a_payload_fills_the_mtu_and_is_a_multiple_of_four():
 
 
 def test_group_info_is_a_sockaddr_in():
-    assert kmcast.pack_group_info("239.255.83.83", 18383, True) == \
+    assert kmcast.pack_group_info("239.255.83.83", 18383, kmcast.SessionDialect.padding) == \
         b"\x02\x00" + b"\x47\xcf" + b"\xef\xff\x53\x53" + SESSION_PADDING
-    assert kmcast.pack_group_info("224.238.0.31", 1, False) == b"\x02\x00" + b"\x00\x01" + b"\xe0\xee\x00\x1f" + bytes(bytearray(8))
+    assert kmcast.pack_group_info("224.238.0.31", 1, kmcast.BaseDialect.padding) == b"\x02\x00" + b"\x00\x01" + b"\xe0\xee\x00\x1f" + bytes(bytearray(8))
 
 
-@pytest.mark.parametrize("session, version", [(True, 1), (False, None)])
-def test_group_info_survives_a_round_trip(session, version):
-    packed = kmcast.pack_group_info("239.1.2.3", 65535, session)
+@pytest.mark.parametrize("dialect, version", [(kmcast.SessionDialect, 1), (kmcast.BaseDialect, None)])
+def test_group_info_survives_a_round_trip(dialect, version):
+    packed = kmcast.pack_group_info("239.1.2.3", 65535, dialect.padding)
     assert kmcast.unpack_group_info(packed) == ("239.1.2.3", 65535, version)
 
 
 def test_garbage_in_the_padding_is_no_session():
     """The C implementation sends what was on its stack."""
-    packed = kmcast.pack_group_info("239.1.2.3", 5, False)
+    packed = kmcast.pack_group_info("239.1.2.3", 5)
     for padding in (b"KMCASt\x01\x00", b"\xff" * 8, b"\x00KMCAST\x01"):
         assert kmcast.unpack_group_info(packed[:8] + padding) == ("239.1.2.3", 5, None)
     assert kmcast.unpack_group_info(packed[:8] + b"KMCAST\x02\x77")[2] == 2
@@ -43,7 +43,7 @@ def test_garbage_in_the_padding_is_no_session():
 ])
 def test_a_group_info_that_is_none_is_refused(change):
     with pytest.raises(kmcast.ProtocolError):
-        kmcast.unpack_group_info(change(kmcast.pack_group_info("239.1.2.3", 5, True)))
+        kmcast.unpack_group_info(change(kmcast.pack_group_info("239.1.2.3", 5, kmcast.SessionDialect.padding)))
 
 
 def test_groups_are_224_to_239():
@@ -99,8 +99,8 @@ def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message):
     known = 1 if len(message) == 1 else 5
     for head in range(1, len(message) + 1):
         expected = len(message) if head >= known else None
-        assert kmcast.client_message_size(message[:head], 10) == expected
-    assert kmcast.client_message_size((message + b"\xff" * 5)[:5], 10) == (len(message))
+        assert kmcast.SessionDialect.client_message_size(message[:head], 10) == expected
+    assert kmcast.SessionDialect.client_message_size((message + b"\xff" * 5)[:5], 10) == (len(message))
 
 
 @pytest.mark.parametrize("head", [
@@ -108,12 +108,12 @@ def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message):
     b"\x02\xff\xff\xff\xff", b"\x10" + struct.pack("<I", 65537), b"\x80\xff\xff\xff\xff"], ids=repr)
 def test_messages_that_no_client_may_send(head):
     with pytest.raises(kmcast.ProtocolError):
-        kmcast.client_message_size(head, 10)
+        kmcast.SessionDialect.client_message_size(head, 10)
 
 
 def test_the_largest_that_is_allowed():
-    assert kmcast.client_message_size(b"\x02" + struct.pack("<I", 10), 10) == 45
-    assert kmcast.client_message_size(b"\x10" + struct.pack("<I", 65536), 10) == 65541
+    assert kmcast.SessionDialect.client_message_size(b"\x02" + struct.pack("<I", 10), 10) == 45
+    assert kmcast.SessionDialect.client_message_size(b"\x10" + struct.pack("<I", 65536), 10) == 65541
 
 
 def test_checksums_of_the_base_protocol():

@@ -1,0 +1,105 @@
+"""One end of a TCP connection: what arrives is taken apart, what cannot be sent waits."""
+
+import json
+import socket
+
+import pytest
+
+import kmcast
+
+
+@pytest.fixture
+def connection():
+    """A Connection, and the socket at its other end."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    yield kmcast.Connection(ours, "192.0.2.7"), theirs
+    ours.close()
+    theirs.close()
+
+
+def frame(kind, fields):
+    text = json.dumps(fields).encode("ascii")
+    return kind + kmcast.U32.pack(len(text)) + text
+
+
+HELLO = frame(kmcast.HELLO, {"version": "1.0.0", "host": "node7"})
+REQUEST = kmcast.REQUEST + kmcast.U32.pack(2) + kmcast.U32.pack(5) + kmcast.U32.pack(9)
+MESSAGES = [kmcast.READY, REQUEST, kmcast.ALIVE, HELLO, kmcast.DONE]
+
+
+def size_of(head):
+    return kmcast.SessionDialect.client_message_size(head, 10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_messages_are_told_apart_however_they_arrive(connection, size):
+    peer, other = connection
+    said, received = b"".join(MESSAGES), []
+    for start in range(0, len(said), size):
+        other.sendall(said[start:start + size])
+        received += list(peer.messages(size_of))
+    assert received == MESSAGES
+
+
+def test_what_follows_the_first_message_stays_for_whoever_comes_next(connection):
+    peer, other = connection
+    other.sendall(b"".join(MESSAGES))
+    assert [peer.first(size_of) for _ in MESSAGES] == MESSAGES
+    assert peer.first(size_of) is None
+
+
+def test_bytes_that_are_no_message_are_read_to_their_place(connection):
+    peer, other = connection
+    other.sendall(kmcast.DONE + b"0123456789")
+    raw = []
+    assert list(peer.messages(lambda head: 0 if raw else raw.append(1) or 1)) == [kmcast.DONE]
+    data = bytearray(12)
+    assert peer.read_into(memoryview(data)[:4]) == 4 and peer.read_into(memoryview(data)[4:]) == 6
+    assert peer.read_into(memoryview(data)) == 0
+    other.sendall(b"ab")
+    assert peer.read_into(memoryview(data)[10:]) == 2 and bytes(data) == b"0123456789ab"
+
+
+def test_a_request_for_more_than_the_round_is_refused_before_it_is_read(connection):
+    peer, other = connection
+    other.sendall(kmcast.REQUEST + kmcast.U32.pack(11))
+    with pytest.raises(kmcast.ProtocolError):
+        list(peer.messages(size_of))
+
+
+def test_a_connection_that_ends_is_noticed(connection):
+    peer, other = connection
+    assert list(peer.messages(size_of)) == []
+    other.close()
+    with pytest.raises(kmcast.Gone):
+        list(peer.messages(size_of))
+
+
+def test_what_a_socket_does_not_take_stays_queued_in_order(connection):
+    peer, other = connection
+    pieces = [bytes(bytearray([number])) * 100000 for number in range(20)]
+    for piece in pieces:
+        peer.outgoing.put_tail(piece)
+    received = b""
+    while len(received) < 2000000:
+        peer.flush()
+        received += other.recv(50000)
+    assert received == b"".join(pieces) and not peer.outgoing.count
+
+
+def test_life_is_shown_when_the_other_has_heard_nothing_for_a_while(connection):
+    peer, other = connection
+    other.setblocking(False)
+    peer.show_life(kmcast.ALIVE)
+    with pytest.raises(socket.error):
+        other.recv(1)
+    peer.alive_every = 0.0
+    peer.show_life(kmcast.ALIVE)
+    assert other.recv(10) == kmcast.ALIVE
+
+
+def test_a_last_word_gets_through_before_the_end(connection):
+    peer, other = connection
+    peer.leave(b"word")
+    assert other.recv(10) == b"word" and other.recv(10) == b""
