@@ -2511,20 +2511,27 @@ class Connection(object):
         more to tell, 0 if what follows is for read_into().  Raises Gone, and what
         size_of raises.
         """
-        self.receive()
-        if self.incoming.size < self._need:
-            return
-        data, start, self._need = self.incoming.flat(), 0, 1
+        gone = paused = None
         try:
-            while start < len(data):
-                size = size_of(data[start:start + 5])
-                if not size or start + size > len(data):
-                    self._need = 5 if size is None else size or 1
-                    return
-                start += size
-                yield data[start - size:start]
-        finally:                        # be it that nobody wants more
-            self.incoming.put_head(data[start:])
+            self.receive()
+        except Gone as error:           # but what it said before it went is to be heard
+            gone = error
+        if gone or self.incoming.size >= self._need:
+            data, start, self._need = self.incoming.flat(), 0, 1
+            try:
+                while start < len(data):
+                    size = size_of(data[start:start + 5])
+                    paused = size == 0
+                    if not size or start + size > len(data):
+                        self._need = 5 if size is None else size or 1
+                        break
+                    start += size
+                    gone = None
+                    yield data[start - size:start]
+            finally:                    # be it that nobody wants more
+                self.incoming.put_head(data[start:])
+        if gone and not paused:
+            raise gone
 
     def first(self, size_of):
         """The first message that is complete, as messages() has it; None if there is none yet."""

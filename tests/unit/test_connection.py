@@ -76,6 +76,18 @@ def test_a_connection_that_ends_is_noticed(connection):
         list(peer.messages(size_of))
 
 
+def test_what_was_said_before_the_end_is_heard_even_if_it_had_to_wait(connection):
+    peer, other = connection
+    other.sendall(kmcast.READY + kmcast.DONE)
+    other.close()
+    waits = []
+    assert list(peer.messages(lambda head: 0 if waits else waits.append(1) or 1)) == [kmcast.READY]
+    assert list(peer.messages(lambda head: 0)) == []
+    assert list(peer.messages(size_of)) == [kmcast.DONE]
+    with pytest.raises(kmcast.Gone):
+        list(peer.messages(size_of))
+
+
 def test_what_a_socket_does_not_take_stays_queued_in_order(connection):
     peer, other = connection
     pieces = [bytes(bytearray([number])) * 100000 for number in range(20)]
