@@ -3449,7 +3449,7 @@ WORDS = {
     'member_left': (WARNING, '%(member)s: %(reason)s'),
     'member_lost': (WARNING, '%(member)s: %(reason)s'),
     'member_served': (INFO, '%(member)s has everything'),
-    'member_deaf': (WARNING, '%(member)s hears no multicast since %(seconds).0f s, it gets everything by '
+    'member_deaf': (WARNING, '%(member)s hears no multicast for %(seconds).0f s, it gets everything by '
                     'TCP; %(causes)s'),
     'member_hears': (WARNING, '%(member)s hears multicast again, after %(seconds).0f s'),
     'waiting_for': (INFO, 'waiting for %(names)s'),
@@ -3692,7 +3692,7 @@ def server_status(server, now):
     roster, course = server.roster, server.course
     here, waits = roster.here, ''
     if not roster.begun:
-        waits = '%s more' % counted(max(0, roster.places - len(here)), 'client')
+        waits = counted(max(0, roster.places - len(here)), 'more client')
         if roster.start_by is not None:
             left = max(0, roster.start_by - now)
             waits += ', at most for %s' % duration(left) if left else ', at least %d of them' % (
@@ -3725,8 +3725,6 @@ def client_status(client, now):
                       lost=0, repaired=0, carrier='')
     if not window.begun:
         waits = 'the start'
-        if isinstance(here, int) and isinstance(places, int):
-            waits += ': %d of %s here' % (here, counted(places, 'host'))
     elif window.state == window.ROOM:
         waits = 'the output'
     elif says.get('waiting'):
@@ -3737,7 +3735,8 @@ def client_status(client, now):
     return Status(
         seconds=now - (client.started or now),
         begun=window.begun, bytes=client.writer.bytes if client.writer else 0,
-        size=client.image.get('size'), here=here, places=places, waits=waits,
+        size=client.image.get('size'), waits=waits,
+        here=None if window.begun else here, places=None if window.begun else places,
         lost=(window.by_tcp + window.coded) / packets, repaired=(window.by_tcp + window.coded) / packets,
         carrier='TCP' if client.deaf or client.unicast else 'multicast')
 
@@ -3882,12 +3881,11 @@ def named(row):
 
 def host_table(rows, most):
     """Lines of a table of hosts, `most` at the most."""
-    head = ('host', 'address', 'result', 'lost', 'by multicast', 'by TCP', 'held up', 'seconds')
+    head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'held up', 'seconds')
     lines = [head]
     for row in rows[:most]:
         waited = sorted(row['waited_for'].items(), key=lambda item: -item[1])
-        held = '%.1f s by %s' % (waited[0][1], CAUSES.get(waited[0][0], waited[0][0])) \
-            if waited and waited[0][1] >= 0.1 else '-'
+        held = '%.1f s, %s' % waited[0][::-1] if waited and waited[0][1] >= 0.1 else '-'
         lines.append((row['host'] or '?', row['address'] or '?', row['result'],
                       '-' if row['lost'] is None else str(row['lost']), str(row['repaired']['multicast']),
                       str(row['repaired']['tcp']), held,
@@ -3986,7 +3984,7 @@ class JsonReport(object):
     def happened(self, what, facts):
         """An event."""
         if what == 'ended':
-            self._write(facts['code'], facts['reason'])
+            self._write(facts['code'], facts['reason'] or getattr(self._job, 'failure', None))
 
     def look(self, now):
         """Time passes: keep the course of the transfer, in at most so many steps."""

@@ -121,4 +121,4 @@ def test_the_table_has_a_row_a_host_and_says_how_many_it_left_out():
     assert len(lines) == 22 and "and 5 more" in lines[-1]
     assert len(list(kmcast.host_table([row("node%d" % number) for number in range(25)], 100))) == 26
     (_, line) = kmcast.host_table([row("node1", waited_for={"output": 3.0, "network": 1.0})], 20)
-    assert "3.0 s by its disk or command" in line
+    assert "3.0 s, output" in line
