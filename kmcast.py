@@ -2388,6 +2388,8 @@ class StopInOrder(object):
         Not even at the interpreter's end, which sets handlers, but not SIG_IGN, to the default.
         """
         for number in tuple(self.SIGNALS) + (signal.SIGUSR1, signal.SIGUSR2):
+            # First so that Python does not notice: one that comes in between it would complain of.
+            LIBC.signal(number, ctypes.c_void_p(1))         # SIG_IGN
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -4015,7 +4017,7 @@ class JsonReport(object):
         result.update(seconds=seconds, steps=self._steps,
                       goodput=round(8 * result['bytes'] / seconds) if seconds else 0)
         if self._command == 'client' and code == NOT_STARTED:
-            result['result'] = 'refused' if started is None and job and job.receiver else 'not started'
+            result['result'] = 'refused' if job and job.refused else 'not started'
         folder, name = os.path.split(os.path.abspath(self._path))
         temporary = os.path.join(folder, '.%s.%d.tmp' % (name[:100], os.getpid()))
         try:
@@ -4831,6 +4833,7 @@ class Client(object):
         self.overflows = None           # datagrams lost in this host
         self.unicast = False            # the server said not to expect multicast
         self.deaf = False               # all comes by TCP, and the user was told
+        self.refused = False            # the server said BYE
         self.says = {}                  # what the server said of its state
         self._group = None
         self._stall_timeout = 0
@@ -4867,7 +4870,7 @@ class Client(object):
             self._say_bye(error)
             if not (self.window and self.window.begun) and error.code == FAILED:
                 error.code = NOT_STARTED
-            self.failure = error.reason
+            self.failure, self.refused = error.reason, isinstance(error, Refused)
             tell('client_ended', client=self, code=error.code)
             raise
         self.signals.over()
