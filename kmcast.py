@@ -2121,7 +2121,7 @@ class Sink(object):
         except OS_ERRORS as error:
             if not self._target or self._temporary:
                 raise Failure('cannot finish the image: %s' % explain(error))
-            tell('unfinished', what='closing it', reason=explain(error))
+            tell('unfinished', step='closing it', reason=explain(error))
         if self._target:
             self._sync_folder()
 
@@ -2134,7 +2134,7 @@ class Sink(object):
             finally:
                 os.close(folder)
         except OS_ERRORS as error:
-            tell('unfinished', what='synchronising its folder', reason=explain(error))
+            tell('unfinished', step='synchronising its folder', reason=explain(error))
 
     @staticmethod
     def _sync(fd):
@@ -3437,7 +3437,7 @@ WORDS = {
     'command_stopped': (WARNING, 'the command is stopped, by signal %(signal)d: %(command)s'),
     'command_awaited': (INFO, 'all the data is through; waiting for the command to end: %(command)s'),
     'removed': (DEBUG, 'removed %(path)s, which a run that was killed had left'),
-    'unfinished': (WARNING, 'the image is in place, but %(what)s failed: %(reason)s'),
+    'unfinished': (WARNING, 'the image is in place, but %(step)s failed: %(reason)s'),
     # the server
     'server_started': (INFO, 'multicasting from %(interface)s to %(group)s port %(port)d, waiting for '
                        '%(places)s'),

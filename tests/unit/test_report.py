@@ -22,6 +22,7 @@ def told():
         for node in ast.walk(ast.parse(source.read().encode("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "tell":
                 names = [node.args[0].body, node.args[0].orelse] if isinstance(node.args[0], ast.IfExp) else [node.args[0]]
+                assert not {"what", "self"} & set(keyword.arg for keyword in node.keywords), "tell() has these itself"
                 for name in names:
                     yield ast.literal_eval(name), set(keyword.arg for keyword in node.keywords)
 
