@@ -401,13 +401,15 @@ def start(argv, **options):
     return Process(argv, **options)
 
 
-def start_kmcast(args, python=None, prefix=(), program=None, change=None, **options):
+def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=None, kind=Process, **options):
     """Start kmcast with `args`.
 
     python   path of the interpreter; None: the one that runs this
     prefix   what goes before it, e.g. ["ip", "netns", "exec", "host1"] or ["strace", "-f"]
     program  path of another program, such as KMCAST or a kmcast.pyz; None: kmcast.py, see compiled()
     change   Python statements that change the module `kmcast` first
+    host     the Host of a laboratory to start it on; None: here
+    kind     the class of what is returned
 
     Without prefix and program a nursery forks it, which takes a third of the time (and so it does with BASE_PEER).
     The newest Python 3 tells what nobody closed, and finish() then fails the test.
@@ -422,8 +424,9 @@ def start_kmcast(args, python=None, prefix=(), program=None, change=None, **opti
         command += ["-X", "dev", "-W", "error"]
     warm = None
     if not prefix and program in (None, BASE_PEER) and sys.version_info[0] > 2:
-        warm = command, arguments, ()
-    return Process(list(prefix) + command + arguments, warm=warm, **options)
+        warm = command, arguments, host.namespaces if host else ()
+    argv = list(prefix) + command + arguments
+    return kind(host.command(argv) if host else argv, warm=warm, **options)
 
 
 _CHANGED = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())"
