@@ -36,6 +36,8 @@ import tempfile
 import threading
 import time
 
+import nursery
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KMCAST = os.path.join(ROOT, "kmcast.py")
 BASE_PEER = os.path.join(ROOT, "tests", "base_peer.py")
@@ -173,6 +175,8 @@ def sha256(data):
 
 _processes = []
 _networks = []
+_nurseries = {}
+_nurseries_lock = threading.Lock()
 
 # Python 2 knows only preexec_fn, with which Python 3 has to copy its own page tables for each process that it starts.
 _NEW_SESSION = dict(preexec_fn=os.setsid) if sys.version_info[0] == 2 else dict(start_new_session=True)
@@ -191,6 +195,7 @@ class Process(object):
             for it
     env     changes to the environment, a dict; a value of None removes a variable
     cwd     the directory to run in, a path
+    warm    None, or how a nursery can do the same as argv: (command of the interpreter, what follows it, namespaces)
 
     stderr always goes to a nameless file, so a process that says much is never held up by a full pipe.
 
@@ -198,8 +203,8 @@ class Process(object):
     poll(), which wait() and finish() call all the time.
     """
 
-    def __init__(self, argv, stdin=None, stdout=KEEP, env=None, cwd=None):
-        self.argv = [arg if hasattr(arg, "encode") else str(arg) for arg in argv]
+    def __init__(self, argv, stdin=None, stdout=KEEP, env=None, cwd=None, warm=None):
+        self.argv = _texts(argv)
         self.peak_kib = 0
         self._threads = []
         self._chunks = []
@@ -213,10 +218,16 @@ class Process(object):
             not hasattr(stdin, "fileno") and (hasattr(stdin, "__next__") or hasattr(stdin, "next")))
         read = stdout in (KEEP, HASH) or (callable(stdout) and not hasattr(stdout, "fileno"))
         null = open(os.devnull, "rb") if stdin is None else None
+        files = dict(stdin=PIPE if feed else null or stdin, stdout=PIPE if read else stdout, stderr=self._stderr)
         try:
-            self.popen = subprocess.Popen(
-                self.argv, stdin=PIPE if feed else null or stdin, stdout=PIPE if read else stdout, stderr=self._stderr,
-                env=_environment(env), cwd=cwd, bufsize=0, close_fds=True, **_NEW_SESSION)
+            # What an interpreter does with a terminal it decides when it starts.
+            if warm and not any(_is_terminal(file) for file in files.values()):
+                command, arguments, namespaces = warm
+                self.popen = nursery.Popen(_nursery(command, _environment(env)), _texts(arguments), cwd=cwd,
+                                           namespaces=namespaces, **files)
+            else:
+                self.popen = subprocess.Popen(self.argv, env=_environment(env), cwd=cwd, bufsize=0, close_fds=True,
+                                              **dict(files, **_NEW_SESSION))
         finally:
             if null:
                 null.close()
@@ -331,10 +342,31 @@ class Process(object):
         self.popen.wait()
 
 
+def _texts(arguments):
+    return [argument if hasattr(argument, "encode") else str(argument) for argument in arguments]
+
+
+def _is_terminal(file):
+    return file not in (PIPE, None) and os.isatty(file if isinstance(file, int) else file.fileno())
+
+
+def _nursery(command, env):
+    """Return the nursery for an interpreter and what its children inherit."""
+    with open("/proc/thread-self/status") as status:
+        inherited = re.findall("^(?:Umask|SigBlk|SigIgn):.*", status.read(), re.MULTILINE)
+    limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
+    key = repr((command, sorted(env.items()), inherited, limits))
+    with _nurseries_lock:
+        if key not in _nurseries:
+            _nurseries[key] = nursery.Nursery(command, compiled(command[0]), env)
+        return _nurseries[key]
+
+
 def _environment(changes=None):
     """Return the environment for a process: ours without what would change how an interpreter works."""
     env = dict(os.environ)
-    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONOPTIMIZE"):
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONOPTIMIZE",
+                 "PYTEST_CURRENT_TEST"):
         env.pop(name, None)
     env["PYTHONFAULTHANDLER"] = "1"
     for name, value in (changes or {}).items():
@@ -352,7 +384,13 @@ def stop_all():
         _networks.pop().close()
 
 
-atexit.register(stop_all)
+def _end():
+    stop_all()
+    while _nurseries:
+        _nurseries.popitem()[1].close()
+
+
+atexit.register(_end)
 
 # Of a shell's background job SIGINT is ignored, and what is ignored stays so in what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -363,22 +401,35 @@ def start(argv, **options):
     return Process(argv, **options)
 
 
-def start_kmcast(args, python=None, prefix=(), program=None, **options):
+def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=None, kind=Process, **options):
     """Start kmcast with `args`.
 
     python   path of the interpreter; None: the one that runs this
     prefix   what goes before it, e.g. ["ip", "netns", "exec", "host1"] or ["strace", "-f"]
     program  path of another program, such as KMCAST or a kmcast.pyz; None: kmcast.py, see compiled()
+    change   Python statements that change the module `kmcast` first
+    host     the Host of a laboratory to start it on; None: here
+    kind     the class of what is returned
 
+    Without prefix and program a nursery forks it, which takes a third of the time (and so it does with BASE_PEER).
     The newest Python 3 tells what nobody closed, and finish() then fails the test.
 
     The other options are those of Process. Returns the Process.
     """
     python = python or sys.executable
-    strict = []
-    if program != BASE_PEER and version_of(python) == version_of(newest()) >= (3, 7):
-        strict = ["-X", "dev", "-W", "error"]
-    return Process(list(prefix) + [python] + strict + [program or compiled(python)] + list(args), **options)
+    command, arguments = [python], [program or compiled(python)] + list(args)
+    if change is not None:
+        arguments[:1] = ["-c", _CHANGED % (os.path.dirname(compiled(python)), change)]
+    elif program != BASE_PEER and version_of(python) == version_of(newest()) >= (3, 7):
+        command += ["-X", "dev", "-W", "error"]
+    warm = None
+    if not prefix and program in (None, BASE_PEER) and sys.version_info[0] > 2:
+        warm = command, arguments, host.namespaces if host else ()
+    argv = list(prefix) + command + arguments
+    return kind(host.command(argv) if host else argv, warm=warm, **options)
+
+
+_CHANGED = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())"
 
 
 def start_server(args, python=None, **options):

@@ -96,6 +96,7 @@ class Host:
     name       short host name, also what gethostname() says inside
     address    IPv4 address as text
     interface  the name of its only interface beside lo
+    namespaces paths of its network and UTS namespace
     """
 
     interface = 'eth0'
@@ -106,7 +107,7 @@ class Host:
         self.namespace = '%s-%s' % (laboratory.name, name)
         self.port = 'port%d' % number
         self._laboratory = laboratory
-        self._uts = os.path.join(laboratory.directory, name)
+        self.namespaces = [os.path.join(NETNS_DIRECTORY, self.namespace), os.path.join(laboratory.directory, name)]
 
     def __repr__(self):
         return '<Host %s %s>' % (self.name, self.address)
@@ -118,7 +119,7 @@ class Host:
 
         nsenter replaces itself by the program, so its process id and the signals sent to it are the program's own.
         """
-        return ['nsenter', '--net=%s/%s' % (NETNS_DIRECTORY, self.namespace), '--uts=' + self._uts, '--'] + list(argv)
+        return ['nsenter', '--net=' + self.namespaces[0], '--uts=' + self.namespaces[1], '--'] + list(argv)
 
     def popen(self, argv, **popen_arguments):
         """Start argv on this host and return its subprocess.Popen."""

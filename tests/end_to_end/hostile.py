@@ -26,10 +26,7 @@ DELAY = 5.0
 
 def wrapped(code, args, python=None, **options):
     """Start kmcast with `args` after Python statements that change the module `kmcast`."""
-    python = python or sys.executable
-    code = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())" % (
-        os.path.dirname(helpers.compiled(python)), code)
-    return helpers.start([python, "-c", code] + list(args), **options)
+    return helpers.start_kmcast(args, python, change=code, **options)
 
 
 def orderly(stderr):

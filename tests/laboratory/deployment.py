@@ -11,6 +11,7 @@
 checked at its end: **a client that exited 0 has exactly the server's bytes.**
 """
 
+import functools
 import os
 import re
 import threading
@@ -61,8 +62,8 @@ class Client(helpers.Process):
     consumer and output: at most one of them is not None; with neither its output is not looked at.
     """
 
-    def __init__(self, argv, host, consumer, output, stdout, **options):
-        super().__init__(argv, stdout=consumer or stdout, **options)
+    def __init__(self, host, consumer, output, argv, **options):
+        super().__init__(argv, **options)
         self.host = host
         self.consumer = consumer
         self.output = output
@@ -106,31 +107,25 @@ class Deployment(object):
         self.others = []                        # processes beside the server and the clients, for the report
         self.began = time.monotonic()
         self.seconds = None
-        prefix = on_server.command([])
         start = server_options.pop("start", helpers.start_server)
-        self.server = start(list(server_args) + [on_server.address, places, port], prefix=prefix,
+        self.server = start(list(server_args) + [on_server.address, places, port], host=on_server,
                             stdin=data if stdin is None else stdin, **server_options)
 
-    def add_client(self, host, args=(), consumer="keep", output=None, stdout=None, python=None, server=None,
-                   program=None, prefix=(), **options):
-        """Start a client on a host.
+    def add_client(self, host, args=(), consumer="keep", output=None, stdout=None, python=None, server=None, **options):
+        """Start a client on a host; further options are those of helpers.start_client().
 
         consumer  a Consumer; "keep": a new one; None: `stdout` says where its output goes, or `output`
         output    a path for its -o
         server    the Host that the image comes from, if not lab.server
-        program   which client: None for kmcast, or the path of another, such as base_peer.py
-        prefix    a command that runs it, e.g. ["strace", "-f"]
         """
         if output or stdout is not None:
             consumer = None
         elif consumer == "keep":
             consumer = Consumer()
-        python = python or helpers.newest()
-        argv = host.command(list(prefix) + [python, program or helpers.compiled(python), "client"]) + list(args)
-        if output:
-            argv += ["-o", output]
-        argv += [host.address, (server or self.lab.server).address, self.port]
-        client = Client(argv, host, consumer, output, stdout, **options)
+        args = list(args) + (["-o", output] if output else [])
+        client = helpers.start_client(
+            args + [host.address, (server or self.lab.server).address, self.port], python or helpers.newest(), host=host,
+            stdout=consumer or stdout, kind=functools.partial(Client, host, consumer, output), **options)
         self.clients.append(client)
         return client
 
@@ -257,11 +252,3 @@ def firewall(host, hook, rule):
     """Add a rule to a host's packet filter."""
     host.run(["nft", "-f", "-"], universal_newlines=True, input="table ip firewall {\n chain c {\n "
              "type filter hook %s priority 0;\n %s\n }\n}" % (hook, rule))
-
-
-def changed_kmcast(directory, change):
-    """Return the path of a program that is kmcast after `change`, some lines of Python."""
-    program = directory / "changed_kmcast.py"
-    program.write_text("import sys\nsys.path.insert(0, %r)\nimport kmcast\n%s\nsys.exit(kmcast.main())\n"
-                       % (helpers.ROOT, change))
-    return str(program)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import helpers
-from deployment import IMAGE, PACKETS, RATE, SLACK, changed_kmcast, firewall
+from deployment import IMAGE, PACKETS, RATE, SLACK, firewall
 
 RELAY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.py")
 
@@ -103,13 +103,12 @@ def test_two_servers_on_one_group_and_port(laboratory, deploy):
 
 
 @pytest.mark.parametrize("first", [2**32 - 64, 2**32 - 1000, 2**32 - 1, 2**31 - 100])
-def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
+def test_sequence_numbers_that_wrap(laboratory, deploy, first):
     """More than 2^32 packets: here the wrap comes in the first round, in its middle or at its end."""
     lab = laboratory()
     for host in lab.clients:
         host.lose(3)
-    program = changed_kmcast(tmp_path, "kmcast.Course.FIRST_SEQ = %d" % first)
-    run = deploy(lab, IMAGE[:3000000], server={"program": program})
+    run = deploy(lab, IMAGE[:3000000], server={"change": "kmcast.Course.FIRST_SEQ = %d" % first})
     run.finish()
     run.check_complete()
     for client in run.clients:
@@ -117,11 +116,11 @@ def test_sequence_numbers_that_wrap(laboratory, deploy, tmp_path, first):
     assert run.repair()[0] > 0, str(run)
 
 
-def test_packet_seqs_start_where_the_hook_says(laboratory, deploy, tmp_path):
+def test_packet_seqs_start_where_the_hook_says(laboratory, deploy):
     """What the test above rests on."""
     lab = laboratory(clients=2)
-    program = changed_kmcast(tmp_path, "kmcast.Course.FIRST_SEQ = 2**32 - 6")
-    run = deploy(lab, IMAGE[:20 * 1460], ["--rate", "5M"], clients=0, places=1, server={"program": program})
+    run = deploy(lab, IMAGE[:20 * 1460], ["--rate", "5M"], clients=0, places=1,
+                 server={"change": "kmcast.Course.FIRST_SEQ = 2**32 - 6"})
     spy = helpers.start(lab.clients[1].command([sys.executable, "-c", SPY, lab.clients[1].address, helpers.GROUP]))
     spy.wait_stderr("ready")
     run.add_client(lab.clients[0])

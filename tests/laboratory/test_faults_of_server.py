@@ -6,7 +6,7 @@ import pytest
 
 import helpers
 from deployment import (
-    IMAGE, IMPATIENT, PACKETS, PATIENT, RATE, SLACK, SLOW, changed_kmcast, firewall, no_file, others)
+    IMAGE, IMPATIENT, PACKETS, PATIENT, RATE, SLACK, SLOW, firewall, no_file, others)
 
 
 def test_server_killed(laboratory, deploy, tmp_path):
@@ -62,17 +62,15 @@ def test_server_told_to_stop(laboratory, deploy, tmp_path):
 @pytest.mark.parametrize("step", ["announce", "sent", "repair"])
 def test_a_thread_of_the_server_dies(laboratory, deploy, tmp_path, thread, step):
     """Of an exception that nobody expects, in the third round: all are told, and nothing hangs."""
-    program = changed_kmcast(tmp_path, DIES.format(step=step, mine="not " * (thread == "second") + "self.child"))
+    change = DIES.format(step=step, mine="not " * (thread == "second") + "self.child")
     lab = laboratory(clients=3)
     lab.clients[0].block_multicast()        # so that there is something to repair in each round
-    outputs = tmp_path / "outputs"
-    outputs.mkdir()
-    run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2"], outputs=outputs, server={"program": program})
+    run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2"], outputs=tmp_path, server={"change": change})
     run.finish(20)
     assert run.server.poll() == 1 and "internal error: ZeroDivisionError" in run.server.stderr, str(run)
     for client in run.clients:
         assert client.code == 1 and "the server says: internal error: ZeroDivisionError" in client.stderr, str(run)
-    no_file(outputs)
+    no_file(tmp_path)
 
 
 DIES = """
@@ -91,12 +89,11 @@ kmcast.TcpServer._begin = wrong
 
 
 @pytest.mark.parametrize("where", ["Writer._write", "Client._listen"])
-def test_a_client_meets_an_error_of_its_own(laboratory, deploy, tmp_path, where):
+def test_a_client_meets_an_error_of_its_own(laboratory, deploy, where):
     """An exception that nobody expects, in one of its threads: it fails, the server lists it, the others go on."""
-    program = changed_kmcast(tmp_path, "def wrong(*args):\n    1 // 0\nkmcast.%s = wrong" % where)
     lab = laboratory(clients=3)
     run = deploy(lab, IMAGE, RATE, clients=2, places=3)
-    victim = run.add_client(lab.clients[2], program=program)
+    victim = run.add_client(lab.clients[2], change="def wrong(*args):\n    1 // 0\nkmcast.%s = wrong" % where)
     run.finish(20)
     run.check_complete(*others(run, victim))
     assert victim.code == 1 and "internal error" in victim.stderr, str(run)
