@@ -5,15 +5,17 @@
     python3 tests/chaos.py --seed 17 --runs 1 -v            # one again, with its plan and all that was said
     KMCAST_PYTHONS=/usr/bin/python2.7:/usr/bin/python3 python3 tests/chaos.py       # with these interpreters, mixed
 
-A run is a server and some clients, real processes over loopback. Its seed alone decides its Plan: the image and where it
-comes from, the options, where the clients' output goes, and the faults: signals, kills, stops, pulled cables, losses, full
-disks, commands that fail, consumers that stop, strangers, clients that come too late, go too early, or are too many. Timing is
-the machine's, so a seed does not always find again what it found once.
+A run is a server and some clients, real processes over loopback. Its seed alone decides its Plan: the image and where
+it comes from, the options, where the clients' output goes, and the faults: signals, kills, stops, pulled cables, losses
+of datagrams, full disks, commands that fail, consumers that stop, strangers, clients that come too late, go too early,
+or are too many. Timing is the machine's, so a seed does not always find again what it found once.
 
 What is checked is what the manual promises whatever happens; see Judge. A finding shows its seed, the plan, what was
-violated, what was done when, and the stderr of all processes. Exit code: 0 nothing was found, 1 something was, 2 wrong usage.
+violated, what was done when, and the stderr of all processes. Exit code: 0 nothing was found, 1 something was, 2 wrong
+usage.
 
-It runs as an ordinary user. Root has small disks that fill up (in a mount namespace of the run); others a limit of file size.
+It runs as an ordinary user. Root has small disks that fill up (in a mount namespace of the run); others have a limit of
+file size.
 """
 
 import argparse
@@ -43,9 +45,9 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36        # prctl(2)
 CLONE_NEWNS = 0x20000                                   # unshare(2)
 DISK = 16384                # bytes, the least size of a small disk; its filesystem counts in pages
 
-STALL = {False: 30, True: 15}                           # seconds, what kmcast takes without --stall-timeout; True: --compat
+STALL = {False: 30, True: 15}                           # seconds, without --stall-timeout; True: with --compat
 WAIT = 5                    # seconds, --wait of every client
-QUIET = 2                   # seconds in which nothing happens, until the operator gives up a server that has not started
+QUIET = 2                   # seconds in which nothing happens, until a server that has not started is given up
 SLACK = 60                  # seconds that a run may take beyond all that it has to wait for
 MOMENT = 2                  # seconds for the command of a process that has ended to end as well
 TURN, LONG_TURN = 0.003, 0.2        # seconds between looks, and between those that cost more
@@ -147,8 +149,8 @@ SAYINGS = {
 
 def pick(generator, weights):
     """One of the keys of a dict, by weight (a number, or a tuple that begins with it)."""
-    keys = list(weights)
-    return generator.choices(keys, [weights[key][0] if isinstance(weights[key], tuple) else weights[key] for key in keys])[0]
+    shares = [value[0] if isinstance(value, tuple) else value for value in weights.values()]
+    return generator.choices(list(weights), shares)[0]
 
 
 class Plan(object):
@@ -178,8 +180,8 @@ class Plan(object):
         self.clients = [self._client("client %d" % number) for number in range(1, self.places + 1)]
         self.faults = []
         for _ in range(pick(dice, {0: 10, 1: 30, 2: 30, 3: 18, 4: 12})):
-            getattr(self, "_" + pick(dice, {"signal": 34, "kill": 14, "stop": 14, "unplug": 10, "stranger": 12, "passer": 8,
-                                            "extra": 5, "late": 5}))()
+            pick(dice, {self._signal: 34, self._kill: 14, self._stop: 14, self._unplug: 10, self._stranger: 12,
+                        self._passer: 8, self._extra: 5, self._late: 5})()
         self._shorten_stalls()
         del self._dice
 
@@ -206,10 +208,12 @@ class Plan(object):
         elif "part" in output or "middle" in output or "small" in output:
             amount = dice.randint(0, self.size)
         return ClientPlan(
-            name=name, moment=moment or Moment("zero", round(dice.uniform(0, 0.8), 2)), python=dice.choice(("oldest", "newest")),
-            output=output, amount=amount, old=dice.random() < 0.3, stall=dice.choice((1, 2, 3)) if dice.random() < 0.3 else None,
+            name=name, output=output, amount=amount, cable=False,
+            moment=moment or Moment("zero", round(dice.uniform(0, 0.8), 2)),
+            python=dice.choice(("oldest", "newest")), old=dice.random() < 0.3,
+            stall=dice.choice((1, 2, 3)) if dice.random() < 0.3 else None,
             datagrams=dice.choice(("plain", "mmsg", "gso")) if dice.random() < 0.2 else None,
-            loss=round(dice.choice((0.1, 1, 5, 30)) * dice.uniform(0.5, 1), 2) if dice.random() < 0.2 else 0, cable=False)
+            loss=round(dice.choice((0.1, 1, 5, 30)) * dice.uniform(0.5, 1), 2) if dice.random() < 0.2 else 0)
 
     # --- faults
 
@@ -303,7 +307,8 @@ class Plan(object):
     @property
     def longest(self):
         """Seconds after which whoever still runs hangs."""
-        waits = [SLACK, self.seconds, WAIT, 2 * MOMENT, self.start_wait or 0, 10 * QUIET, self.stall or STALL[self.compat]]
+        waits = [SLACK, self.seconds, WAIT, 2 * MOMENT, 10 * QUIET, self.start_wait or 0]
+        waits += [self.stall or STALL[self.compat]]
         waits += [max(client.stall or STALL[self.compat] for client in self.clients)]
         waits += [client.amount for client in self.clients if "slow" in client.output]
         waits += [fault.parameter or 0 for fault in self.faults if fault.what == "unplug"]
@@ -323,11 +328,10 @@ class Plan(object):
 
     def __str__(self):
         lines = ["%d bytes from %s (%s)" % (self.size, self.source, self.amount),
-                 "server: after %s s, %s, %s" % (self.server_delay, self.server_python, " ".join(map(str, self.arguments)))]
+                 "server: %.3f s after zero: %s, %s" % (self.server_delay, self.server_python,
+                                                        " ".join(map(str, self.arguments)))]
         lines += ["%s: %s: %s" % (client.name, client.moment, client) for client in self.clients]
-        lines += ["%s: %s: %s %s" % (fault.who, fault.moment, fault.what, [
-            (gap, signal.Signals(number).name) for gap, number in fault.parameter] if fault.signals else fault.parameter)
-                  for fault in self.faults]
+        lines += ["%s: %s: %s %s" % (fault.who, fault.moment, fault.what, fault.parameter) for fault in self.faults]
         return "\n".join(lines)
 
 
@@ -347,8 +351,8 @@ class Reader(threading.Thread):
         super().__init__(daemon=True)
         self.data = bytearray()
         self._pause = client.amount / max(1, size) if client.output == "stdout, read slowly" else 0     # seconds a byte
-        self._most = client.amount if client.output in ("stdout, read in part", "stdout, closed in the middle") else None
         self._closes = client.output == "stdout, closed in the middle"
+        self._most = client.amount if self._closes or client.output == "stdout, read in part" else None
         self.go_on = threading.Event()
         self._end, end = os.pipe()
         self.stdout = os.fdopen(end, "wb")      # for the client, then to be closed
@@ -444,7 +448,11 @@ class Actor(object):
 
     @property
     def stderr(self):
-        return self.process.stderr if self.process else ""
+        """What it has said until now. Not read through `.process`: that would move the offset at which it writes."""
+        if not self.process:
+            return ""
+        fd = self.process._stderr.fileno()
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
 
     @property
     def touched(self):
@@ -567,7 +575,6 @@ class Run(object):
                 actor.ended = self._active
                 if actor is not self.server and "begun" in self._marks:
                     self._mark("served")
-
         if time.monotonic() - self._looked > LONG_TURN:
             self._looked = time.monotonic()
             self._look_for_orphans()
@@ -591,7 +598,8 @@ class Run(object):
     def _release_readers(self):
         """A client may wait for its consumer for ever, even when all others have ended: so let those read on then."""
         reading = [client for client in self.clients if client.plan.output == "stdout, read in part"]
-        if not self._pending() and not any(actor.runs and not actor.frozen for actor in self.actors if actor not in reading):
+        others = [actor for actor in self.actors if actor not in reading and actor.runs and not actor.frozen]
+        if not others and not self._pending():
             for client in reading:
                 if client.reader and not client.reader.go_on.is_set():
                     self.note("what %s writes is read again" % client.name)
@@ -606,7 +614,8 @@ class Run(object):
         if len(here) >= (self.plan.min_clients or self.plan.places):
             if quiet < 10 * QUIET:
                 return
-            self.findings.append("the server has not started, though %s are there" % ", ".join(client.name for client in here))
+            self.findings.append("the server has not started, though these are there: %s" % ", ".join(
+                client.name for client in here))
         self.note("the operator gives up")
         self._signal(self.server, signal.SIGTERM)
 
@@ -640,10 +649,10 @@ class Run(object):
             source = ["-i", "image"]
         else:
             pauses = "head -c %d image; sleep %s; tail -c +%d image" % (plan.half, plan.amount, plan.half + 1)
-            source = ["--pipe", {"--pipe": "cat image", "--pipe that fails": "head -c %s image; exit 3" % plan.amount}.get(
-                plan.source, pauses)]
-        self._start(self.server, plan.server_python, ["server", "-v"] + source + plan.arguments + [self.port], stdin=stdin,
-                    cwd=self.folder)
+            fails = "head -c %s image; exit 3" % plan.amount
+            source = ["--pipe", {"--pipe": "cat image", "--pipe that fails": fails}.get(plan.source, pauses)]
+        args = ["server", "-v"] + source + plan.arguments + [self.port]
+        self._start(self.server, plan.server_python, args, stdin=stdin, cwd=self.folder)
         if hasattr(stdin, "fileno"):
             stdin.close()
 
@@ -724,7 +733,8 @@ class Run(object):
     def _signal(self, actor, number):
         if number in HARMLESS and actor.runs and not actor.stderr:
             # Python may not be up yet, and nobody could keep the signal from ending it.
-            self._later(TURN, self._signal, actor, number)
+            if not actor.frozen:
+                self._later(TURN, self._signal, actor, number)
         elif actor.runs:
             self.note("%s gets %s" % (actor.name, signal.Signals(number).name))
             actor.hits.append((time.monotonic(), number))
@@ -763,7 +773,8 @@ class Run(object):
 
     def __str__(self):
         parts = ["plan:\n%s" % self.plan, "what happened:\n%s" % "\n".join(self.diary)]
-        parts += ["%s: %s, exit code %s, stderr:\n%s" % (actor.name, " ".join(actor.process.argv), actor.code, actor.stderr)
+        parts += ["%s: %s\nexit code %s, stderr:\n%s" % (actor.name, " ".join(actor.process.argv), actor.code,
+                                                         actor.stderr)
                   for actor in self.actors if actor.process]
         return "\n".join(parts)
 
@@ -813,10 +824,9 @@ class Judge(object):
         match = re.search(r"(\d+) of (\d+) clients? ha(ve|s) the image", self.server.stderr)
         self.served = int(match.group(1)) if match else None
         for actor in [self.server] + self.clients:
-            # Python itself, while it starts, says of a SIGINT what it likes.
-            unborn = "kmcast" not in actor.stderr and any(number == signal.SIGINT for _, number in actor.hits)
-            if actor.process and not actor.excluded and not unborn:
+            if actor.process and not actor.excluded and not self.unborn(actor):
                 self.exit_code(actor)
+                self.obedience(actor)
                 self.words(actor)
             self.threads(actor)
         for client in self.clients:
@@ -832,12 +842,21 @@ class Judge(object):
 
     # --- of each process
 
+    @staticmethod
+    def unborn(actor):
+        """Whether a SIGINT came before kmcast could look after it: then Python says what it likes."""
+        with open(helpers.KMCAST) as source:
+            first = [number for number, line in enumerate(source, 1) if line.startswith("import ")][0]
+        if signal.SIGINT not in dict(actor.hits).values() or re.search(r"kmcast \w+: ", actor.stderr):
+            return False
+        return all(int(line) < first for line in re.findall(r'kmcast\.py", line (\d+)', actor.stderr))
+
     def words(self, actor):
         said = OPENED.sub("", actor.stderr) if actor.touched else actor.stderr
         for word in NEVER:
             if word in said:
                 self.find('%s says "%s"', actor.name, word)
-        if actor.code in (1, 3) and not re.search(r"kmcast \w+: (error: |.* (never came|does not have the image))", actor.stderr):
+        if actor.code in (1, 3) and not re.search(r"kmcast \w+: error: ", actor.stderr):
             self.find("%s has exited %d and does not say why", actor.name, actor.code)
 
     def threads(self, actor):
@@ -849,7 +868,7 @@ class Judge(object):
             self.find("%s had %d threads", actor.name, actor.threads)
 
     def exit_code(self, actor):
-        """An exit code is one of the table; a signal ends at once who has said nothing yet, or had a second to end in order."""
+        """It is one of the table; a signal ends only who has said nothing yet, or had a second to end in order."""
         code = actor.code
         if code in (0, 1, 3) or [number for _, number in actor.hits if number == signal.SIGKILL == -code]:
             return
@@ -859,6 +878,14 @@ class Judge(object):
             self.find("%s ended with %d", actor.name, code)
         elif actor.stderr.strip() and last[-1] - stops[0] < 0.9:
             self.find("%s was ended by signal %d rather than in order", actor.name, -code)
+
+    def obedience(self, actor):
+        """Who is told to stop does, soon; with exit code 0 only who was through before."""
+        stops = [when for when, number in actor.hits if number in STOPPING]
+        if stops and not [number for _, number in actor.hits if number == signal.SIGSTOP]:
+            seconds = actor.ended - stops[0]
+            if seconds > (MOMENT if actor.code == 0 and actor is not self.server else 5 * MOMENT):
+                self.find("%s went on for %.1f s after a signal, and ended with %d", actor.name, seconds, actor.code)
 
     # --- of each client
 
@@ -879,7 +906,7 @@ class Judge(object):
             return None
 
     def image(self, client):
-        """A client that exits 0 has exactly the server's bytes; otherwise -o FILE is what it was; with 3 nothing was written."""
+        """With exit code 0 it has exactly the server's bytes; else FILE is what it was; with 3 nothing was written."""
         data, all_of_it = self.received(client)
         if client.code == 0:
             if not self.plan.whole:
@@ -890,8 +917,8 @@ class Judge(object):
                 if self.run.image:
                     self.find("%s has exited 0, but could not write", client.name)
             elif data != self.run.image and (all_of_it or not self.run.image.startswith(data)):
-                self.find("%s has exited 0 with %s bytes of %d, or others", client.name, None if data is None else len(data),
-                          self.plan.size)
+                self.find("%s has exited 0 with %s bytes of %d, or others", client.name,
+                          None if data is None else len(data), self.plan.size)
         elif client.plan.output.startswith("-o FILE"):
             # Who is killed at its end may have made it.
             if data != (OLD if client.old else None) and not (client.killed and data == self.run.image):
@@ -958,15 +985,17 @@ class Judge(object):
         expected = 1 if self.served == 0 else 0 if self.served == self.plan.places and not refused else 3
         if code is not None and code >= 0 and code != expected:
             self.find("the server says that %d of %d have the image, and exits %d", self.served, self.plan.places, code)
-        # A client that has everything does not need its server any more; and one that has said so may be killed after that.
-        # In the base protocol it cannot say that it is still busy.
-        excused = [client for client in good if server.touched or client.touched or client.plan.output == "stdout, read in part"
-                   or self.plan.compat and self.plan.stall and "slow" in client.plan.output]
+        # A client that has everything does not need its server any more. Nor does the server count one whose consumer
+        # stops, or that is busy with the end in the base protocol, where it cannot say so.
+        stops = [client for client in good if client.plan.output == "stdout, read in part"
+                 or self.plan.compat and self.plan.stall and "slow" in client.plan.output]
+        excused = [client for client in good if server.touched or client.touched or client in stops]
         if len(good) > self.served + len(excused):
-            self.find("the server says that %d have the image, but %d clients have exited 0", self.served, len(good))
+            self.find("the server says that %d have the image, but %d clients exited 0", self.served, len(good))
+        # And one that has said that it has everything may be killed after that.
         late = [client for client in self.clients if client.code != 0 and client.touched]
         if self.served > len(good) + len(late):
-            self.find("the server says that %d have the image, and only %d clients have exited 0", self.served, len(good))
+            self.find("the server says that %d have the image, but just %d clients exited 0", self.served, len(good))
         if not server.touched and self.plan.whole and self.served:
             lines = len(re.findall("does not have the image", server.stderr))
             match = re.search(r"(\d+) clients? never came", server.stderr)
@@ -1063,8 +1092,8 @@ def main():
         else:
             server, clients = first.split(":")
             ends.update(["server " + server] + ["client " + code for code in clients.split()])
-    print("%d runs in %.0f s, seeds from %d on; exit codes: %s" % (
-        options.runs, time.monotonic() - began, options.seed, ", ".join("%s: %d" % end for end in sorted(ends.items()))))
+    print("%d runs in %.0f s, seeds from %d on" % (options.runs, time.monotonic() - began, options.seed))
+    print("exit codes: %s" % ", ".join("%s: %d" % end for end in sorted(ends.items())))
     print("findings in %d runs%s" % (len(bad), ": seeds " + " ".join(map(str, sorted(bad))) if bad else ""))
     return 1 if bad else 0
 
