@@ -3613,14 +3613,16 @@ class Log(object):
     """A reader of the events that has a line for what it knows words for."""
 
     # What may come in floods: who connects but is no client, who comes and goes before the start.
-    FLOODS = {'stranger': 10, 'refused': 10, 'member_here': 200, 'member_left': 200}
+    FLOODS = {'stranger': 'strangers', 'refused': 'strangers',
+              'member_here': 'arrivals', 'member_left': 'arrivals'}
+    MOST = {'strangers': 10, 'arrivals': 200}   # lines of them all in a period
 
     def __init__(self, command, level, write, clock=''):
         """command: whose lines; level: the least of LEVELS; write(text): where a line
         goes; clock: the time that each begins with, as strftime(3) takes it."""
         self._prefix = 'kmcast %s: ' % command
         self.level, self._write, self._clock = level, write, clock
-        self._floods = dict((what, AtMost(most)) for what, most in self.FLOODS.items())
+        self._limits = dict((kind, AtMost(most)) for kind, most in self.MOST.items())
 
     def happened(self, what, facts):
         """An event."""
@@ -3630,8 +3632,8 @@ class Log(object):
         if LEVELS.index(level) < LEVELS.index(self.level):
             return
         line = template % in_words(what, facts)
-        if what in self._floods:
-            line = self._floods[what](line, monotonic())
+        if what in self.FLOODS:
+            line = self._limits[self.FLOODS[what]](line, monotonic())
         if line:
             self.say(level, line)
 
@@ -4412,6 +4414,7 @@ class TcpServer(threading.Thread):
     def _hear(self, peer):
         if peer.leaving:                # until it hangs up
             peer.receive()
+            peer.incoming.clear()
             return
         if peer.member not in self._peers:
             hello = peer.first(self._hello_size)
@@ -4620,10 +4623,10 @@ class Multicaster(object):
             with uninterruptible:
                 start_thread(self.tcp)
             self.source.start()
-            if self.options.local_ip.startswith('127.'):
-                tell('only_here', address=self.options.local_ip)
             tell('server_started', interface=self.options.interface, address=self.options.local_ip,
                  group=self.session.group, port=self.session.port, places=self.roster.places)
+            if self.options.local_ip.startswith('127.'):
+                tell('only_here', address=self.options.local_ip)
             self.course.begin()
             self.do(Step('accept'))
             self.started = monotonic()

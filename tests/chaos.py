@@ -634,7 +634,9 @@ class Run(object):
     def _start(self, actor, python, args, **options):
         # What it starts inherits its name, and where to leave temporary files.
         env = {"KMCAST_CHAOS": actor.name, "TMPDIR": self.path("temporary")}
-        actor.process = helpers.start_kmcast(args, getattr(helpers, python)(), env=env, **options)
+        python = getattr(helpers, python)()
+        # A start of its own: a child of the nursery has other processes in its group.
+        actor.process = helpers.start_kmcast(args, python, program=helpers.compiled(python), env=env, **options)
         self._mark("started " + actor.name)
 
     def _start_server(self):

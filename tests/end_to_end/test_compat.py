@@ -125,7 +125,7 @@ def test_a_base_client_that_hangs_is_given_up_before_the_others_give_up():
     """They wait 20 s for each other, as the C implementation does."""
     assert kmcast.BASE_STALL < 20 < kmcast.STALL
     port = helpers.free_port()
-    server = wrapped("kmcast.BASE_STALL = 1", ["server", "--compat", LOOPBACK, 2, port], stdin=b"data")
+    server = wrapped("kmcast.BaseDialect.server_stall = 1", ["server", "--compat", LOOPBACK, 2, port], stdin=b"data")
     server.wait_stderr("waiting")
     with contextlib.closing(socket.create_connection((LOOPBACK, port))):
         assert helpers.start_base_client([LOOPBACK, LOOPBACK, port]).finish(15)[::2] == (0, b"data")

@@ -38,7 +38,7 @@ def test_client_that_is_slow_is_waited_for(laboratory, deploy):
     """Without --min-rate the session goes as fast as its slowest, and says whom it waits for."""
     lab = laboratory(clients=3)
     lab.clients[0].limit(10, queue="32kb")
-    run = deploy(lab, IMAGE[:4000000])
+    run = deploy(lab, IMAGE)
     run.finish()
     run.check_complete()
     name = lab.clients[0].name
