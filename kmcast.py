@@ -175,8 +175,8 @@ def uninterrupted(call, *args):
 def ready(poller, seconds):
     """The descriptors that are ready within so many seconds: poll(2).
 
-    None when a signal came: who waits for long looks again anyway, and would else wait for ever
-    where signals come often.
+    None of them when a signal came: who waits for long looks again anyway, and would else wait
+    for ever where signals come often.
     """
     try:
         return poller.poll(max(0, 1000 * seconds))
@@ -195,6 +195,7 @@ if hasattr(LIBC, 'mallopt'):
 # ---------------------------------------------------------------------------
 # Outcomes and times
 # ---------------------------------------------------------------------------
+
 
 class Failure(Exception):
     """The end of a transfer, with a reason for the user.
@@ -1900,7 +1901,6 @@ class Source(object):
             self._command.close()
         if self._file:
             self._file.close()
-
 
         # Not under a writer that hangs in it: another file would get its number.
 
@@ -4563,7 +4563,8 @@ class Multicaster(object):
             raise Failure('cannot multicast to %s from %s: %s' % (
                 options.group, options.local_ip, explain(error)), USAGE)
         payload = payload_for(self._mtu(options.mtu))
-        self.session = Session(options, payload, options.name or self.source.name, self.source.size)
+        self.session = Session(options, payload, options.name or self.source.name,
+                               self.source.size or options.size)
         self.listener = self._listen(options.port)
         self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
         capacity = options.buffer_packets or self.ROUND // payload
