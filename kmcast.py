@@ -293,7 +293,7 @@ TICK = 0.5                              # seconds between looks at the clocks
 
 def alive_every(stall_timeout):
     """How often to be heard from, seconds, by a peer that waits for so many (0: for ever)."""
-    return min(ALIVE_EVERY, stall_timeout / 3) if stall_timeout else ALIVE_EVERY
+    return max(0.1, min(ALIVE_EVERY, stall_timeout / 3)) if stall_timeout else ALIVE_EVERY
 
 
 class Events(object):
@@ -1905,14 +1905,16 @@ class Source(object):
         # Not under a writer that hangs in it: another file would get its number.
 
 
-def mount_points():
-    """Where file systems are mounted, files included: proc(5), mountinfo."""
+def is_mount_point(path):
+    """Whether a file system, or a single file, is mounted there: proc(5), mountinfo."""
+    wanted = os.fsencode(path) if hasattr(os, 'fsencode') else path
     try:
-        with io.open('/proc/self/mountinfo', encoding='utf-8', errors='replace') as table:
-            return set(re.sub(r'\\([0-7]{3})', lambda found: chr(int(found.group(1), 8)),
-                              line.split(' ')[4]) for line in table)
+        with io.open('/proc/self/mountinfo', 'rb') as table:
+            mounted = [line.split(b' ')[4] for line in table]
     except OS_ERRORS + (IndexError,):
-        return set()
+        return False
+    return wanted in [re.sub(br'\\([0-7]{3})', lambda found: struct.pack('B', int(found.group(1), 8)), name)
+                      for name in mounted]
 
 
 def remove_dead(folder, prefix):
@@ -1988,7 +1990,7 @@ class Sink(object):
                     raise OSError(errno.EISDIR, 'that is no name of a file')
                 if folder == '/dev':    # a mistyped disk, and memory for what is meant for it
                     raise OSError(errno.ENOENT, 'no such device')
-                if self._target in mount_points():
+                if is_mount_point(self._target):
                     raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
                                   'use "> FILE", or another FILE')
                 self._open_temporary(folder, '.%s.' % name[:60])
@@ -2030,7 +2032,8 @@ class Sink(object):
         room = None
         if self._target:
             space = os.fstatvfs(self._fd)
-            room = (space.f_bavail if os.geteuid() else space.f_bfree) * space.f_frsize
+            if space.f_blocks:          # else one without a limit, such as ramfs, says 0 of all
+                room = (space.f_bavail if os.geteuid() else space.f_bfree) * space.f_frsize
         elif self._path is not None and self._fd is not None:
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
@@ -2427,7 +2430,7 @@ class Connection(object):
         self._sent = self._acknowledged = 0         # bytes
 
     def begin(self, stall_timeout):
-        """It is connected.  The kernel gives up a dead peer when we would: tcp(7).
+        """It is connected.  The kernel gives up a dead peer soon after we would: tcp(7).
 
         stall_timeout: seconds; with 0, never, it does so only if there is nothing
         to send, after 17 s.
@@ -2438,7 +2441,7 @@ class Connection(object):
                 (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
                 (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3),
                 (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-                (socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(1000 * stall_timeout)),
+                (socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(1000 * (stall_timeout and stall_timeout + 2))),
                 (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)):
             self.sock.setsockopt(level, option, value)
 
@@ -2902,7 +2905,7 @@ class ClientWindow(object):
             raise ProtocolError('a buffer of %d packets and %d bytes' % (count, size))
         self.rounds += 1
         self._announced = base, count, size, payload
-        self.state = self.ROOM
+        self.state, self.deadline = self.ROOM, None
         return ([('begin', None)] if first else []) + self._make_room()
 
     def _make_room(self):
