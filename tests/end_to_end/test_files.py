@@ -184,9 +184,10 @@ def test_a_standard_input_that_does_not_block_is_not_at_its_end_while_its_writer
 # Targets that cannot take the image
 
 @BOTH
-def test_a_target_that_is_a_mount_point_is_found_at_the_start(tmp_path, mount, port, python):
+@pytest.mark.parametrize("name", [u"target", u"a target", u"ziel \u00e4"], ids=["plain", "blank", "beyond ASCII"])
+def test_a_target_that_is_a_mount_point_is_found_at_the_start(tmp_path, mount, port, name, python):
     """As /etc/hosts in a container: it cannot be replaced, which else would be known after the last byte."""
-    target, other = tmp_path / "target", tmp_path / "other"
+    target, other = tmp_path / name, tmp_path / "other"
     target.write_bytes(b"")
     other.write_bytes(b"as it was")
     mount("--bind", str(other), str(target))
@@ -194,7 +195,7 @@ def test_a_target_that_is_a_mount_point_is_found_at_the_start(tmp_path, mount, p
     code, stderr, _ = client.finish(20)
     assert code == 2 and "mount" in stderr and len(stderr.splitlines()) == 1, stderr
     assert other.read_bytes() == b"as it was"
-    assert sorted(os.listdir(str(tmp_path))) == ["other", "target"]
+    assert sorted(os.listdir(str(tmp_path))) == sorted(["other", name])
 
 
 @BOTH
@@ -215,6 +216,22 @@ def test_a_target_without_room_is_found_as_early_as_can_be(tmp_path, mount, port
     orderly(stderr)
     assert os.listdir(str(folder)) == []
     assert server.finish(10)[0] == 1
+
+
+@BOTH
+@pytest.mark.parametrize("options", [["-t", "ramfs"], ["-t", "tmpfs", "-o", "size=0"]], ids=["ramfs", "tmpfs"])
+def test_a_target_that_does_not_say_how_much_room_it_has_is_tried(tmp_path, mount, port, options, python):
+    """One of no blocks at all has no limit, and a host that was started from the network may live in such a one."""
+    folder = tmp_path / "unlimited"
+    folder.mkdir()
+    mount(*(options + ["none", str(folder)]))
+    server = helpers.start_server(["-i", image_file(300000, tmp_path), LOOPBACK, 1, port], python=python)
+    client = helpers.start_client(["-o", folder / "image", LOOPBACK, LOOPBACK, port], python=python)
+    code, stderr, _ = client.finish(20)
+    assert code == 0, stderr
+    equal = (folder / "image").read_bytes() == IMAGE[:300000]
+    assert equal, stderr
+    assert server.finish(10)[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 import os
 import re
 import signal
+import socket
 
 import pytest
 
+import fuzz
 import helpers
+from fuzz import ALIVE, BYE, INFO, PACKETS, READY, SENT
 from helpers import LOOPBACK
-from hostile import IMAGE
+from hostile import IMAGE, receive, receive_fields, receive_frame
 from pythons import BOTH, NEWEST
 
 #: A rate at which the image of 3 MB takes six seconds, unless somebody ends it.
@@ -51,10 +54,39 @@ def test_the_first_line_tells_where_it_multicasts_from_and_to(port, python):
     assert "warning" in second and "only this host" in second
 
 
-@pytest.mark.parametrize("clients, port", [(18383, 3), (10001, 20000), (1024, 1023)])
-def test_clients_and_port_that_look_swapped_are_asked_about(clients, port):
-    code, stderr, _ = helpers.start_kmcast(["server", LOOPBACK, clients, port]).finish(10)
+@pytest.fixture
+def wired():
+    """A prefix that runs a command on a host of its own, which beside lo has wired0 with the address 10.9.8.7."""
+    prefix = ["unshare", "--net", "sh", "-c", "ip link add wired0 type veth && ip addr add 10.9.8.7/24 dev wired0 && "
+              'ip link set lo up && ip link set wired0 up && exec "$@"', "sh"]
+    code, reason, _ = helpers.start(prefix + ["true"]).finish(20)
+    if code:
+        pytest.skip("no other host can be made here: " + reason.strip())
+    return prefix
+
+
+@BOTH
+@pytest.mark.parametrize("local_ip", ["10.9.8.7", "wired0"])
+def test_who_multicasts_from_an_interface_that_others_hear_is_not_warned(local_ip, wired, python):
+    server = helpers.start_kmcast(["server", local_ip, 1], python, prefix=wired, stdin=IMAGE)
+    server.wait_stderr("waiting for 1 client")
+    server.signal(signal.SIGTERM)
+    stderr = server.finish(10)[1]
+    assert stderr.startswith("kmcast server: multicasting from wired0 (10.9.8.7) to " + helpers.GROUP), stderr
+    assert "warning" not in stderr, stderr
+
+
+@pytest.mark.parametrize("local_ip, numbers", [
+    (LOOPBACK, [18383, 3]), (LOOPBACK, [10001, 20000]), (LOOPBACK, [1024, 1023]), (LOOPBACK, [10001]),
+    ("auto", [18383, 3])])
+def test_clients_and_port_that_look_swapped_are_asked_about(local_ip, numbers):
+    code, stderr, _ = helpers.start_kmcast(["server", local_ip] + numbers).finish(10)
     assert code == 2 and "swapped" in stderr and len(stderr.splitlines()) == 1, stderr
+
+
+def test_many_clients_on_a_port_as_it_should_be_are_not_asked_about(port):
+    server = helpers.start_server([LOOPBACK, 1024, port], stdin=IMAGE)
+    server.wait_stderr("port %d, waiting for 1024 clients" % port)
 
 
 @BOTH
@@ -99,6 +131,18 @@ def test_a_server_that_is_stopped_says_so_of_itself(port, name, python):
         assert client.finish(10)[0] in (1, 3)   # 3: it was not told of the first round yet
 
 
+@BOTH
+def test_a_server_that_is_stopped_before_the_start_says_so_of_itself_to_those_that_are_here(port, python):
+    server = helpers.start_server([LOOPBACK, 2, port], python=python, stdin=IMAGE)
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port], python=python)
+    server.wait_stderr("1 of 2")
+    server.signal(signal.SIGINT)
+    code, stderr, _ = server.finish(20)
+    assert code == 1, stderr
+    assert line_with("does not have the image", stderr).endswith(": the server was stopped by SIGINT")
+    assert client.finish(10)[0] == 3
+
+
 def test_a_client_that_stalled_is_said_in_words_to_have_failed_to_do_something(port):
     """And not in those of the protocol, which a user does not know."""
     server, clients = under_way(port, server_args=["--stall-timeout", 1])
@@ -107,6 +151,55 @@ def test_a_client_that_stalled_is_said_in_words_to_have_failed_to_do_something(p
     said = line_with("stalled", server.stderr).partition("stalled")[2]
     assert not re.search("READY|DONE|REQUEST|SENT", said), said
     assert re.search("for 1 s no [a-z]+ .*[a-z]+", said), said
+
+
+class Silent(object):
+    """A client that is a bare connection and says only what a test has it say."""
+
+    def __init__(self, port):
+        self.sock = socket.create_connection((LOOPBACK, port))
+        self.sock.settimeout(20)
+        receive(self.sock, 16)
+        self.sock.sendall(fuzz.hello())
+        receive_frame(self.sock)
+
+    def hear(self, expected, size=0):
+        """Wait for a signal, of which ALIVE is none; returns the `size` bytes behind it."""
+        kind = ALIVE
+        while kind == ALIVE:
+            kind = receive(self.sock, 1)
+        assert kind == expected, kind
+        return receive(self.sock, size)
+
+    def reason(self):
+        """Wait to be dropped; returns the reason that the server gives."""
+        self.hear(BYE)
+        reason = receive_fields(self.sock)["reason"]
+        self.sock.close()
+        return reason
+
+
+@BOTH
+def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port, python):
+    """To be ready for a round, to say what it received of it, to say that it has the rest."""
+    server = helpers.start_server(["--stall-timeout", 1, LOOPBACK, 3, port], python=python, stdin=b"data")
+    not_ready, no_answer, no_end = clients = [Silent(port) for _ in range(3)]
+    for client in clients:
+        info = client.hear(INFO, 16)
+    for client in (no_answer, no_end):
+        client.sock.sendall(READY)
+    reasons = [not_ready.reason()]
+    for client in (no_answer, no_end):
+        client.hear(SENT, 32)
+    no_end.sock.sendall(fuzz.request([fuzz.U32.unpack(info[8:12])[0]]))
+    reasons.append(no_answer.reason())
+    no_end.hear(PACKETS, fuzz.HEADER.size + len(b"data"))
+    reasons.append(no_end.reason())
+    stderr = server.finish(20)[1]
+    assert len(set(reasons)) == 3, reasons
+    for reason in reasons:
+        assert "stalled" in reason and not re.search("[A-Z]{3}|nothing came", reason), reason
+        assert reason in stderr, stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

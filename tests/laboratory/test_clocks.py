@@ -4,7 +4,8 @@ import re
 import signal
 import time
 
-from deployment import IMAGE, MIB
+import helpers
+from deployment import IMAGE, MIB, others
 
 #: Mbit/s of a port
 SLOW_PORT = 20
@@ -21,6 +22,27 @@ def test_a_client_that_tcp_brings_data_all_the_time_has_not_stalled(laboratory, 
     run.finish()
     run.check_complete()
     assert run.seconds > 10, str(run)           # else this was no test
+
+
+def test_a_cable_pulled_for_good_while_there_is_nothing_to_send_is_noticed_by_the_stall_timeout(laboratory, deploy):
+    """The client owes nothing, as the producer pauses: the signs of life tell, and the kernel waits for their receipt
+    no longer than we would."""
+    lab = laboratory(clients=2)
+    limit = ["--stall-timeout", "6"]
+    run = deploy(lab, IMAGE, ["-v"] + limit, limit, stdin=helpers.PIPE)
+    produce = run.server.popen.stdin
+    produce.write(IMAGE[:MIB // 2])
+    run.wait_received(MIB // 4)
+    victim = run.clients[1]
+    victim.host.unplug()
+    # 2 s until the next sign of life, and 6; it took 15 at least where the kernel had a clock of its own.
+    run.server.wait_stderr("%s (%s): " % (victim.host.name, victim.host.address), timeout=8 + 5)
+    produce.write(IMAGE[MIB // 2:])
+    produce.close()
+    run.finish()
+    run.check_complete(*others(run, victim))
+    run.check_server(3, victim.host)
+    run.check_failed(victim)
 
 
 def test_who_is_stopped_or_unplugged_for_less_than_the_stall_timeout_goes_on(laboratory, deploy):
