@@ -927,6 +927,7 @@ class Host:
         self.frozen_until = 0.0
         self._phase = self._greet
         self._woken, self._alarm = False, None
+        self._spins = 0                         # turns in a row after which it did not want to wait
         self._owing_since = self._next_state = None
         self._last_look = 0.0
         self._output = (0, 0.0)
@@ -1120,6 +1121,9 @@ class Host:
         wait = min(0.5, self.server.alive_every / 2)
         if window.deadline is not None:
             wait = max(0, min(wait, window.deadline - now))
+        self._spins = self._spins + 1 if not wait else 0
+        if self._spins > 200:           # a turn in which time does not pass is for what came just now
+            raise Finding("%s does not wait, but spins, in state %d" % (self, window.state))
         return wait
 
     def _listen(self):
