@@ -110,7 +110,7 @@ class Plan:
         self.start_by, self.enough = None, 1
         if r.random() < 0.2 or any(client.fatal for client in self.clients):
             self.start_by = r.uniform(0.05, 1.5)
-            self.enough = r.randint(1, self.places)
+            self.enough = 1
         if r.random() < 0.03:
             self.places = max(1, self.places - 1)                # one too many
 
@@ -772,7 +772,7 @@ class Server:
             raise Crash()
         if self.plan.server_fault == "stop" and now > self.plan.fault_at:
             raise kmcast.Failure("stopped by SIGTERM")
-        if not self.roster.begun and all(host.ended for host in self.run.hosts):
+        if not self.roster.begun and (now > 60 or all(host.ended for host in self.run.hosts)):
             raise kmcast.Failure("the operator gave up")
 
     def _wait(self, until=None, done=lambda: False):
