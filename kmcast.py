@@ -4850,7 +4850,7 @@ class Client(object):
         self._heard_at = None           # when the first of these last grew
         self._output = (0, 0)           # bytes written, and when that last changed
         self._owing_since = self._next_state = None
-        self._last_look = 0.0
+        self._shown = 0                 # bytes written when the server last heard from us
 
     # ---- the whole
 
@@ -5171,8 +5171,7 @@ class Client(object):
             self.started = self._heard_at = now
         tell.look(now)
         self.sink.look()
-        moved = self.sink.written != self._output[0]
-        if moved or not window.unwritten:
+        if self.sink.written != self._output[0] or not window.unwritten:
             self._output = self.sink.written, now
         if not window.owing:
             self._check_stall()
@@ -5182,10 +5181,11 @@ class Client(object):
             self._owing_since, self._next_state = now, now + self.STATE_EVERY
         if window.state == window.BYTES:
             self._check_stall()
-            moved = self.server.heard > self._last_look
-        elif self._stall_timeout and now - self._output[1] > self._stall_timeout:
-            raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
-        self._last_look = now
+            moved = self.server.heard > self.server.told
+        else:
+            moved = self.sink.written != self._shown
+            if self._stall_timeout and now - self._output[1] > self._stall_timeout:
+                raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
         if moved:
             self._show_life()
         if now > self._next_state:
@@ -5193,11 +5193,15 @@ class Client(object):
             self._say_state('writing' if window.state == window.ROOM else 'receiving')
 
     def _show_life(self):
-        """Tell the server that something moves here."""
-        try:
-            self.server.show_life(ALIVE)
-        except Gone:
-            pass                        # reading will tell why
+        """Tell the server that something moved here since it last heard from us."""
+        told = self.server.told
+        if self.dialect.talks:
+            try:
+                self.server.show_life(ALIVE)
+            except Gone:
+                pass                    # reading will tell why
+        if self.server.told != told:
+            self._shown = self.sink.written
 
     def _say_state(self, busy):
         """Tell the server what we do while it waits for us, and figures for its report."""
@@ -5235,7 +5239,7 @@ class Client(object):
 
     def _finish(self):
         """All has come: verify it, and make it final.  Raises Failure, LinkClosed."""
-        window, moved = self.window, monotonic()
+        window, began = self.window, monotonic()
         while window.unwritten:
             tell.look(monotonic())
             self.sink.look()
@@ -5245,8 +5249,9 @@ class Client(object):
                 window.written()
             if self.sink.written != self._output[0]:
                 self._output = self.sink.written, monotonic()
+            if self.sink.written != self._shown:
                 self._show_life()
-            elif self._stall_timeout and monotonic() - max(moved, self._output[1]) > self._stall_timeout:
+            if self._stall_timeout and monotonic() - max(began, self._output[1]) > self._stall_timeout:
                 raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
         if self._fields is not None:
             expected = field(self._fields, 'bytes', NUMBER)
