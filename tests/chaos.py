@@ -1064,6 +1064,9 @@ def fork(seed, verbose):
 
 def main():
     """The program; returns its exit code."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        # Under nohup(1): what is ignored stays so in what we start, what has a handler does not.
+        signal.signal(signal.SIGHUP, lambda *_: None)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=100, help="how many (100)")
     parser.add_argument("--seed", type=int, default=0, help="of the first run (0)")
