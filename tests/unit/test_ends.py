@@ -232,12 +232,14 @@ def test_a_reader_that_ends_is_a_failure(tmp_path):
     fifo = str(tmp_path / "fifo")
     os.mkfifo(fifo)
     thread = threading.Thread(target=lambda: open(fifo, "rb").close())
+    thread.daemon = True
     thread.start()
     sink = kmcast.Sink(fifo).open()
-    thread.join()
     with pytest.raises(kmcast.Failure) as failure:
-        write_all(sink)
+        while True:                         # until the reader has ended, the FIFO takes what it has room for
+            write_all(sink, DATA[:1000])
     assert failure.value.code == 1
+    thread.join(20)
     sink.close()
 
 
