@@ -535,7 +535,8 @@ def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
     for place, client in zip(places, failing):
         code, stderr, received = client.finish(20)
         assert code == 1, (place, stderr)
-        assert received == (data[:10 * PAYLOAD] if place == BUFFER_INFO + SENT + DIGEST else b""), place
+        # On a busy machine the first round's datagrams may come late, and the place then lies in its repair by TCP.
+        assert received in ((data[:10 * PAYLOAD], b"") if place == BUFFER_INFO + SENT + DIGEST else (b"",)), place
     code, stderr, _ = good.finish(20)
     assert code == 0, stderr
     assert (tmp_path / "image").read_bytes() == data
