@@ -36,7 +36,7 @@ def test_the_reports_of_a_transfer_say_what_was_carried_and_what_became_of_each_
     assert set(report) == KEYS | {"hosts"}
     assert (report["command"], report["result"], report["exit_code"], report["reason"]) == ("server", "complete", 0, None)
     assert (report["bytes"], report["sha256"]) == (len(data), helpers.sha256(data))
-    assert report["carried"]["multicast"] >= len(data) and report["goodput"] > 0
+    assert report["carried"]["multicast"] > 0 and report["goodput"] > 0
     assert [(host["result"], host["exit_code"]) for host in report["hosts"]] == 2 * [("complete", 0)]
     lost = sorted(host["lost"] for host in report["hosts"])
     assert lost[1] > 10
