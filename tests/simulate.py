@@ -66,11 +66,14 @@ GONE = 10.0                 # seconds in which a server notices what its kernel 
 AFTERLIFE = 150.0           # seconds that a client may take to end after its server has
 KEEPALIVE = 17.0            # seconds after which a kernel gives up a host that is gone: Connection.begin()
 RETRANSMISSIONS = 924.0     # the same where data is under way, by default: tcp(7), tcp_retries2
+SEGMENT = 1460              # bytes that TCP sends at once
 SPIN = 5000                 # system calls of a thread in a row while no time passes
 REAL_LIMIT = 20.0           # real seconds for a seed
 MEMORY = 2                  # rounds that may be queued for a connection
 BUFFERS = 5                 # Buffers that an end may have, of all kinds
 
+# What a CRC-32 does not see, wherever it is added (XOR): its own polynomial, as zlib orders the bits.
+UNSEEN = bytes.fromhex("410671db01")
 FOREIGN = b"\x2a\0\0\0" + bytes(4) + struct.pack("<I", 52) + bytes(52)     # a datagram of somebody else
 
 kmcast = None               # the module that is tested
@@ -91,6 +94,13 @@ class Torn(BaseException):
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
+# What may go wrong with a server, and with a client, besides that it stands still for a while. Some are events at a time,
+# the others wait where the image comes from or goes to.
+SERVER_FAULTS = ["crash", "power", "hang", "stop", "freeze", "source", "threads"]
+FAULTS = ["fin", "reset", "power", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
+NO_EVENTS = ["full", "stuck", "room", "forged", "threads", "source"]
+
+
 class Plan:
     """What a seed decides before anything happens. Times are simulated seconds from the beginning."""
 
@@ -106,6 +116,7 @@ class Plan:
         self.allow_empty = r.random() < 0.5
         self.per_thread = r.choice([1, 2, 3, 64])
         self.digest = r.random() < 0.9
+        self.has_digest = self.digest and not self.compat
         self.server_stall = r.choice([8, 15, 30]) if r.random() < 0.9 else 0
         self.client_stall = 0 if self.compat else r.choice([8, 15, 30, 0])
         self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
@@ -118,7 +129,9 @@ class Plan:
         self.line = r.choice([1e6, 1e8, 1e9])                    # bytes/s of the server's interface
         self.refused = (10 ** r.uniform(-2, 0), r.uniform(0, 2)) if r.random() < 0.04 else None     # from, for how long
         self.server_start = r.choice([0, 0, r.uniform(0, 1)])
-        self.server_fault = r.choice(["crash", "power", "source", "stop", "freeze"]) if r.random() < 0.07 else None
+        self.server_fault = r.choice(SERVER_FAULTS) if r.random() < 0.08 else None
+        if self.server_fault == "hang" and not self.client_stall:
+            self.server_fault = "crash"                          # without a timeout all would wait, as they should
         self.fault_at = 10 ** r.uniform(-2.5, 1)
         count = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 8])
         self.clients = [ClientPlan(r, self, number) for number in range(1, count + 1)]
@@ -152,7 +165,7 @@ class ClientPlan:
         self.compat, self.allow_empty, self.stall = plan.compat, plan.allow_empty, plan.client_stall
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
-        self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
+        self.rate = 10 ** r.uniform(4.5, 8) if r.random() < 0.92 else 5000          # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
         self.cut = r.choice([0, 0.2, 0.8])                       # how often TCP comes in pieces
         good = r.random() < 0.35
@@ -173,12 +186,20 @@ class ClientPlan:
         if what < 0.07:
             self.fault = "freeze"
         elif what < 0.28:
-            self.fault = self.fatal = r.choice(["fin", "reset", "power", "hang", "full", "stuck", "stop", "room"])
-            if self.fault == "hang" and not plan.server_stall or self.fault == "stuck" and not self.stall:
+            self.fault = self.fatal = r.choice(FAULTS)
+            if self.fault in ("hang", "babble") and not plan.server_stall or self.fault == "stuck" and not self.stall:
                 self.fault = self.fatal = "reset"                # without a timeout all would wait, as they should
+            if self.fault == "forged" and not plan.has_digest:
+                self.fault = self.fatal = "fin"
         stalls = [stall for stall in (plan.server_stall, plan.client_stall, 8) if stall]
         self.freeze = min(10 ** r.uniform(-3, 0.4), 0.3 * min(stalls))              # seconds
         self.full_at = r.randrange(len(plan.image) + 1)
+
+    def hears_all(self, plan):
+        """Whether all that is multicast comes to it, and before SENT by TCP does, or soon after."""
+        return not (self.loss or self.burst or self.late or self.damage or self.queue or self.deaf or self.fault
+                    or self.jitter > 0.001 or self.socket_buffer < 10000
+                    or plan.shared or plan.refused or plan.unicast or plan.server_fault or plan.rate == "max")
 
     def arguments(self):
         """The client's command line."""
@@ -275,8 +296,8 @@ class Fibre(File):
     def _live(self):
         self.baton.acquire()
         try:
-            world.check()
-            self.call()
+            if not (world.over or self.process.dead):
+                self.call()
         except Torn:
             pass
         except BaseException:                   # pylint: disable=broad-except
@@ -299,6 +320,7 @@ class World:
         self.listeners, self.groups = {}, {}    # by address and port
         self.powerless = set()                  # addresses of hosts without power
         self.turns = 0
+        self.happening = False                  # what is done now is done by nobody
         self._heap, self._number = [], 0
         self._fibres = []
         self.harness = self.current = Fibre(None, "harness", None)
@@ -347,7 +369,9 @@ class World:
                     self.watch()
                 if isinstance(call, Fibre):
                     return call
+                self.happening = True
                 call(*args)
+                self.happening = False
         except Finding as error:
             self.found(str(error))
         except Exception:                       # pylint: disable=broad-except
@@ -461,7 +485,7 @@ class World:
     def say(self, text, *args):
         """A line of the trace, by whoever runs."""
         if self.trace:
-            print("%11.6f %-24s %s" % (self.now, self.current, text % args if args else text))
+            print("%11.6f %-24s %s" % (self.now, "" if self.happening else self.current, text % args if args else text))
 
 
 class Signals:
@@ -484,10 +508,12 @@ class Process:
         self.arguments = arguments
         self.files = {}                         # descriptor -> File
         self.fibres, self.main = [], None
+        self.most_threads = 1000
         self.uninterruptible = kmcast.Uninterruptible()
         self.signals, self.signal = Signals(), None
         self.frozen_until = 0.0
-        self.dead = self.off = False            # it has ended, or was killed; its host has no power
+        self.begun = self.dead = False          # it has ended, or was killed
+        self.off = False                        # its host has no power
         self.fault = None                       # what happened to it, if that may end it
         self.job = self.code = None
         self.reason = None                      # why it failed, in words
@@ -508,6 +534,7 @@ class Process:
             self.main = world.spawn(self, "main", self._run)
 
     def _run(self):
+        self.begun = True
         options = kmcast.command_line().parse_args(self.arguments)
         try:
             self.code = kmcast.run_job(options, self.signals)
@@ -526,6 +553,10 @@ class Process:
         self.files[fd] = file
         file.fd = fd
         return file
+
+    def connections(self):
+        """Its TCP connections."""
+        return [file for file in self.files.values() if isinstance(file, Socket) and file.output]
 
     def kill(self, why, silently=False):
         """End it; its kernel closes what it had open, unless there is no kernel any more (silently)."""
@@ -546,14 +577,17 @@ class Process:
 
     def freeze(self, seconds):
         """Stop it, as by SIGSTOP, for so long."""
-        self.frozen_until = world.now + seconds
+        self.frozen_until = self.ended_at = world.now + seconds
+        if self.hung:
+            self.ended_at = world.now
         world.ends.changed()
 
     def interrupt(self, name):
-        """Send it a signal."""
+        """Send it a signal, which ends it unless it looks after signals already."""
+        if not self.begun:
+            return self.kill("is killed")
         self.signal = name
-        if self.main and not self.main.over:
-            world.wake(self.main, 0)
+        world.wake(self.main, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,7 +669,11 @@ class Thread:
     def start(self):
         """Begin to run()."""
         world.call()
-        self._fibre = world.spawn(world.process, self.name, self.run)
+        process = world.process
+        if len(process.fibres) >= process.most_threads:
+            process.fault = "threads"
+            raise RuntimeError("can't start new thread")
+        self._fibre = world.spawn(process, self.name, self.run)
         self.ident = id(self._fibre)
 
     def run(self):
@@ -860,7 +898,7 @@ class Stream:
         self.under_way += len(data)
         r, start = world.random, 0
         while start < len(data):
-            size = len(data) - start
+            size = min(SEGMENT, len(data) - start)
             if size > 1 and r.random() < self.plan.cut:
                 size = r.randint(1, size - 1) if r.random() < 0.8 else 1
             self._later(size, self._arrive, data[start:start + size])
@@ -940,6 +978,7 @@ class Socket(File):
         self.local, self.remote = ("0.0.0.0", 0), None
         self.options = {}
         self.told_at = None                     # when its kernel learnt that the other end is gone
+        self._continues = False                 # what is sent next may go on with a message
 
     def events(self):
         if self.queue is not None:
@@ -1056,7 +1095,9 @@ class Socket(File):
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         size = self.output.send(data)
         if world.trace:
-            world.say("-> %-13s %s%s", self.output.sink.process, described(data), "" if size == len(data) else ", of these %d" % size)
+            what = "... %d bytes" % len(data) if self._continues else described(data)
+            world.say("-> %-10s %s%s", self.output.sink.process, what, "" if size == len(data) else ", of these %d" % size)
+            self._continues = bool(flags & socket.MSG_MORE) or size < len(data)
         return size
 
     def recv(self, most):
@@ -1077,6 +1118,14 @@ class Socket(File):
         if not self.connected or self.input.broken:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         self.output.finish()
+
+    def babble(self):
+        """Say something that nobody asked for."""
+        r = world.random
+        some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}", b"\x80\2\0\0\0{}",
+                         r.getrandbits(80).to_bytes(10, "big")])
+        if not self.output.finished and self.output.under_way < self.output.plan.room:
+            self.output.send(some)
 
     # ---- the end
 
@@ -1154,6 +1203,8 @@ class Air:
                 self.busy_until = max(self.busy_until, world.now) + len(data) / speed
             if plan.damage and r.random() < plan.damage:
                 data = self._damaged(data)
+            elif plan.fault == "forged" and r.random() < 0.05:
+                data = self._forged(data)
             if plan.twice and r.random() < plan.twice:
                 world.at(delay + r.random() * plan.jitter, self.receiver.come, [data])
             if plan.late and r.random() < plan.late:
@@ -1181,6 +1232,14 @@ class Air:
             return kmcast.PACKET.pack(seq, kmcast.zlib.crc32(other, 12345 + seq & 0xffffffff), size) + other
         place = r.randrange(4 if compat else 0, len(data))
         return data[:place] + bytes([data[place] ^ 1 << r.randrange(8)]) + data[place + 1:]
+
+
+    @staticmethod
+    def _forged(data):
+        """In a way that its checksum does not tell."""
+        place = world.random.randint(kmcast.PACKET.size, max(kmcast.PACKET.size, len(data) - len(UNSEEN)))
+        end = place + len(UNSEEN)
+        return data[:place] + bytes(a ^ b for a, b in zip(data[place:end], UNSEEN)) + data[end:]
 
 
 class Receiver(File):
@@ -1442,11 +1501,15 @@ class Run:
         plan = self.plan
         world.at(plan.server_start, self.server.start)
         world.at(PATIENCE, self._operator)
-        if plan.server_fault:
+        if plan.server_fault == "threads":
+            self.server.most_threads = 2
+        elif plan.server_fault and plan.server_fault not in NO_EVENTS:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
         for client in self.clients:
             world.at(client.plan.start, client.start)
-            if client.plan.fault:
+            if client.plan.fault == "threads":
+                client.most_threads = 1
+            elif client.plan.fault and client.plan.fault not in NO_EVENTS:
                 world.at(client.plan.start + client.plan.at, self._fault, client, client.plan.fault, client.plan.freeze)
         try:
             world.ends.holds = lambda: self.server.ended and all(client.ended for client in self.clients)
@@ -1465,7 +1528,7 @@ class Run:
     @staticmethod
     def _fault(process, fault, seconds):
         """Something goes wrong with a process."""
-        if process.dead or fault in ("full", "stuck", "room", "source"):
+        if process.dead:
             return
         world.say("FAULT: %s %s", process, fault)
         if fault == "freeze":
@@ -1475,11 +1538,13 @@ class Run:
             process.freeze(1e9)
         elif fault == "stop":
             process.interrupt("SIGTERM")
+        elif fault == "babble":
+            for sock in process.connections():
+                sock.babble()
         else:
             if fault == "reset":
-                for file in process.files.values():
-                    if isinstance(file, Socket) and file.output:
-                        file.output.reset()
+                for sock in process.connections():
+                    sock.output.reset()
             process.kill("is killed", silently=fault == "power")
 
     # ---- what must hold at any time; looked at now and then
@@ -1496,7 +1561,8 @@ class Run:
             raise Finding("memory: %d buffers" % len(kmcast.Buffer.live))
         if server.ended:
             for client in self.clients:
-                if not client.ended and world.now > max(server.ended_at, client.plan.start) + AFTERLIFE:
+                patience = AFTERLIFE if client.plan.stall else AFTERLIFE + RETRANSMISSIONS
+                if not client.ended and world.now > max(server.ended_at, client.plan.start) + patience:
                     raise Finding("%s waits for a server that is gone" % client)
         elif server.job and world.now > server.frozen_until + GONE:
             for member in server.job.roster.here:
@@ -1524,8 +1590,9 @@ class Run:
                 self._judge_host(processes, said[address])
         if server.code is not None and not server.fault:
             served = list(said.values()).count("complete")
-            code = kmcast.OK if served == self.plan.places and not roster.refused else (
-                kmcast.PARTLY if served else kmcast.FAILED)
+            refused = roster.refused or [client for client in self.clients if said.get(client.address) != "complete"
+                                         and client.reason == "the server says: refused: " + kmcast.LATE]
+            code = kmcast.OK if served == self.plan.places and not refused else kmcast.PARTLY if served else kmcast.FAILED
             if server.code != code:
                 raise Finding("the server exits with %d instead of %d" % (server.code, code))
             if not server.job.failure and None in said.values():
@@ -1541,6 +1608,8 @@ class Run:
             raise Finding("%s has the image, and says: %s" % (client, client.reason))
         if code == kmcast.NOT_STARTED and (client.opened or client.output):
             raise Finding("%s says that nothing was written, and something was" % client)
+        if self.plan.has_digest and not plan.image.startswith(client.output):
+            raise Finding("%s writes what was not verified" % client)
         if code == kmcast.USAGE:
             raise Finding("%s: wrong usage: %s" % (client, client.reason))
         if not takes_part and code not in (kmcast.NOT_STARTED, None):
@@ -1550,7 +1619,8 @@ class Run:
         plan, server = self.plan, self.server
         good = [client for client in processes if client.committed]
         reasons = "; ".join("%s: %s" % (client, client.reason) for client in processes)
-        if said == "complete" and not good:
+        liar = any(client.fault == "babble" for client in processes)
+        if said == "complete" and not good and not liar:
             raise Finding("the server says that it has the image, and it has not: %s" % reasons)
         innocent = not any(client.plan.fatal for client in processes) and not server.fault
         if plan.min_rate and said and said.startswith("alone it kept"):
@@ -1562,6 +1632,13 @@ class Run:
                           % (reasons, said or server.reason))
         if innocent and said != "complete":
             raise Finding("%s has the image, and the server says: %s" % (good[0], said or server.reason))
+        if innocent and len(processes) == 1 and processes[0].plan.hears_all(plan):
+            # Greetings, a round's messages, a sign of life a second, and some repairs for the worst of orders.
+            rounds = 8 + len(plan.image) // (plan.payload * plan.capacity)
+            most = 2000 + 200 * rounds + 100 * world.now + len(plan.image) // 10
+            if processes[0].far.output.accepted > most:
+                raise Finding("%s loses nothing, and %d bytes come by TCP, of an image of %d" % (
+                    processes[0], processes[0].far.output.accepted, len(plan.image)))
 
 
 def one(seed, trace=False):
