@@ -20,9 +20,9 @@ How it works, from the bottom up:
   them: Socket over two Streams (TCP), Pair (a socket pair), Receiver and Sender (UDP over Air), Source. A Process owns
   descriptors and fibres; when it ends, or is killed, its kernel closes the ones and the others are torn down.
 - At the edges DatagramSender, DatagramReceiver, Source and Sink are replaced; so is what asks for this machine's interfaces.
-  Nothing here knows of the insides of windows, courses and drivers. What is used of them: the options of the command line, run_job(),
-  roster.here, roster.everyone and each member's address and outcome, Buffer.packets() and .slot, the queues of a Connection,
-  and the first byte of a message for the trace.
+  Nothing here knows of the insides of windows, courses and drivers. What is used of them: the options of the command line,
+  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets() and .slot, the
+  queues of a Connection, and for the trace the events and the first byte of a message.
 
 The network is unfair, but within what the manual promises to survive: TCP cut anywhere, slow and stopping; multicast lost,
 late, twice, damaged; hosts that die, hang, stop, stand still for a while. What must hold: see Run.watch() and Run.verdict().
@@ -117,7 +117,7 @@ class Plan:
         self.per_thread = r.choice([1, 2, 3, 64])
         self.digest = r.random() < 0.9
         self.has_digest = self.digest and not self.compat
-        self.server_stall = r.choice([8, 15, 30]) if r.random() < 0.9 else 0
+        self.server_stall = r.choice([3 if self.compat else 8, 15, 30]) if r.random() < 0.9 else 0
         self.client_stall = 0 if self.compat else r.choice([8, 15, 30, 0])
         self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
         self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
@@ -139,6 +139,7 @@ class Plan:
             twin = ClientPlan(r, self, 1)
             twin.start = self.clients[0].start + r.uniform(0, 0.3)
             self.clients.append(twin)
+        self.strangers = [r.uniform(0, 2) for _ in range(r.choice([0] * 15 + [1, 3]))] if not self.compat else []
         self.places = count
         self.start_wait = None
         if r.random() < 0.2 or any(client.fatal for client in self.clients):
@@ -165,8 +166,10 @@ class ClientPlan:
         self.compat, self.allow_empty, self.stall = plan.compat, plan.allow_empty, plan.client_stall
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
-        self.rate = 10 ** r.uniform(4.5, 8) if r.random() < 0.92 else 5000          # bytes/s of TCP
+        self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
+        if r.random() < (0.3 if plan.compat else 0.04):
+            self.rate, self.room = 1500, 65536                   # its kernel has more than it sends within a stall timeout
         self.cut = r.choice([0, 0.2, 0.8])                       # how often TCP comes in pieces
         good = r.random() < 0.35
         self.loss = 0 if good else r.choice([0, 0.001, 0.02, 0.1, 0.3, 0.6, 1])
@@ -534,6 +537,7 @@ class Process:
             self.main = world.spawn(self, "main", self._run)
 
     def _run(self):
+        """What it does."""
         self.begun = True
         options = kmcast.command_line().parse_args(self.arguments)
         try:
@@ -557,6 +561,11 @@ class Process:
     def connections(self):
         """Its TCP connections."""
         return [file for file in self.files.values() if isinstance(file, Socket) and file.output]
+
+    def babble(self):
+        """Say something that nobody asked for."""
+        for sock in self.connections():
+            sock.babble()
 
     def kill(self, why, silently=False):
         """End it; its kernel closes what it had open, unless there is no kernel any more (silently)."""
@@ -588,6 +597,16 @@ class Process:
             return self.kill("is killed")
         self.signal = name
         world.wake(self.main, 0)
+
+
+class Stranger(Process):
+    """Somebody who connects and says nothing."""
+
+    def _run(self):
+        sock = Socket()
+        sock.connect_ex((SERVER, PORT))
+        world.sleep(100)
+        self.kill("has seen enough")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1122,8 +1141,8 @@ class Socket(File):
     def babble(self):
         """Say something that nobody asked for."""
         r = world.random
-        some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}", b"\x80\2\0\0\0{}",
-                         r.getrandbits(80).to_bytes(10, "big")])
+        some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}",
+                         b"\x80\2\0\0\0{}", r.getrandbits(80).to_bytes(10, "big")])
         if not self.output.finished and self.output.under_way < self.output.plan.room:
             self.output.send(some)
 
@@ -1505,6 +1524,8 @@ class Run:
             self.server.most_threads = 2
         elif plan.server_fault and plan.server_fault not in NO_EVENTS:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
+        for number, start in enumerate(plan.strangers):
+            world.at(start, Stranger("stranger", "stranger", "10.0.2.%d" % number, plan.clients[0], []).start)
         for client in self.clients:
             world.at(client.plan.start, client.start)
             if client.plan.fault == "threads":
@@ -1539,8 +1560,8 @@ class Run:
         elif fault == "stop":
             process.interrupt("SIGTERM")
         elif fault == "babble":
-            for sock in process.connections():
-                sock.babble()
+            for i in range(5):
+                world.at(i * world.random.random(), process.babble)
         else:
             if fault == "reset":
                 for sock in process.connections():
@@ -1583,8 +1604,12 @@ class Run:
                 raise Finding("%s takes part twice" % member)
             members[member.address] = member
         said = dict((address, member.outcome) for address, member in members.items())
+        refused = [address for (_, address), _ in roster.refused] if roster else []
         for client in self.clients:
             self._judge_client(client, client.address in said)
+            if client.address in refused and client.code == kmcast.NOT_STARTED and not (
+                    client.plan.fault or server.fault or "the server says" in client.reason):
+                raise Finding("%s was refused, and knows only: %s" % (client, client.reason))
         for address, processes in self.hosts.items():
             if address in said:
                 self._judge_host(processes, said[address])
@@ -1682,7 +1707,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--seed", type=int, help="replay this one, with every message")
     parser.add_argument("--until-found", action="store_true", help="stop at the first finding")
-    parser.add_argument("--kmcast", default=KMCAST, help="the kmcast.py to test")
+    parser.add_argument("--kmcast", type=os.path.abspath, default=KMCAST, help="the kmcast.py to test")
     options = parser.parse_args()
     number = multiprocessing.Value("i", os.getpid())
     if options.seed is not None:
