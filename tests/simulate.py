@@ -67,7 +67,9 @@ AFTERLIFE = 150.0           # seconds that a client may take to end after its se
 KEEPALIVE = 17.0            # seconds after which a kernel gives up a host that is gone: Connection.begin()
 RETRANSMISSIONS = 924.0     # the same where data is under way, by default: tcp(7), tcp_retries2
 SEGMENT = 1460              # bytes that TCP sends at once
-SPIN = 5000                 # system calls of a thread in a row while no time passes
+SLICE = 200                 # system calls in a row after which a thread that does not wait is interrupted for a moment
+MOMENT = 0.0001             # seconds: so much time passes then, as system calls take some
+SPIN = 1000                 # slices in a row after which it is taken to spin
 REAL_LIMIT = 20.0           # real seconds for a seed
 MEMORY = 2                  # rounds that may be queued for a connection
 BUFFERS = 5                 # Buffers that an end may have, of all kinds
@@ -283,7 +285,7 @@ class Fibre(File):
         self.baton.acquire()
         self.turn = 0                           # counts how often it waited
         self.woken = self.over = False
-        self.calls, self.last_call = 0, -1.0    # system calls since time last passed
+        self.calls = self.slices = 0            # system calls since it last waited, and slices
         self.thread = None
         if call:
             self.thread = threading.Thread(target=self._live, daemon=True)
@@ -412,6 +414,7 @@ class World:
             fibre = self.current
             fibre.turn += 1
             fibre.woken = False
+            fibre.calls = fibre.slices = 0
             for file, mask in watched:
                 file.waiters[fibre] = mask
             if until is not None:
@@ -444,12 +447,14 @@ class World:
         """The running fibre makes a system call."""
         self.check()
         fibre = self.current
-        if fibre.last_call != self.now:
-            fibre.calls, fibre.last_call = 0, self.now
         fibre.calls += 1
-        if fibre.calls > SPIN:
-            self.found("%s spins:\n%s" % (fibre, "".join(traceback.format_stack(limit=8))))
-            raise Torn()
+        if fibre.calls == SLICE and fibre.process:
+            slices = fibre.slices + 1
+            if slices > SPIN:
+                self.found("%s spins:\n%s" % (fibre, "".join(traceback.format_stack(limit=8))))
+                raise Torn()
+            self.wait([], MOMENT)
+            fibre.slices = slices
 
     # ---- threads
 
@@ -1608,7 +1613,7 @@ class Run:
         for client in self.clients:
             self._judge_client(client, client.address in said)
             if client.address in refused and client.code == kmcast.NOT_STARTED and not (
-                    client.plan.fault or server.fault or "the server says" in client.reason):
+                    len(self.hosts[client.address]) > 1 or client.plan.fault or server.fault or "the server says" in client.reason):
                 raise Finding("%s was refused, and knows only: %s" % (client, client.reason))
         for address, processes in self.hosts.items():
             if address in said:
