@@ -1,6 +1,6 @@
 """tests/simulate.py: fixed seeds hold, each follows from its number alone, and what is broken in kmcast.py is found.
 
-    python3 tests/end_to_end/test_simulate.py [WORD...]     # within how many seeds each mutant, or those of these words, is found
+    python3 tests/end_to_end/test_simulate.py [WORD...]     # within how many seeds each mutant (of these words) is found
 
 Long runs are made by hand: python3 tests/simulate.py --seeds 20000 --jobs 2.
 """
