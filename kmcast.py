@@ -6086,7 +6086,7 @@ class Client(object):
 
     def _say_state(self, busy):
         """Tell the server what we do while it waits for us, and figures for its report."""
-        if self.dialect.talks:
+        if self.dialect.talks and not self.server.outgoing.count:   # else the last words are still on their way
             self.server.outgoing.put_tail(self.dialect.state(busy=busy, **self.figures()))
             self._flush()
 
