@@ -991,7 +991,7 @@ class Buffer(object):
         self.size = size
         self.ended = False
         self.limit = self.capacity
-        self._rest = 0                  # bytes read that are no packet yet
+        self._area, self._read = None, 0            # bytes of the image as they are read, and how many
         self._short = {}                # size of the packets that are short
         self._any_size = size is None
         self._full_sized = count        # so many packets may be, or must be
@@ -1015,20 +1015,22 @@ class Buffer(object):
     def fill(self, source):
         """Read once from the image and make packets of it: buffer_fill.
 
-        source.read_into(view) -> bytes read, 0 at the image's end, None if there
-        is nothing yet.  Only the last packet of the image is short.  Sets
-        `ended` at the image's end.
+        source.area(size) -> a memoryview for the round's bytes; source.read_into(view) -> bytes
+        read, 0 at the image's end, None if there is nothing yet; source.hash(view): they are
+        all there.  Only the last packet of the image is short.  Sets `ended` at the image's end.
         """
         payload, first = self.payload, self.count
-        staging = source.staging(Batch.MOST * payload)
-        room = min(len(staging), (self.limit - first) * payload)
-        got = source.read_into(staging[self._rest:room])
+        if self._area is None:
+            self._area = source.area(self.limit * payload)
+        area = self._area
+        room = min(first + Batch.MOST, self.limit) * payload
+        got = source.read_into(area[self._read:room])
         if got is None:
             return
-        self._rest += got
-        count = self._rest // payload
+        self._read += got
+        count = self._read // payload - first
         if count:
-            pieces = self._batch.payloads(count).unpack_from(staging)
+            pieces = self._batch.payloads(count).unpack_from(area, first * payload)
             seq = (self.base + first) & MASK
             fields = [payload] * (4 * count)
             fields[0::4] = consecutive(seq, count)
@@ -1039,12 +1041,13 @@ class Buffer(object):
                 self._bytes, first * self.slot, *fields)
             self.count += count
             self.size += count * payload
-            self._rest -= count * payload
-            staging[:self._rest] = staging[count * payload:][:self._rest]
         if not got:
-            if self._rest:
-                self.add(staging[:self._rest].tobytes())
+            if self._read > self.size:
+                self.add(area[self.size:self._read].tobytes())
             self.ended = True
+        if self.full:
+            source.hash(area[:self.size])
+            self._area = None
 
     full = property(lambda self: self.ended or self.count >= self.limit)
 
@@ -1812,6 +1815,7 @@ class RateControl(object):
     HEADS = 3                           # times in a row
     LOOK_EVERY = 4.0                    # seconds between two such heads
     STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
+    FASTER = 1.5                        # times what we ever sent at: no rate above matters
     NOISE = 0.001                       # share of loss that is nobody's
     YIELD, BACK = 0.7, 0.06             # times the rate for a rival; share of the line regained a second
     LEAST_SHARE = 0.35                  # of the line, whatever the rival takes
@@ -1823,6 +1827,7 @@ class RateControl(object):
         self.line = None                # bit/s, the slowest link's rate once it is known
         self._estimate = None           # bit/s, the last of what it may be
         self._step = 1.0                # how much faster next, as a share, while it is sought
+        self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
         self._slow = False              # the last round lagged, without losses
         self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
@@ -1855,6 +1860,8 @@ class RateControl(object):
         the rate changed, or None.
         """
         passed, self._last = now - (self._last or now), now
+        if achieved < speed.rate:       # else it went at once, and nobody knows
+            self._fastest = max(self._fastest, achieved)
         lossy = self._unusual(worst.lost, worst.member.medium, count)
         steady = achieved >= self.STEADY * speed.rate
         lags = 1 - worst.ratio > max(self.SLOWER, worst.error) and (steady or lossy)
@@ -1864,7 +1871,8 @@ class RateControl(object):
                 return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
         was_slow, self._slow = self._slow, lags and not lossy
         if lags and (lossy or self.line is None or was_slow):
-            return self._slow_down(achieved if steady else speed.rate, worst, lossy)
+            sent = achieved if steady else min(speed.rate, self.FASTER * self._fastest)
+            return self._slow_down(sent, worst, lossy)
         if lags:
             return None
         if self.line is None:
@@ -2086,6 +2094,57 @@ class Command(object):
             pass
 
 
+class Hasher(threading.Thread):
+    """Hashes an image, part by part, while others do something else: hashing releases the interpreter's lock."""
+
+    AHEAD = 2                           # parts that may wait, before give() waits
+
+    def __init__(self):
+        threading.Thread.__init__(self, name='hasher')
+        self.daemon = True
+        self._hash = hashlib.sha256()
+        self._digests = [self._hash.digest()]       # through each part
+        self._parts = collections.deque()
+        self._given = 0
+        self.link = SemLink()
+        self._own_link = self.link.spawn()
+
+    def give(self, view):
+        """Hash this next; `view` must not change until the next but one is given."""
+        self._parts.append(view)
+        self._given += 1
+        self.link.release_child()
+        self.digest(self._given + 1 - self.AHEAD)
+
+    def digest(self, parts=None):
+        """The digest through so many parts, of all if None; waits until they are hashed."""
+        parts = self._given if parts is None else parts
+        while len(self._digests) <= parts:
+            self.link.wait_child()
+        return self._digests[parts]
+
+    def close(self):
+        """Let it end."""
+        self.link.close()
+        if self.ident:
+            self.join()
+        else:
+            self._own_link.close()
+
+    def run(self):
+        """The thread."""
+        try:
+            while True:
+                self._own_link.wait_parent()
+                self._hash.update(self._parts.popleft())
+                self._digests.append(self._hash.digest())
+                self._own_link.release_parent()
+        except LinkClosed:
+            pass
+        finally:
+            self._own_link.close()
+
+
 class Source(object):
     """Where the server's image comes from: standard input, a file, a command.
 
@@ -2101,8 +2160,8 @@ class Source(object):
         self.size = None
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
-        self._hash = hashlib.sha256() if digest else None
-        self._staging = bytearray()
+        self._hasher = Hasher() if digest else None
+        self._areas = [bytearray(), bytearray()]
         if command is not None:
             return
         called = 'standard input' if path is None else printable(path)
@@ -2134,6 +2193,9 @@ class Source(object):
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
+        if self._hasher:
+            with uninterruptible:
+                start_thread(self._hasher)
         if self._text is not None:
             try:
                 with uninterruptible:
@@ -2151,11 +2213,18 @@ class Source(object):
         """For select(): readable when read_into() will not wait."""
         return self._file.fileno()
 
-    def staging(self, size):
-        """A memoryview of `size` bytes to read into, the same each time."""
-        if len(self._staging) != size:
-            self._staging = bytearray(size)
-        return memoryview(self._staging)
+    def area(self, size):
+        """A memoryview of `size` bytes to read into; the one before is still being hashed."""
+        if self._hasher:
+            self._areas.reverse()
+        if len(self._areas[0]) != size:
+            self._areas[0] = bytearray(size)
+        return memoryview(self._areas[0])
+
+    def hash(self, view):
+        """Hash the next bytes of the image, which stay where they are until the next but one."""
+        if self._hasher:
+            self._hasher.give(view)
 
     def read_into(self, view):
         """Read once; returns bytes read, 0 at the image's end, None if there is nothing yet.
@@ -2177,8 +2246,6 @@ class Source(object):
                 raise Failure('the image had %d bytes, and now has %d: is it still being '
                               'written?' % (self.size, self.bytes))
         self.bytes += got
-        if self._hash:
-            self._hash.update(view[:got])
         return got
 
     def look(self):
@@ -2186,9 +2253,9 @@ class Source(object):
         if self._command:
             self._command.look()
 
-    def digest(self):
-        """SHA-256 of all that was read so far; b'' without digests."""
-        return self._hash.digest() if self._hash else b''
+    def digest(self, parts=None):
+        """SHA-256 of what was given to hash(), of so many parts or all; b'' without digests."""
+        return self._hasher.digest(parts) if self._hasher else b''
 
     def end(self):
         """Ask the command to end: nobody reads on."""
@@ -2201,8 +2268,8 @@ class Source(object):
             self._command.close()
         if self._file:
             self._file.close()
-
-        # Not under a writer that hangs in it: another file would get its number.
+        if self._hasher:
+            self._hasher.close()
 
 
 def is_mount_point(path):
@@ -2941,8 +3008,9 @@ class Round(object):
     head, tail      (bit/s, seconds) at which the packets of these trains were sent; None: not known
     """
 
-    def __init__(self, number, buffer, digest, place):
-        self.number, self.buffer, self.digest, self.place = number, buffer, digest, place
+    def __init__(self, number, buffer, place):
+        self.number, self.buffer, self.place = number, buffer, place
+        self.digest = b''
         self.multicast = 0
         self.speed = None               # Speed at which it was to be sent
         self.head = self.tail = None
@@ -3826,6 +3894,7 @@ class Course(object):
 
         now()                       seconds on the monotonic clock
         fill(base, limit)           begin to fill a buffer, then call filled()
+        digest(number) -> bytes     of the image through that round
         do(Step)                    have the TCP servers do it; complete() is called when they have
         release(Buffer)             it is not needed any more
         leave_room(bytes)           so much goes by TCP on the same line
@@ -3869,7 +3938,7 @@ class Course(object):
         self._repair_salt = repair_salt
         self._farewell, self._allow_empty = farewell, allow_empty
         self._underway = collections.deque()
-        self._full = None               # (buffer, digest) that waits for room in the window
+        self._full = None               # a buffer that waits for room in the window
         self._filling = self._ended = self._finishing = False
         self._passes = collections.deque()          # Sendings of coded repair
         self._answered = 0              # packets of rounds that all have answered for
@@ -3901,9 +3970,9 @@ class Course(object):
         self._through_at = self.hands.now()
         self._announce()
 
-    def filled(self, buffer, digest):
+    def filled(self, buffer):
         """The buffer is full, or the image has ended with it."""
-        self._filling, self._full, self._ended = False, (buffer, digest), buffer.ended
+        self._filling, self._full, self._ended = False, buffer, buffer.ended
         if self.roster.begun:
             self._announce()
 
@@ -3939,6 +4008,7 @@ class Course(object):
         underway.steps += 1
         if sending.buffer is underway.round.buffer:
             underway.sent, underway.round.multicast = True, sending.last
+            underway.round.digest = self.hands.digest(underway.round.number)
             self.sent_packets += sending.last
         else:
             underway.steps -= 1         # the one that it was counted for
@@ -3991,10 +4061,10 @@ class Course(object):
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
         if self._full and len(self._underway) < self.window and not self.over:
-            buffer, digest = self._full
+            buffer = self._full
             if buffer.count or self.dialect.ends and not self._underway:
                 self._full = None
-                self._begin_round(buffer, digest)
+                self._begin_round(buffer)
             elif not self.dialect.ends:
                 self._full = None
                 self.hands.release(buffer)
@@ -4003,8 +4073,8 @@ class Course(object):
             self._finish(None)
         self._fill()
 
-    def _begin_round(self, buffer, digest):
-        underway = Underway(Round(self.rounds, buffer, digest, self._place))
+    def _begin_round(self, buffer):
+        underway = Underway(Round(self.rounds, buffer, self._place))
         underway.began = self.hands.now()
         self._underway.append(underway)
         self.rounds += 1
@@ -4019,7 +4089,7 @@ class Course(object):
         """The round of 0 packets that ends the image in the base protocol."""
         end = Buffer(buffer.payload, 0)
         end.start(self._base, 0, 0)
-        return end, b''
+        return end
 
     def _check_empty(self):
         if not self._place and not self._allow_empty:
@@ -5522,6 +5592,10 @@ class Multicaster(object):
         self._upcoming.limit = limit
         self._fed = None
 
+    def digest(self, number):
+        """The image's digest through a round; b'' without digests."""
+        return self.source.digest(number + 1)
+
     def release(self, buffer):
         """It is not in use any more."""
         if buffer.capacity:
@@ -5641,7 +5715,7 @@ class Multicaster(object):
         self._fed, self.roster.waiting = now, None
         if buffer.full:
             self._upcoming = None
-            self.course.filled(buffer, self.source.digest() if self.session.digest else b'')
+            self.course.filled(buffer)
 
     def _look_at_producer(self, now):
         """Say, here and at the clients, that only what makes the image is waited for."""
