@@ -493,8 +493,13 @@ def how_many(gaps):
 
 def runs(gaps):
     """Where set bits stand next to each other: (start, stop) of each run, ascending."""
-    digits = bin(gaps)[:1:-1]
-    return [found.span() for found in re.finditer('1+', digits)]
+    digits = bin(gaps)[:1:-1] + '0'
+    found, start = [], digits.find('1')
+    while start >= 0:
+        stop = digits.find('0', start)
+        found.append((start, stop))
+        start = digits.find('1', stop)
+    return found
 
 
 def places(gaps):
@@ -1234,7 +1239,8 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
-MOST_COLLISIONS = 64                    # in a row, until a group is closed
+MOST_COLLISIONS = 200                   # in a row, until a group is closed
+AT_A_TIME = 200                         # packets, between two moments for others
 
 
 def combine(requests, most=MOST_MEMBERS):
@@ -1244,18 +1250,28 @@ def combine(requests, most=MOST_MEMBERS):
     first, each into the first group in which it collides with no client.  A group
     that has collided with a set of clients always will, so it is not tried again for
     the same set; and one that collides MOST_COLLISIONS times in a row is as good as
-    full.  So the time is linear in what was lost.  Returns lists of places.
+    full.  So the time is linear in what was lost.
+
+    Yields lists of places as far as they are found, now and then, so that others get
+    their turn; the last ones are complete.
     """
     wanted = collections.defaultdict(int)           # place -> clients, as bits
+    popular = collections.defaultdict(int)          # place -> how many they are
+    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
+    work = 0
     for number, gaps in enumerate(requests):
         client = 1 << number
         for place in places(gaps):
             wanted[place] |= client
+            popular[place] += 1
+            work += 1
+        if work > 10 * AT_A_TIME:
+            work = 0
+            yield groups
     everybody = (1 << len(requests)) - 1
-    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
     tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
     closed = 0                                      # so many groups at the front are full
-    for place in sorted(wanted, key=lambda place: (-how_many(wanted[place]), place)):
+    for done, place in enumerate(sorted(wanted, key=lambda place: (-popular[place], place))):
         mask = wanted[place]
         while closed < len(groups) and taken[closed] == everybody:
             closed += 1
@@ -1273,7 +1289,9 @@ def combine(requests, most=MOST_MEMBERS):
         taken[at] |= mask
         collisions[at] = 0
         tried[mask] = at + 1
-    return groups
+        if not (done + 1) % AT_A_TIME:
+            yield groups
+    yield groups
 
 
 def recipes(groups, number, room):
@@ -1306,18 +1324,26 @@ def most_members(payload):
 
 
 def encode_repair(buffer, groups, number, salt):
-    """The datagrams of a repair pass, as a Buffer, and how many are recipes."""
+    """The datagrams of a repair pass, as a Buffer, and how many are recipes.
+
+    Yields them as far as they are made, as combine() does.
+    """
     first = recipes(groups, number, buffer.payload)
     coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT)
     coded.start(REPAIR_BIT + number, 0, 0)
     for payload in first:
         coded.add(payload)
+    work = 0
     for members in groups:
         total = 0
         for index in members:
             total ^= to_int(buffer.payload_of(index))
         coded.add(to_bytes(total, buffer.payload))
-    return coded, len(first)
+        work += len(members)
+        if work > AT_A_TIME:
+            work = 0
+            yield coded, len(first)
+    yield coded, len(first)
 
 
 def read_recipe(payload):
@@ -3953,6 +3979,7 @@ class Course(object):
         self._full = None               # a buffer that waits for room in the window
         self._filling = self._ended = self._finishing = False
         self._passes = collections.deque()          # Sendings of coded repair
+        self._work = collections.deque()            # what takes long, as generators
         self._answered = 0              # packets of rounds that all have answered for
         self._last_heard = None         # when a client last got any multicast
         self._warned = False            # that none gets any
@@ -4120,21 +4147,37 @@ class Course(object):
             requests = dict(item for item in requests.items() if item[0] in here)
         if not requests:
             return self._through(underway)
+        self._work.append(self._repair(underway, requests))
+        self.work()
+
+    busy = property(lambda self: bool(self._work))
+
+    def work(self):
+        """Go on with what takes long, for some milliseconds."""
+        if self._work and next(self._work[0], self) is self:
+            self._work.popleft()
+
+    def _repair(self, underway, requests):
+        """Bring to members what they asked for; yields while that is still to be worked out."""
         buffer, number = underway.round.buffer, underway.round.number
-        groups, coded_for = self.plan(buffer, requests) if underway.passes < self.PASSES else ([], ())
-        by_tcp = dict((member, how_many(gaps)) for member, gaps in requests.items()
-                      if member not in coded_for)
+        counts = dict((member, how_many(gaps)) for member, gaps in requests.items())
+        groups, coded_for, message = [], (), b''
+        if underway.passes < self.PASSES:
+            for groups, coded_for in self.plan(buffer, requests, counts):
+                yield
+        by_tcp = dict(item for item in counts.items() if item[0] not in coded_for)
         self.by_tcp += sum(by_tcp.values())
         partly = [count for count in by_tcp.values() if count < buffer.count]
         if partly and self.multicasting:
             self.hands.leave_room(max(partly) * buffer.slot)
-        message = b''
         if groups:
-            if self.repair_number + len(groups) + MAX_PACKETS > REPAIR_BIT:
-                self.repair_number = 0
-            coded, recipe_count = encode_repair(buffer, groups, self.repair_number, self._repair_salt)
-            message = self.dialect.again(number, self.repair_number, recipe_count, len(groups))
-            self.repair_number += coded.count
+            first = self.repair_number
+            if first + len(groups) + MAX_PACKETS > REPAIR_BIT:
+                first = 0
+            for coded, recipe_count in encode_repair(buffer, groups, first, self._repair_salt):
+                yield
+            message = self.dialect.again(number, first, recipe_count, len(groups))
+            self.repair_number = first + coded.count
             self.coded += coded.count
             underway.passes += 1
             underway.steps += 1         # until the pass is sent
@@ -4274,22 +4317,23 @@ class Course(object):
 
     # ---- repair
 
-    def plan(self, buffer, requests):
+    def plan(self, buffer, requests, counts):
         """What to repair by multicast, if that is cheaper than TCP.
 
-        Returns groups of places, and the members that they are for.
+        requests: what members ask for, as bits; counts: how many packets that are.
+        Yields groups of places, and the members that they are for, as combine() does.
         """
-        if not self.dialect.codes or not self.multicasting:
-            return [], ()
         asked = dict((member, gaps) for member, gaps in requests.items()
-                     if how_many(gaps) <= buffer.count // 2)
-        by_tcp = sum(how_many(gaps) for gaps in asked.values())
-        if by_tcp <= self.WORTH_CODING:
-            return [], ()
-        groups = combine(list(asked.values()), most_members(buffer.payload))
+                     if counts[member] <= buffer.count // 2)
+        by_tcp = sum(counts[member] for member in asked)
+        if not self.dialect.codes or not self.multicasting or by_tcp <= self.WORTH_CODING:
+            return
+        for groups in combine(list(asked.values()), most_members(buffer.payload)):
+            yield groups, asked
         size = 2 * len(groups) + 2 * sum(len(members) for members in groups)
         by_multicast = len(groups) + 1 + size // buffer.payload
-        return (groups, asked) if by_multicast < by_tcp or len(asked) == 1 else ([], ())
+        if by_multicast >= by_tcp and len(asked) > 1:
+            yield [], ()
 
 
 # ---------------------------------------------------------------------------
@@ -5691,6 +5735,9 @@ class Multicaster(object):
                 if looked and not timeout:
                     return
             looked = True
+            busy = self.course.busy
+            if busy:
+                timeout = 0
             reads = [self.link.child_fd]
             filling = bool(self._upcoming)
             if filling and self.source.drained:     # its command is to end; nothing tells but a look
@@ -5718,7 +5765,9 @@ class Multicaster(object):
                 self.source.look()
                 if filling and until is None and self.course.idle and not self._accepting:
                     self._look_at_producer(now)
-            if until is None and readable:
+            if busy:
+                self.course.work()
+            if until is None and (readable or busy):
                 return
 
     def _fill(self, now):
