@@ -14,7 +14,8 @@ names carry the process id and a counter. Building and changing one needs root; 
 
 Impairments are where a real network has them, and see what a real network sees, single frames: loss is a random
 drop in nftables (some kernels have no netem), a slow port is a token bucket with a short queue, a pulled cable is the
-switch's port going down, a long cable is a process that holds frames back (delay.py). In a laboratory that is not in wire mode a "frame" can be a super-packet of 64 KB.
+switch's port going down, a long cable is a process that holds frames back (delay.py). In a laboratory that is not in
+wire mode a "frame" can be a super-packet of 64 KB.
 
 The system's limits are left as they are: net.core.rmem_max in particular is the host's own, as on a user's machine.
 
