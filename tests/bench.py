@@ -8,8 +8,10 @@
 
 There are four kinds of scenarios. Where the CPU is the limit (super, wire, core, blocked), kmcast is compared with the
 other tools. Where a line is (port, egress, line, gbit, rtt, rival; chain: without UDP), the line's payload is the
-measure, and a chain of socat and tee, which nearly fills it, is a peer. `loopback` and `thousand` are about many clients:
-of the thousand one process (crowd.py) plays all, so that the server is what is measured. `memory` is about memory.
+measure, and a chain of socat and tee, which nearly fills it, is a peer. `loopback` and `thousand` are about many
+clients: of the thousand one process (crowd.py) plays all, so that the server is what is measured; `single`, `brief` and
+`least` are kmcast with one client, with a tiny image, and with both, to tell apart what a client costs for each round.
+`memory` is about memory.
 
 Each run has a fresh laboratory, the same image (random bytes in tmpfs) and receivers that wait already. The clock runs
 from the start of the sender to the exit of the sender and all receivers; of UFTP, whose receivers are daemons, to the
@@ -162,6 +164,7 @@ def _block_multicast(lab):
 
 
 PEERS = ('udpcast', 'uftp')
+REFERENCES = ('single', 'brief', 'least')
 # What the line can do is known, so that the chain's share of it is for information only, but where nothing else is.
 BESIDE_CHAIN = wanted('times_chain')
 
@@ -241,10 +244,10 @@ SCENARIOS = [
              wire=False, tools=('kmcast',), loopback=True),
     Scenario('thousand', '1,000 clients played by one process on loopback', 1000, 256,
              [wanted('goodput_gbit', 1.5, 4), wanted('cpu_for_client', 30, 10), wanted('server_mib', 120, 100)],
-             wire=False, tools=('kmcast', 'single'), loopback=True, crowd=[]),
+             wire=False, tools=('kmcast',) + REFERENCES, loopback=True, crowd=[]),
     Scenario('thousand-loss1', 'the same, each asks again for a random 1 % of every round', 1000, 256,
              [wanted('goodput_gbit', 0.8, 2), wanted('cpu_for_client'), wanted('server_mib', 120, 100)],
-             wire=False, tools=('kmcast', 'single'), loopback=True, crowd=['--loss', 1]),
+             wire=False, tools=('kmcast',) + REFERENCES, loopback=True, crowd=['--loss', 1]),
     # Every byte goes to every client by TCP, so the image is small: two full rounds and what leads up to them.
     Scenario('thousand-dead', 'the same, each asks again for everything: multicast is dead', 1000, 24,
              [wanted('server_mib', 150, 120), wanted('goodput_gbit')],
@@ -289,6 +292,10 @@ class Tool:
         """Return why the tool cannot run, or None."""
         absent = [program for program in self.programs if shutil.which(program) is None]
         return 'no program %s here (Debian packages udpcast, uftp, socat)' % ', '.join(absent) if absent else None
+
+    def size(self, job):
+        """Return how many bytes it sends."""
+        return job.size
 
     def receivers(self, job):
         """Return the Commands of the receivers, which wait for the sender."""
@@ -341,13 +348,32 @@ class Kmcast(Tool):
         return [command(job.lab.server, argv, stdin=job.image)]
 
 
-class Single(Kmcast):
-    """kmcast with a single client of a crowd: what the image costs the server, whoever is there."""
+class Reference(Kmcast):
+    """kmcast with less to do, to know what of its CPU time is for what: see `cpu_for_client`.
 
-    name = 'single'
+    name    'single': what the image costs with one client; 'brief': what it costs that clients come and go, with the
+            start of an image and no more; 'least': what it costs in any case
+    """
+
+    IMAGE = 64 << 10        # bytes of a brief one
+
+    def __init__(self, name, python, program):
+        super().__init__(python, program)
+        self.name = name
 
     def clients(self, scenario):
-        return 1
+        return scenario.clients if self.name == 'brief' else 1
+
+    def size(self, job):
+        return job.size if self.name == 'single' else min(self.IMAGE, job.size)
+
+    def senders(self, job):
+        if self.size(job) == job.size:
+            return super().senders(job)
+        path = os.path.join(job.directory, 'brief')
+        with open(job.image, 'rb') as image, open(path, 'wb') as start:
+            start.write(image.read(self.size(job)))
+        return super().senders(job._replace(image=path))
 
 
 class Udpcast(Tool):
@@ -702,13 +728,14 @@ def measure(tool, job, open_sinks):
 
     if tool.daemons:
         stop_daemons(receivers)
-    gigabytes = job.size / 1e9
+    gigabytes = tool.size(job) / 1e9
     cpu_server = sum(process.cpu for process in senders)
     own = isinstance(tool, Kmcast)
     rounds = round_count(senders[0].stderr()) if own else None
     return {
         'seconds': seconds,
-        'goodput': job.size * 8e-6 / seconds,                                           # Mbit/s
+        'goodput': gigabytes * 8e3 / seconds,                                           # Mbit/s
+        'cpu_server_all': cpu_server,                                                   # seconds
         'cpu_server': cpu_server / gigabytes,                                           # seconds per 10^9 bytes
         'cpu_client': sum(process.cpu for process in receivers) / len(receivers) / gigabytes,
         'rss_server': max(process.peak for process in senders) / MIB,                   # MiB
@@ -745,7 +772,7 @@ def repair_traffic(summary):
 
 def round_count(summary):
     """Return how many rounds a kmcast server's summary names; None if it does not."""
-    match = re.search(r'(\d+) rounds', summary)
+    match = re.search(r'(\d+) rounds?\b', summary)
     return int(match.group(1)) if match else None
 
 
@@ -918,12 +945,15 @@ def rival_share(scenario, results):
 
 def cpu_for_client(scenario, results):
     """CPU microseconds of kmcast's server for one more client and a round"""
-    # What a single client costs is the image itself; with that in it, the figure would tell how large the rounds are.
-    with_all, with_one = _middle(results, 'kmcast', 'cpu_server'), _middle(results, 'single', 'cpu_server')
-    rounds = _middle(results, 'kmcast', 'rounds')
-    if not (with_all and with_one and rounds):
+    # Not in it are the image itself, with which the figure would tell how large the rounds are, and the greetings and
+    # farewells, with which it would tell how many rounds there are.
+    names = ('kmcast', 'brief', 'single', 'least')
+    cpu = [_middle(results, name, 'cpu_server_all') for name in names]
+    rounds = [_middle(results, name, 'rounds') for name in names]
+    if None in cpu + rounds or rounds[0] <= rounds[1]:
         return None
-    return 1e6 * (with_all - with_one) * results['kmcast']['size'] / 1e9 / rounds / (scenario.clients - 1)
+    of_rounds = (cpu[0] - cpu[1]) - (cpu[2] - cpu[3])
+    return 1e6 * of_rounds / (rounds[0] - rounds[1]) / (scenario.clients - 1)
 
 
 def share_of_link(scenario, results):
@@ -1023,8 +1053,8 @@ def run_scenario(bench, scenario, tools, repeat, verify):
         attempt(tool, 'verification', lambda: bench.verify(tool, scenario))
     for result in results.values():
         result['median'] = {key: _median(result['runs'], key) for key in (
-            'seconds', 'goodput', 'cpu_server', 'cpu_client', 'rss_server', 'rss_client', 'rounds', 'us_round',
-            'rival')}
+            'seconds', 'goodput', 'cpu_server', 'cpu_server_all', 'cpu_client', 'rss_server', 'rss_client', 'rounds',
+            'us_round', 'rival')}
     return results
 
 
@@ -1071,7 +1101,7 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-TOOLS = ('kmcast', 'single', 'chain', 'udpcast', 'uftp', 'tcp')
+TOOLS = ('kmcast',) + REFERENCES + ('chain', 'udpcast', 'uftp', 'tcp')
 
 
 def arguments():
@@ -1105,9 +1135,9 @@ def main():
         return 1
 
     Udpcast.tuned = options.tuned_peers
-    tools = [tool for tool in (Kmcast(options.python, options.kmcast), Single(options.python, options.kmcast), Chain(),
-                               Udpcast(), Uftp(), Tcp())
-             if not options.tool or tool.name in options.tool]
+    own = options.python, options.kmcast
+    tools = [Kmcast(*own)] + [Reference(name, *own) for name in REFERENCES] + [Chain(), Udpcast(), Uftp(), Tcp()]
+    tools = [tool for tool in tools if not options.tool or tool.name in options.tool]
     report = {'environment': environment(options.python), 'repeat': options.repeat,
               'scenarios': collections.OrderedDict()}
     directory = tempfile.mkdtemp(prefix='kmbench-', dir=RAMDISK)

@@ -2,16 +2,16 @@
 
     python3 tests/crowd.py [--loss PERCENT] [--window N] [--wait SECONDS] SERVER_IP CLIENTS [PORT]
 
-It says what clients say in session version 2, and says it at once: READY to every BUFFER INFO; to SENT a DONE, or with
---loss a REQUEST for a random so many percent of the round, another set for each client and round. After PACKETS, or after
-AGAIN and the next SENT of that round, it says DONE. It never joins the group, so it hears no multicast: nothing is
-verified. What it measures is what a thousand clients cost a server; so it must cost little itself, and it says what: see
-`Crowd.report`. For that
+It says what clients say in session version 2, and says it at once: READY to every BUFFER INFO; to SENT a DONE, or
+with --loss a REQUEST for a random so many percent of the round, another set for each client and round. After PACKETS,
+or after AGAIN and the next SENT of that round, it says DONE. It never joins the group, so it hears no multicast:
+nothing is verified. What it measures is what a thousand clients cost a server; so it must cost little itself, and it
+says what: see `Crowd.report`. For that
 - a message is parsed once, however many clients get it: the first to receive those bytes parses them for all;
 - answers that are the same for all are made once for a round; requests are slices of one long random bitmap;
 - packets sent again are not even copied from the kernel (MSG_TRUNC, man 7 tcp).
 
-The last line on standard error is a JSON object, and the exit code 0, if all clients were told that they have the image.
+The last line on standard error is a JSON object, and the exit code 0, if all clients were told that it was all.
 """
 
 import argparse
@@ -51,7 +51,11 @@ READY_MESSAGE = struct.Struct('<BI')
 # DONE, and what a REQUEST has before its bitmap: signal, id; then packets heard and microseconds of the round's head,
 # and the same of its second half.
 ANSWER = struct.Struct('<B5I')
-LAST_WORD = ANSWER.pack(DONE, 0xFFFFFFFF, 0, 0, 0, 0)
+# The crowd hears nothing, so it tells nothing, as a client does to which one receive call brought all of it: then the
+# server knows no more than what was lost. Times from our own clock, from READY to SENT, are no substitute: the server
+# takes each moment in which it did something else for a slow line, goes slower, and so on down to its lowest rate.
+FIGURES = (0, 0, 0, 0)
+LAST_WORD = ANSWER.pack(DONE, 0xFFFFFFFF, *FIGURES)
 
 PORT = 18383
 ALIVE_INTERVAL = 5.0        # seconds, or a third of the server's stall timeout
@@ -80,21 +84,18 @@ class Failed(Exception):
 class Round:
     """A round under way, for all clients.
 
-    announced  when all have answered READY, by our clock
-    sent       when the first was told SENT, or None
-    answer     then: the 21 bytes of the figures, for DONE; `request` the same for REQUEST
-    finished   how many have said DONE
+    ready, answer, request   what all answer: READY, DONE, and a REQUEST up to its bitmap
+    finished                 how many have said DONE
     """
 
     def __init__(self, number, size, packets):
         self.number = number
         self.size = size
         self.packets = packets
-        self.ready_message = READY_MESSAGE.pack(READY, number)
-        self.announced = None
-        self.sent = None
-        self.answer = self.request = b''
-        self.readies = self.finished = 0
+        self.ready = READY_MESSAGE.pack(READY, number)
+        self.answer = ANSWER.pack(DONE, number, *FIGURES)
+        self.request = ANSWER.pack(REQUEST, number, *FIGURES)
+        self.finished = 0
 
 
 class Client:
@@ -118,19 +119,17 @@ class Client:
 class Crowd:
     """All clients, and what they have in common."""
 
-    def __init__(self, address, count, loss, window, wait, clock):
+    def __init__(self, address, count, loss, window, wait):
         self._address = address
         self._count = count
         self._loss = loss / 100
         self._window = window
-        self._clock = clock
         self._give_up = time.monotonic() + wait
         self._pool = random_bits(self._loss, POOL)
         self._poller = select.epoll()
         self._clients = {}          # by descriptor
         self._connected = self._greeted = 0
         self._rounds = collections.OrderedDict()
-        self._last_sent = 0         # when the latest round's SENT came
         self._parsed = {}           # bytes received: the messages in them
         self._payload = self._digest = None
         self._interval = ALIVE_INTERVAL
@@ -349,15 +348,10 @@ class Crowd:
         if this is None:
             this = self._rounds[number] = Round(number, size, packets)
             self._figures['rounds'] += 1
-        this.readies += 1
-        if this.readies == self._count:
-            this.announced = time.monotonic()
-        return this.ready_message
+        return this.ready
 
     def _answer(self, client, this):
         """A client is told that a round is sent: return what it answers."""
-        if this.sent is None:
-            self._tell_figures(this)
         if this.number in client.again:
             client.again.remove(this.number)
             return self._done(this)
@@ -367,24 +361,6 @@ class Crowd:
         client.asked[this.number] = bitmap
         self._figures['requests'] += 1
         return this.request + bitmap
-
-    def _tell_figures(self, this):
-        """Make up what all say of a round's reception.
-
-        That is nothing, as of a client that got it all in one message: it hears nothing, and the server then takes what
-        was lost for all that there is to know. With --clock it is what can be told without hearing it: the round was on
-        the line from when all had room, or from the end of the round before it, until SENT; half of that time is its
-        second half's. But then the server takes every moment in which it did something else for a slow line, and goes
-        slower the next time: so that is no way to find out how fast it can be.
-        """
-        this.sent = time.monotonic()
-        began = max(this.announced or this.sent, self._last_sent)
-        self._last_sent = this.sent
-        half = this.packets - this.packets // 2
-        told = int(half * (1 - self._loss)), int(1e6 * (this.sent - began) / 2)
-        figures = (this.number, 0, 0) + (told if self._clock else (0, 0))
-        this.answer = ANSWER.pack(DONE, *figures)
-        this.request = ANSWER.pack(REQUEST, *figures)
 
     def _missing(self, packets):
         """Return what a client has lost of so many packets, as a bitmap of bytes; None: nothing."""
@@ -435,7 +411,6 @@ def main():
     parser = argparse.ArgumentParser(description='Play many kmcast clients, to measure a server.')
     parser.add_argument('--loss', type=float, default=0, metavar='PERCENT', help='of each round, at random (0)')
     parser.add_argument('--window', type=int, default=4, metavar='N', help='rounds that each can hold (4)')
-    parser.add_argument('--clock', action='store_true', help='tell figures of reception, by the clock')
     parser.add_argument('--wait', type=float, default=60, metavar='SECONDS', help='for the server to be there (60)')
     parser.add_argument('--seed', type=int, default=1, metavar='N', help='of what is lost (1)')
     parser.add_argument('server', metavar='SERVER_IP')
@@ -445,8 +420,7 @@ def main():
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     random.seed(options.seed)
-    crowd = Crowd((options.server, options.port), options.clients, options.loss, options.window, options.wait,
-                  options.clock)
+    crowd = Crowd((options.server, options.port), options.clients, options.loss, options.window, options.wait)
     try:
         crowd.run()
     except Failed as failure:

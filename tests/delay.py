@@ -3,9 +3,9 @@
     python3 tests/delay.py INTERFACE INTERFACE SECONDS      # as lab.py starts it, in the switch's namespace
     python3 tests/delay.py                                  # measure here what it can carry (root)
 
-Some kernels have no netem, which would do this inside of the kernel. Here a packet socket on either side lets the kernel
-put what comes into a ring that this process shares (packet_mmap), with a time stamp; there a frame stays until it is due
-and is sent from there. What matters for the tests that use it:
+Some kernels have no netem, which would do this inside of the kernel. Here a packet socket on either side lets the
+kernel put what comes into a ring that this process shares (packet_mmap), with a time stamp; there a frame stays until
+it is due and is sent from there. What matters for the tests that use it:
 - nothing is reordered: a ring is first in, first out;
 - nothing is dropped: a ring holds more than half a second of 100 Mbit/s, and what it drops nevertheless is counted and
   reported at the end, so that a run with drops can be told from a sound one;
@@ -13,8 +13,9 @@ and is sent from there. What matters for the tests that use it:
   runs with real-time priority where that is granted, as else every busy program would stretch the line;
 - it takes little of the CPU that the programs under test need: no system call to receive, one to send.
 
-Frames are forwarded as they are, with the kernel's note on checksums and segments before them (PACKET_VNET_HDR): between
-virtual interfaces the checksums are never computed, and without the note the far end would throw such frames away.
+Frames are forwarded as they are, with the kernel's note on checksums and segments before them (PACKET_VNET_HDR):
+between virtual interfaces the checksums are never computed, and without the note the far end would throw such frames
+away.
 """
 
 import mmap
@@ -131,7 +132,7 @@ def relay(interfaces, delay):
 def main():
     if len(sys.argv) == 1:
         return measure()
-    # Not bound to one CPU: the scheduler does not move a program under test out of its way, which stops for 100 ms then.
+    # Not bound to one CPU: the scheduler would not move a program under test out of its way, and that stops for 100 ms.
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except OSError:
