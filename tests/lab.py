@@ -369,7 +369,8 @@ def _inside(namespace, lines):
 
 def _random_drop(percent):
     """Return the nftables statement that drops this share."""
-    return 'numgen random mod %d < %d drop' % (LOSS_STEPS, round(percent * LOSS_STEPS / 100))
+    steps = round(percent * LOSS_STEPS / 100)
+    return 'drop' if steps >= LOSS_STEPS else 'numgen random mod %d < %d drop' % (LOSS_STEPS, steps)
 
 
 def _filter(namespace, family, table, hook, rule):
