@@ -747,6 +747,9 @@ def frame_size(head):
 # Queues and links
 # ---------------------------------------------------------------------------
 
+MSG_DONTWAIT = 0x40                     # Linux's number; socket.MSG_DONTWAIT
+
+
 class TcpQueue(object):
     """Pieces of data in order: the spec's tcpq and its seven operations.
 
@@ -871,9 +874,9 @@ class SemLink(object):
     def _release(end):
         if end:
             try:
-                uninterrupted(end.send, b'V')
+                uninterrupted(end.send, b'V', MSG_DONTWAIT)
             except OS_ERRORS:
-                pass                    # it ended; the next wait will say so
+                pass                    # it ended: the next wait will say so; or has enough of them to look at
 
 
 # ---------------------------------------------------------------------------
@@ -1380,7 +1383,6 @@ SOL_UDP = 17
 UDP_SEGMENT = 103
 UDP_GRO = 104
 SO_TIMESTAMPNS = 35
-MSG_DONTWAIT = 0x40
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
 SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
@@ -2882,9 +2884,14 @@ class Connection(object):
             self.moved = monotonic()
 
     def show_life(self, message):
-        """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone."""
+        """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone.
+
+        That the kernels take it is no move: that of a peer that hangs does so, too.
+        """
         if not self.outgoing.count and monotonic() - self.told >= self.alive_every:
+            moved, sent = self.moved, self._sent
             self.send(message)
+            self.moved, self._sent = moved, sent
 
     # ---- in
 
@@ -3489,6 +3496,11 @@ class ClientWindow(object):
     def unwritten(self):
         """Rounds that the writer has."""
         return len(self._lent)
+
+    @property
+    def writing(self):
+        """Whether the writer has something to do, and is not waiting for what came damaged."""
+        return bool(self._lent) and self._lent[0].given
 
     @property
     def deadline(self):
@@ -4210,10 +4222,10 @@ class Course(object):
     def _look_for_the_deaf(self, answers, now):
         """Name the clients that hear no multicast while others do."""
         for member in answers.deaf if answers.hearing else ():
-            if now - member.deaf_since > self.PATIENCE and not member.deaf_told:
+            since = member.deaf_since   # None: it has heard some of another round meanwhile
+            if since is not None and now - since > self.PATIENCE and not member.deaf_told:
                 member.deaf_told = True
-                tell('member_deaf', member=member, seconds=now - member.deaf_since,
-                     payload=self.payload)
+                tell('member_deaf', member=member, seconds=now - since, payload=self.payload)
 
     # ---- the slowest
 
@@ -5616,6 +5628,7 @@ class Multicaster(object):
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
             if done == place:
+                marks.pop()             # they leave later
                 stuck = stuck or monotonic() + (self.STUCK if self.course.multicasting else 0)
                 if monotonic() > stuck:
                     self.sender.trouble = 'the kernel takes no packets'
@@ -6123,7 +6136,7 @@ class Client(object):
             self.started = self._heard_at = now
         tell.look(now)
         self.sink.look()
-        if self.sink.written != self._output[0] or not window.unwritten:
+        if self.sink.written != self._output[0] or not window.writing:
             self._output = self.sink.written, now
         owing = window.owing
         if self.dialect.talks or not owing:         # a server of the base protocol may be silent then
