@@ -5347,6 +5347,8 @@ class TcpServer(threading.Thread):
             self.window.members.append(peer.member)
             self._watch(peer.fileno(), self._on_peer, peer)
             self._send(peer)
+            if peer.member.sentence:    # passed on its way here
+                self._drop(peer, peer.member.sentence)
             return
         self._unwatch(peer.fileno())
         self.passed_on.append(peer)
