@@ -2202,7 +2202,7 @@ class Source(object):
         self.size = None
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
-        self._hasher = Hasher() if digest else None
+        self._digest, self._hasher = digest, None
         self._areas = [bytearray(), bytearray()]
         if command is not None:
             return
@@ -2235,8 +2235,9 @@ class Source(object):
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
-        if self._hasher:
+        if self._digest:
             with uninterruptible:
+                self._hasher = Hasher()
                 start_thread(self._hasher)
         if self._text is not None:
             try:
