@@ -608,10 +608,14 @@ class Server(End):
         self.size += len(data)
         self.say(self.dialect.info(self.round._replace(**changes)))
 
+    def take_ready(self):
+        """Take READY for the round."""
+        self.expect(READY)
+
     def start_round(self, data):
         """A round up to READY."""
         self.announce(data)
-        self.expect(READY)
+        self.take_ready()
 
     def packets(self):
         """The packets of the round."""

@@ -3,60 +3,15 @@
 Real processes on loopback; what is hostile is in this process.
 """
 
-import socket
-import struct
 import time
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import ALIVE, BYE, DONE, INFO, PACKETS, READY, REQUEST, SENT
+import wire
 from helpers import LOOPBACK
-from hostile import (all_receive, DELAY, IMAGE, MEMORY_KIB, orderly, receive, receive_fields, receive_frame, reset,
-                     undisturbed)
-
-
-class Member(object):
-    """A hostile client: a bare connection that has a place, and what it hears."""
-
-    def __init__(self, port, host="hostile"):
-        self.sock = socket.create_connection((LOOPBACK, port))
-        self.sock.settimeout(20)
-        receive(self.sock, 16)
-        self.send(fuzz.hello(host))
-        self.welcome = receive_frame(self.sock)[1]
-
-    def send(self, data):
-        self.sock.sendall(data)
-
-    def info(self):
-        """Wait for a buffer info; returns base and count."""
-        self.signal(INFO)
-        _, _, base, count = struct.unpack("<4I", receive(self.sock, 16))
-        return base, count
-
-    def signal(self, expected):
-        """Wait for a signal; ALIVE is passed over."""
-        kind = ALIVE
-        while kind == ALIVE:
-            kind = receive(self.sock, 1)
-        assert kind == expected, kind
-
-    def ready(self):
-        """READY to a buffer info, and wait for SENT; returns base and count."""
-        base, count = self.info()
-        self.send(READY)
-        self.signal(SENT)
-        receive(self.sock, 32)
-        return base, count
-
-    def bye(self):
-        """The reason of a BYE that must come now; packets that were on their way are passed over."""
-        self.signal(BYE)
-        fields = receive_fields(self.sock)
-        assert fields["ok"] is False
-        return fields["reason"]
+from hostile import all_receive, DELAY, IMAGE, MEMORY_KIB, orderly, undisturbed
+from wire import ALIVE, BYE, PACKETS, REQUEST, SESSION
 
 
 def until_refused(member, data):
@@ -64,73 +19,69 @@ def until_refused(member, data):
     deadline = time.time() + 20
     try:
         while time.time() < deadline:
-            member.send(data)
+            member.say(data)
     except OSError:
         return
     raise AssertionError("the server takes it for 20 s")
 
 
 def hostile_alive(member):
-    member.info()
+    member.announced()
     until_refused(member, ALIVE * 65536)
 
 
 def hostile_ready(member):
-    member.info()
-    until_refused(member, READY * 1000)
+    until_refused(member, SESSION.ready(member.announced()) * 1000)
 
 
 def hostile_ready_too_often(member):
-    member.ready()
-    member.send(READY)
-    return member.bye()
+    member.say(SESSION.ready(member.take_round()))
+    return member.reason()
 
 
 def hostile_done_too_early(member):
-    member.info()
-    member.send(READY + DONE)
-    return member.bye()
+    what = member.announced()
+    member.say(SESSION.ready(what), SESSION.done(what))
+    return member.reason()
 
 
 def hostile_request_too_early(member):
-    member.info()
-    member.send(READY + fuzz.request([0]))
-    return member.bye()
+    what = member.announced()
+    member.say(SESSION.ready(what), SESSION.request(what, [0]))
+    return member.reason()
 
 
 def hostile_request_outside_the_round(member):
-    base, count = member.ready()
-    member.send(fuzz.request([base + count]))
-    return member.bye()
+    member.ask([member.take_round().count])
+    return member.reason()
 
 
 def hostile_request_before_the_round(member):
-    base, _ = member.ready()
-    member.send(fuzz.request([base - 1]))
-    return member.bye()
+    member.take_round()
+    member.ask([-1])
+    return member.reason()
 
 
 def hostile_request_for_nothing(member):
-    member.ready()
-    member.send(fuzz.request([]))
-    return member.bye()
+    member.take_round()
+    member.ask([])
+    return member.reason()
 
 
 def hostile_request_for_too_many(member):
-    base, count = member.ready()
-    member.send(fuzz.request([base] * (count + 1)))
-    return member.bye()
+    member.ask([0] * (member.take_round().count + 1))
+    return member.reason()
 
 
 def hostile_request_for_four_billion(member):
-    member.ready()
-    member.send(REQUEST + b"\xff\xff\xff\xff")
-    return member.bye()
+    member.take_round()
+    member.say(REQUEST + b"\xff\xff\xff\xff")
+    return member.reason()
 
 
 def hostile_second_request(member):
-    base, count = member.ready()
-    member.send(fuzz.request(range(base, base + count)) + fuzz.request([base]))
+    what = member.take_round()
+    member.say(SESSION.request(what, range(what.count)) + SESSION.request(what, [0]))
     member.sock.settimeout(5)
     try:
         while member.sock.recv(65536):
@@ -140,60 +91,58 @@ def hostile_second_request(member):
 
 
 def hostile_hello(member):
-    member.info()
-    member.send(fuzz.hello())
-    return member.bye()
+    member.announced()
+    member.say(wire.hello())
+    return member.reason()
 
 
 def hostile_unknown_signal(member):
-    member.info()
-    member.send(b"\x47")
-    return member.bye()
+    member.announced()
+    member.say(b"\x47")
+    return member.reason()
 
 
 def hostile_bye_without_reason(member):
-    member.info()
-    member.send(fuzz.bye(False))
-    return member.bye()
+    member.announced()
+    member.say(wire.bye(False))
+    return member.reason()
 
 
 def hostile_bye_that_is_nested(member):
-    member.info()
-    member.send(fuzz.frame(BYE, "[" * 60000))
-    return member.bye()
+    member.announced()
+    member.say(wire.frame(BYE, "[" * 60000))
+    return member.reason()
 
 
 def hostile_bye_of_four_gib(member):
-    member.info()
-    member.send(BYE + b"\xff\xff\xff\xff{")
-    return member.bye()
+    member.announced()
+    member.say(BYE + b"\xff\xff\xff\xff{")
+    return member.reason()
 
 
 def hostile_bye_for_a_terminal(member):
-    member.info()
-    member.send(fuzz.bye(False, reason="\x1b[2J\x1b[31m\r\nkmcast server: 3 of 3 clients have the image\n" + "x" * 50000))
+    member.announced()
+    member.say(wire.bye(False, reason="\x1b[2J\x1b[31m\r\nkmcast server: 3 of 3 clients have the image\n" + "x" * 50000))
 
 
 def hostile_half_close(member):
-    member.info()
-    member.sock.shutdown(socket.SHUT_WR)
+    member.announced()
+    member.half_close()
 
 
 def hostile_rst(member):
-    member.info()
-    reset(member.sock)
+    member.announced()
+    member.reset()
 
 
 def hostile_request_and_rst(member):
-    base, count = member.ready()
-    member.send(fuzz.request(range(base, base + count)))
-    reset(member.sock)
+    member.ask(range(member.take_round().count))
+    member.reset()
 
 
 def hostile_reader(member):
     """Asks for all and never reads; ended by the stall timeout."""
-    base, count = member.ready()
-    member.send(fuzz.request(range(base, base + count)))
+    member.ask(range(member.take_round().count))
 
 
 HOSTILE = {
@@ -217,10 +166,10 @@ def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(ho
     server.wait_stderr("waiting for")
     began = time.time()
     clients = [helpers.start_client([LOOPBACK, LOOPBACK, port]) for _ in range(2)]
-    member = Member(port)
+    member = wire.Client(port, "hostile").greet()
     told = hostile(member)
     if told:
-        member.sock.close()             # as who has heard a BYE does; the others stay as they are
+        member.close()                  # as who has heard a BYE does; the others stay as they are
     all_receive(data, clients, server)
     code, stderr, _ = server.finish(30)
     seconds, _, peak = undisturbed()
@@ -232,7 +181,7 @@ def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(ho
     lines = [line for line in stderr.splitlines() if line.startswith("kmcast server: warning: hostile (127.0.0.1): ")]
     assert len(lines) == 1 and HOSTILE[hostile] in lines[0], stderr
     assert told is None or told in lines[0]
-    member.sock.close()
+    member.close()
 
 
 def test_requests_for_a_packet_over_and_over_are_answered_as_asked():
@@ -241,15 +190,14 @@ def test_requests_for_a_packet_over_and_over_are_answered_as_asked():
     data = IMAGE[:100000]
     server = helpers.start_server([LOOPBACK, 1, port], stdin=data)
     server.wait_stderr("waiting for")
-    member = Member(port)
-    base, count = member.ready()
-    places = [count - 1] * (count // 2) + [0] * (count - count // 2)
-    member.send(fuzz.request([base + place for place in places]))
-    member.signal(PACKETS)
-    payload = member.welcome["payload"]
+    member = wire.Client(port).greet()
+    what, payload = member.take_round(), member.welcome["payload"]
+    places = [what.count - 1] * (what.count // 2) + [0] * (what.count - what.count // 2)
+    member.ask(places)
+    member.expect(PACKETS)
     for place in places:
-        seq, _, size = fuzz.HEADER.unpack(receive(member.sock, 12))
-        assert seq == base + place
-        assert receive(member.sock, size) == data[place * payload:place * payload + size]
-    reset(member.sock)
+        seq, _, piece = member.packet()
+        assert seq == what.base + place
+        assert piece == data[place * payload:place * payload + len(piece)]
+    member.reset()
     assert server.finish(10)[0] == 1
