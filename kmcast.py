@@ -104,7 +104,6 @@ __version__ = '1.0.0'
 # ---------------------------------------------------------------------------
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-LIBC = ctypes.CDLL(None, use_errno=True)
 if sys.version_info[0] == 2:
     CRC_TYPE = 'i'                      # zlib.crc32 is signed there
 
@@ -260,6 +259,9 @@ class LinkClosed(Exception):
     """The thread at the other end of a SemLink has ended."""
 
 
+EMPTY = 'the image is empty; if that is meant, give --allow-empty'
+
+
 def internal_error(error):
     """What we say of an exception that nobody expected; its traceback is for -v."""
     tell('bug', trace=traceback.format_exc().strip())
@@ -341,7 +343,7 @@ def bits(rate):
 
 MASK = 0xffffffff
 MAGIC = b'KMCAST'
-SESSION_VERSION = 1
+SESSION_VERSION = 2
 
 # Signals: the first byte of a message on TCP.
 ALIVE = b'\x00'
@@ -358,10 +360,15 @@ U32 = struct.Struct('<I')
 PORT = struct.Struct('>H')
 GROUP_INFO = struct.Struct('<H2s4s8s')              # a sockaddr_in of x86 Linux
 ROUND = struct.Struct('<4I')                        # the spec's buffer_ctl
+PLACE = struct.Struct('<Q')                         # of a round in the image, bytes
 PACKET = struct.Struct('<I' + CRC_TYPE + 'I')       # the spec's packet_ctl
-REPAIR = struct.Struct('<3I')                       # what follows AGAIN
+REPAIR = struct.Struct('<3I')                       # what follows AGAIN and the round's number
+FIGURES_OF_ROUND = struct.Struct('<4I')             # what follows DONE or REQUEST and its number
 UDP_OVERHEAD = 28                       # IP and UDP headers, bytes
 MAX_PACKETS = 65536                     # in a round
+REPAIR_BIT = 1 << 31                    # of a seq in a session: a repair datagram
+END = MASK                              # the number in a session's last DONE
+HEAD = 128                              # packets at the most in the head of a round, a train of its own
 MAX_FRAME = 65536                       # bytes
 DIGEST_SIZE = 32                        # SHA-256, bytes
 
@@ -457,15 +464,59 @@ def c_sum(payload, _number):
     return struct.unpack('<' + CRC_TYPE, U32.pack(total))[0]
 
 
+# ---- what is missing of a round: one int, whose bit i stands for packet i
+
+def to_bitmap(gaps, count):
+    """Bits as they go on the wire: packet i in bit i mod 8 of byte i div 8."""
+    return to_bytes(gaps, (count + 7) // 8)[::-1]
+
+
+def from_bitmap(data, count):
+    """The bits of at most `count` packets.  Raises ProtocolError where there are more, or none."""
+    gaps = to_int(data[::-1])
+    if not gaps or gaps >> count:
+        raise ProtocolError('a request for packets outside the round, or for none')
+    return gaps
+
+
+def gaps_of(flags):
+    """The bits of those packets whose byte in `flags` (a bytearray) is 0."""
+    return int(bytes(flags.translate(GAP_DIGITS)[::-1]) or b'0', 2)
+
+
+GAP_DIGITS = b'1' + b'0' * 255
+
+
+def how_many(gaps):
+    """How many bits are set."""
+    return bin(gaps).count('1')
+
+
+def runs(gaps):
+    """Where set bits stand next to each other: (start, stop) of each run, ascending."""
+    digits = bin(gaps)[:1:-1]
+    return [found.span() for found in re.finditer('1+', digits)]
+
+
+def places(gaps):
+    """The places of the bits that are set, ascending."""
+    return [place for start, stop in runs(gaps) for place in range(start, stop)]
+
+
 class SessionDialect(object):
-    """What two kmcast ends speak: with greetings, digests, signs of life and reasons."""
+    """What two kmcast ends speak: with greetings, digests, signs of life and reasons.
+
+    Every message about a round has its number, so several can be under way.
+    """
 
     padding = MAGIC + struct.pack('BB', SESSION_VERSION, 0)     # of the group info
     greets = True                       # a client says HELLO, and counts only then
     talks = True                        # both may say ALIVE, BYE and STATE at any time
     codes = True                        # repairs by XOR of several packets are understood
     sizes = True                        # all packets but the image's last are full ones
-    packets = PACKETS                   # what comes before packets on TCP
+    ends = False                        # the image's end is a round of 0 packets
+    window = 4                          # rounds under way at once
+    seqs = REPAIR_BIT - 1               # data packets count modulo this and one
     checks = (zlib.crc32,)              # of a packet, as Buffer takes them
     server_stall = client_stall = STALL     # seconds
 
@@ -474,10 +525,27 @@ class SessionDialect(object):
         """Two random numbers: for packets, and for those of repair passes."""
         return struct.unpack('<II', os.urandom(8))
 
+    # ---- what a server says
+
     @staticmethod
-    def buffer_info(info):
-        """The message that announces a round."""
-        return BUFFER_INFO + info
+    def info(number, size, base, count, place):
+        """A round is announced: its number, bytes, first seq, packets, and its place in the image."""
+        return BUFFER_INFO + ROUND.pack(number & MASK, size, base, count) + PLACE.pack(place)
+
+    @staticmethod
+    def sent(number, digest):
+        """A round, or a repair pass for it, was multicast."""
+        return SENT + U32.pack(number & MASK) + digest
+
+    @staticmethod
+    def packets(number):
+        """What comes before packets on TCP."""
+        return PACKETS + U32.pack(number & MASK)
+
+    @staticmethod
+    def again(number, first, recipe_count, combinations):
+        """What was asked for is coming by multicast."""
+        return AGAIN + U32.pack(number & MASK) + REPAIR.pack(first, recipe_count, combinations)
 
     @staticmethod
     def bye(**fields):
@@ -490,39 +558,94 @@ class SessionDialect(object):
         return pack_frame(STATE, fields)
 
     @staticmethod
-    def client_message_size(head, most):
-        """The size in bytes of a client's message that begins with `head`.
-
-        most: packets that a request may ask for.  Returns None where more of the
-        message is needed to tell; raises ProtocolError.
-        """
+    def server_message_size(head, digest_size, _between_rounds=False):
+        """The size in bytes of a server's message that begins with `head`, once the session
+        is agreed.  Returns None where more is needed to tell; raises ProtocolError."""
         kind = head[:1]
-        if kind in (ALIVE, READY, DONE):
-            return 1
-        if kind not in (REQUEST, HELLO, BYE, STATE):
-            raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
-        return request_size(head, most) if kind == REQUEST else frame_size(head)
-
-    @staticmethod
-    def server_message_size(head, digest_size):
-        """The same of a server's message, once the session is agreed."""
-        kind = head[:1]
-        if kind in (ALIVE, PACKETS):
+        if kind == ALIVE:
             return 1
         if kind in (BYE, WELCOME, STATE):
             return frame_size(head)
-        sizes = {BUFFER_INFO: ROUND.size, SENT: digest_size, AGAIN: REPAIR.size}
+        sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
+                 AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
         if kind not in sizes:
             raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
         return 1 + sizes[kind]
 
+    @staticmethod
+    def read_info(message):
+        """(number, size, base, count, place) of a buffer info."""
+        return ROUND.unpack(message[1:1 + ROUND.size]) + PLACE.unpack(message[1 + ROUND.size:])
+
+    # ---- what a client says
+
+    @staticmethod
+    def ready(number):
+        """There is room for the round."""
+        return READY + U32.pack(number)
+
+    @staticmethod
+    def done(number, figures):
+        """The round is complete, verified, and handed to the output."""
+        return DONE + U32.pack(number) + FIGURES_OF_ROUND.pack(*figures)
+
+    @staticmethod
+    def request(number, figures, gaps, _base, count):
+        """These packets of the round are missing."""
+        return (REQUEST + U32.pack(number) + FIGURES_OF_ROUND.pack(*figures)
+                + to_bitmap(gaps, count))
+
+    @staticmethod
+    def client_message_size(head, count_of):
+        """The size in bytes of a client's message that begins with `head`.
+
+        count_of(number): packets of the round, raises ProtocolError if it is not
+        under way.  Returns None where more of the message is needed to tell;
+        raises ProtocolError.
+        """
+        kind = head[:1]
+        if kind == ALIVE:
+            return 1
+        if kind == READY:
+            return 1 + U32.size
+        if kind in (HELLO, BYE, STATE):
+            return frame_size(head)
+        if kind not in (DONE, REQUEST):
+            raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
+        size = 1 + U32.size + FIGURES_OF_ROUND.size
+        if kind == DONE:
+            return size
+        if len(head) < 5:
+            return None
+        return size + (count_of(U32.unpack(head[1:5])[0]) + 7) // 8
+
+    @staticmethod
+    def number_of(message):
+        """The number of the round that a client's message is about."""
+        return U32.unpack(message[1:5])[0]
+
+    @staticmethod
+    def figures_of(message):
+        """What a client's DONE or REQUEST tells of its reception: FIGURES_OF_ROUND."""
+        return FIGURES_OF_ROUND.unpack(message[5:5 + FIGURES_OF_ROUND.size])
+
+    @staticmethod
+    def gaps_asked(message, _base, count):
+        """What a REQUEST asks for.  Raises ProtocolError."""
+        return from_bitmap(message[5 + FIGURES_OF_ROUND.size:], count)
+
 
 class BaseDialect(SessionDialect):
-    """What the C implementation speaks: `spec/`.  Nobody can say there that he is alive, or why he ends."""
+    """What the C implementation speaks: `spec/`.  Nobody can say there that he is alive, or why he ends.
+
+    No message has a round's number, as only one is under way.
+    """
 
     padding = b''
     greets = talks = codes = sizes = False
-    packets = b''
+    ends = True
+    window = 1
+    seqs = MASK
     checks = (c_sum,)
     server_stall, client_stall = BASE_STALL, 0
 
@@ -532,9 +655,19 @@ class BaseDialect(SessionDialect):
         return 0, 0
 
     @staticmethod
-    def buffer_info(info):
+    def info(number, size, base, count, _place):
         """Without a signal before it."""
-        return info
+        return ROUND.pack(number & MASK, size, base, count)
+
+    @staticmethod
+    def sent(_number, _digest):
+        """There is no digest."""
+        return SENT
+
+    @staticmethod
+    def packets(_number):
+        """Nothing comes before packets."""
+        return b''
 
     @staticmethod
     def bye(**_fields):
@@ -544,11 +677,61 @@ class BaseDialect(SessionDialect):
     state = bye
 
     @staticmethod
-    def client_message_size(head, most):
-        """As of a session, which has more messages."""
+    def server_message_size(_head, _digest_size, between_rounds=False):
+        """Between rounds comes a buffer info, in them a signal."""
+        return ROUND.size if between_rounds else 1
+
+    @staticmethod
+    def read_info(message):
+        """It has no place."""
+        return ROUND.unpack(message) + (None,)
+
+    @staticmethod
+    def ready(_number):
+        """A signal."""
+        return READY
+
+    @staticmethod
+    def done(_number, _figures):
+        """A signal."""
+        return DONE
+
+    @staticmethod
+    def request(_number, _figures, gaps, base, count):
+        """The seqs of what is missing."""
+        seqs = [(base + place) & MASK for place in places(gaps)]
+        return REQUEST + struct.pack('<%dI' % (1 + len(seqs)), len(seqs), *seqs)
+
+    @staticmethod
+    def client_message_size(head, count_of):
+        """A request has a count; nothing else has a size of its own."""
         if head[:1] not in (READY, DONE, REQUEST):
             raise ProtocolError('an unknown signal, 0x%02x' % ord(head[:1]))
-        return request_size(head, most) if head[:1] == REQUEST else 1
+        if head[:1] != REQUEST:
+            return 1
+        if len(head) < 5:
+            return None
+        count = U32.unpack(head[1:5])[0]
+        if not 0 < count <= count_of(None):
+            raise ProtocolError('a request for %s' % counted(count, 'packet'))
+        return 5 + 4 * count
+
+    @staticmethod
+    def number_of(_message):
+        """None: of the one that is under way."""
+
+    figures_of = number_of
+
+    @staticmethod
+    def gaps_asked(message, base, count):
+        """The seqs that a REQUEST has, as bits."""
+        flags = bytearray(b'\1' * count)
+        for seq in struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:]):
+            place = (seq - base) & MASK
+            if place >= count:
+                raise ProtocolError('a request for a packet outside the round')
+            flags[place] = 0
+        return gaps_of(flags)
 
 
 def frame_size(head):
@@ -559,16 +742,6 @@ def frame_size(head):
     if length > MAX_FRAME:
         raise ProtocolError('a frame of %d bytes' % length)
     return 5 + length
-
-
-def request_size(head, most):
-    """The same of a REQUEST for at most so many packets."""
-    if len(head) < 5:
-        return None
-    count = U32.unpack(head[1:5])[0]
-    if not 0 < count <= most:
-        raise ProtocolError('a request for %s' % counted(count, 'packet'))
-    return 5 + 4 * count
 
 
 # ---------------------------------------------------------------------------
@@ -715,8 +888,8 @@ def consecutive(seq, count):
     return tuple([(seq + i) & MASK for i in range(count)])
 
 
-def runs(numbers):
-    """Where consecutive numbers stand in a sequence: (start, stop) of each run."""
+def stretches(numbers):
+    """Where consecutive numbers stand in a sequence: (start, stop) of each stretch."""
     start = 0
     for i in range(1, len(numbers)):
         if numbers[i] != numbers[i - 1] + 1:
@@ -784,14 +957,16 @@ class Buffer(object):
     damaged     datagrams with a wrong size or checksum, over all rounds
     """
 
-    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,)):
+    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,), checking=True):
         """buffer_init.
 
         payload: bytes in a full packet; capacity: packets at the most.
         salt, checks: a packet's checksum is check(payload, salt + seq).  Two
         checks are candidates, and the first good packet decides between them
-        (pass the same list to all buffers of a transfer).
+        (pass the same list to all buffers of a transfer).  checking: whether put()
+        looks at checksums; else a digest of the whole round does, and damaged() after it.
         """
+        self.checking = checking
         self.payload = payload
         self.capacity = capacity
         self.slot = PACKET.size + payload
@@ -827,10 +1002,6 @@ class Buffer(object):
         self._have = bytearray(count)
         self._missing = count
         self.received = 0
-
-    def info(self, number):
-        """The round's buffer info, 16 bytes."""
-        return ROUND.pack(number & MASK, self.size, self.base, self.count)
 
     def index(self, seq):
         """The place of a seq in the round, from 0; it may lie outside."""
@@ -909,13 +1080,15 @@ class Buffer(object):
 
     # ---- the client's side
 
-    def put(self, data, offset, count, payload):
+    def put(self, data, offset, count, payload, checking=None):
         """Take received packets that lie back to back: packet_put.
 
         data, offset: where they are; count: how many; payload: bytes of each
-        behind its header.  Those outside the round, duplicates, and those
-        whose size or checksum is wrong are ignored.
+        behind its header; checking: whether to look at checksums (as the Buffer does).
+        Those outside the round, duplicates, and those whose size or checksum is wrong
+        are ignored.
         """
+        checking = self.checking if checking is None else checking
         if not 0 < payload <= self.payload:
             self.damaged += count
             return
@@ -930,16 +1103,20 @@ class Buffer(object):
             # Most likely all are as they should be: so to their place with them.
             self._view[first * slot:last * slot] = memoryview(data)[
                 offset:offset + count * slot]
-            number = self.salt + self.base + first
-            sums = map(self.checks[0], self._parts(first, last), range(number, number + count))
-            if tuple(sums) == headers[1::3]:
+            if not checking or self._sums(first, last) == headers[1::3]:
                 self._have[first:last] = b'\1' * count
                 self._missing -= count
                 self.received += count
                 return
-        self._put_mixed(data, offset, count, payload)
+        self._put_mixed(data, offset, count, payload, checking)
 
-    def _put_mixed(self, data, offset, count, payload):
+    def _sums(self, first, last):
+        """The checksums that the full packets from index first up to last should have."""
+        number = self.salt + self.base + first
+        return tuple(map(self.checks[0], self._parts(first, last),
+                         range(number, number + last - first)))
+
+    def _put_mixed(self, data, offset, count, payload, checking):
         """Take packets of which some may be elsewhere, twice, or damaged."""
         fields = Batch.of(payload).packets(count).unpack_from(data, offset)
         seqs, crcs, sizes, pieces = [fields[i::4] for i in range(4)]
@@ -948,8 +1125,8 @@ class Buffer(object):
             self.checks[:] = matching[:1] or self.checks
         slot = PACKET.size + payload
         # A check takes its number modulo 2^32.
-        sums = tuple(map(self.checks[0], pieces, [self.salt + seq for seq in seqs]))
-        for start, stop in runs(seqs):
+        sums = tuple(map(self.checks[0], pieces, [self.salt + seq for seq in seqs])) if checking else crcs
+        for start, stop in stretches(seqs):
             first = (seqs[start] - self.base) & MASK
             last = first + stop - start
             if (payload == self.payload and last <= self._full_sized
@@ -993,8 +1170,29 @@ class Buffer(object):
         return bool(self._have[index])
 
     def missing(self):
-        """The places in the round of what has not arrived, ascending."""
-        return [i for i in range(self.count) if not self._have[i]] if self._missing else []
+        """What has not arrived, as bits."""
+        return gaps_of(self._have) if self._missing else 0
+
+    def damaged_packets(self):
+        """Which packets have a wrong checksum, as bits; of a complete round."""
+        good = bytearray(self.count)
+        for first in range(0, self._full_sized, Batch.MOST):
+            last = min(first + Batch.MOST, self._full_sized)
+            headers = self._batch.headers(last - first).unpack_from(self._bytes, first * self.slot)
+            good[first:last] = bytearray([ours == theirs for ours, theirs in zip(
+                self._sums(first, last), headers[1::3])])
+        for index in range(self._full_sized, self.count):
+            size = self.packet_size(index)
+            seq, crc, _ = PACKET.unpack_from(self._bytes, index * self.slot)
+            payload = part(self._bytes, index * self.slot + PACKET.size, size)
+            good[index] = self.checks[0](payload, self.salt + seq) == crc
+        return gaps_of(good)
+
+    def forget(self, gaps):
+        """Some packets have not arrived after all."""
+        for place in places(gaps):
+            self._have[place] = 0
+        self._missing += how_many(gaps)
 
     def payload_of(self, index):
         """The payload of a packet by its place, padded with zeros to a full one."""
@@ -1003,28 +1201,23 @@ class Buffer(object):
         return data + b'\0' * (self.payload - len(data))
 
     def restore(self, index, padded):
-        """Put a packet's payload that was solved for (see Coded repair)."""
+        """Put a packet's payload that was solved for (see Coded repair).
+
+        Its checksum is not known.  If it was solved with packets that nobody has
+        checked, it may be wrong, and then is one of damaged_packets(): 0 matches nothing.
+        """
         size = self.packet_size(index)
-        seq = (self.base + index) & MASK
-        header = PACKET.pack(seq, self.checks[0](padded[:size], self.salt + seq), size)
+        header = PACKET.pack((self.base + index) & MASK, 0, size)
         self._store(index, size, bytearray(header + padded[:size]), 0)
 
     def flush(self):
-        """The round's bytes in one piece, for the output: buffer_flush.
-
-        Returns a memoryview that is valid until the next start().  The
-        payloads move to the front, so the packets are gone afterwards.
-        """
-        end = 0
+        """The round's bytes in pieces, for the output: buffer_flush."""
         for first in range(0, self.count, Batch.MOST):
             pieces = self._parts(first, min(first + Batch.MOST, self.count))
             if self._short:
                 pieces = [piece[:self.packet_size(first + i)]
                           for i, piece in enumerate(pieces)]
-            data = join(pieces)
-            self._view[end:end + len(data)] = data
-            end += len(data)
-        return self._view[:end]
+            yield join(pieces)
 
 
 # ---------------------------------------------------------------------------
@@ -1036,35 +1229,45 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
+MOST_COLLISIONS = 64                    # in a row, until a group is closed
 
 
 def combine(requests, most=MOST_MEMBERS):
     """Group lost packets so that no client lacks two of one group.
 
-    requests: a list of the indexes that each client asked for.  Greedy, most
-    wanted packet first, each into the first group in which it collides with
-    no client.  Returns lists of indexes.
+    requests: what each client asked for, as bits.  Greedy, most wanted packet
+    first, each into the first group in which it collides with no client.  A group
+    that has collided with a set of clients always will, so it is not tried again for
+    the same set; and one that collides MOST_COLLISIONS times in a row is as good as
+    full.  So the time is linear in what was lost.  Returns lists of places.
     """
-    wanted = collections.defaultdict(int)           # index -> clients, as bits
-    for number, indexes in enumerate(requests):
-        for index in set(indexes):
-            wanted[index] |= 1 << number
+    wanted = collections.defaultdict(int)           # place -> clients, as bits
+    for number, gaps in enumerate(requests):
+        client = 1 << number
+        for place in places(gaps):
+            wanted[place] |= client
     everybody = (1 << len(requests)) - 1
-    groups, growing = [], []                        # growing: [clients, members]
-    for index in sorted(wanted, key=lambda i: (-bin(wanted[i]).count('1'), i)):
-        mask = wanted[index]
-        for group in growing:
-            if not group[0] & mask:
-                group[0] |= mask
-                group[1].append(index)
-                if group[0] == everybody or len(group[1]) >= most:
-                    growing.remove(group)
-                break
-        else:
-            members = [index]
-            groups.append(members)
-            if mask != everybody:
-                growing.append([mask, members])
+    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
+    tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
+    closed = 0                                      # so many groups at the front are full
+    for place in sorted(wanted, key=lambda place: (-how_many(wanted[place]), place)):
+        mask = wanted[place]
+        while closed < len(groups) and taken[closed] == everybody:
+            closed += 1
+        at = max(closed, tried[mask])
+        while at < len(groups) and (taken[at] & mask or len(groups[at]) >= most):
+            collisions[at] += 1
+            if collisions[at] > MOST_COLLISIONS:
+                taken[at] = everybody
+            at += 1
+        if at == len(groups):
+            groups.append([])
+            taken.append(0)
+            collisions.append(0)
+        groups[at].append(place)
+        taken[at] |= mask
+        collisions[at] = 0
+        tried[mask] = at + 1
     return groups
 
 
@@ -1084,7 +1287,7 @@ def recipes(groups, number, room):
         used += size
     payloads, number = [], number + len(parts)
     for part in parts:
-        payload = U32.pack(number & MASK)
+        payload = U32.pack(number)
         for members in part:
             payload += struct.pack('<%dH' % (1 + len(members)), len(members), *members)
         payloads.append(payload)
@@ -1100,8 +1303,8 @@ def most_members(payload):
 def encode_repair(buffer, groups, number, salt):
     """The datagrams of a repair pass, as a Buffer, and how many are recipes."""
     first = recipes(groups, number, buffer.payload)
-    coded = Buffer(buffer.payload, len(first) + len(groups), salt)
-    coded.start(number, 0, 0)
+    coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT)
+    coded.start(REPAIR_BIT + number, 0, 0)
     for payload in first:
         coded.add(payload)
     for members in groups:
@@ -1122,7 +1325,7 @@ def read_recipe(payload):
         if offset + 2 + 2 * count > len(payload):
             return
         yield number, struct.unpack_from('<%dH' % count, payload, offset + 2)
-        number = (number + 1) & MASK
+        number += 1
         offset += 2 + 2 * count
 
 
@@ -1137,7 +1340,7 @@ def solve(buffer, coded, recipe_count):
             continue
         recipe = coded.payload_of(place)[:coded.packet_size(place)]
         for number, members in read_recipe(recipe):
-            at = coded.index(number)
+            at = coded.index(REPAIR_BIT + number)
             if at >= coded.count or not coded.has(at) or at < recipe_count:
                 continue
             if [i for i in members if i >= buffer.count]:
@@ -1174,6 +1377,7 @@ IP_MULTICAST_ALL = 49
 SOL_UDP = 17
 UDP_SEGMENT = 103
 UDP_GRO = 104
+SO_TIMESTAMPNS = 35
 MSG_DONTWAIT = 0x40
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
@@ -1189,8 +1393,11 @@ QUEUE_FULL = frozenset((errno.ENOBUFS, errno.ENOMEM))
 # control, its length, flags; bytes received (0P: aligned as a pointer is).
 IOVEC = struct.Struct('@PL')
 MMSGHDR = 'PIPLPLi0PI0P'
-CMSG = struct.Struct('@Liii')           # struct cmsghdr with an int as its data
-CONTROL_SIZE = 64                       # bytes, room for CMSG
+CMSG = struct.Struct('@Lii')            # struct cmsghdr: its length, level, type; cmsg(3)
+CMSG_INT = struct.Struct('@i')
+LONG = struct.calcsize('@L')            # bytes to which it is aligned
+TIMESPEC = struct.Struct('@ll')
+CONTROL_SIZE = 64                       # bytes, room for a time and an int
 
 
 def address_of(data):
@@ -1366,13 +1573,20 @@ class DatagramReceiver(object):
     JOINED = 16                         # in a call, where each is many datagrams
     SPILL = 65536                       # bytes
 
-    def __init__(self, local_ip, group, port, payload, way='auto'):
+    def __init__(self, local_ip, group, port, payload, way='auto', source=None):
         """local_ip: address of the ingress interface; payload: bytes in a
-        full packet; way: one of WAYS.  Raises OS_ERRORS.
+        full packet; way: one of WAYS; source: (address, port) whose datagrams are
+        taken (None: anybody's).  Raises OS_ERRORS.
+
+        After each call of receive():
+        first, last     when its first and its last message arrived, seconds on any clock
+        in_first        packets in its first message
         """
+        self.first = self.last = 0.0
+        self.in_first = 0
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            self._join(local_ip, group, port)
+            self._join(local_ip, group, port, source)
         except OS_ERRORS:
             self.sock.close()
             raise
@@ -1396,7 +1610,7 @@ class DatagramReceiver(object):
              control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.JOINED)])
         self._joins = False             # whether the last call got joined datagrams
 
-    def _join(self, local_ip, group, port):
+    def _join(self, local_ip, group, port, source):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:                            # root may have more than net.core.rmem_max
             self.sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, SOCKET_BUFFER)
@@ -1407,7 +1621,14 @@ class DatagramReceiver(object):
             self.sock.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, 0)
         except OS_ERRORS:
             pass
+        self._stamped = CMSG.size + TIMESPEC.size       # bytes of control that are a time
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        except OS_ERRORS:
+            self._stamped = 0
         self.sock.bind((group, port))
+        if source:                      # the kernel drops what comes from others: udp(7)
+            self.sock.connect(source)
         self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
                              socket.inet_aton(group) + socket.inet_aton(local_ip))
         self.sock.setblocking(False)
@@ -1441,12 +1662,18 @@ class DatagramReceiver(object):
         if not sizes:
             return None
         slot = self.slot
-        self._joins = any(controls)
+        self._joins = max(controls or (0,)) > self._stamped
+        self._look_at_clock(len(sizes) - 1, controls)
         if not joins and sizes.count(slot) == len(sizes) and not self._joins:
+            self.in_first = 1
             return [(self._slots, 0, len(sizes), slot - PACKET.size)]
         batches = []
         for i, size in enumerate(sizes):
-            segment = self._segment_size(i) if controls and controls[i] else size
+            segment = size
+            if controls and controls[i] > self._stamped:
+                segment = self._control_of(i, SOL_UDP, UDP_GRO, CMSG_INT)[0]
+            if not i:
+                self.in_first = -(-size // max(1, segment))
             data, offset = self._spill, i * self.SPILL
             if not joins:
                 data, offset = self._slots, i * slot
@@ -1461,10 +1688,26 @@ class DatagramReceiver(object):
                 size -= count * segment
         return batches
 
-    def _segment_size(self, i):
-        """The size in bytes of the datagrams that are joined in message i."""
-        _, level, kind, segment = CMSG.unpack_from(self._control, i * CONTROL_SIZE)
-        return segment if (level, kind) == (SOL_UDP, UDP_GRO) else 0
+    def _look_at_clock(self, last, controls):
+        """Set when the messages 0 and `last` arrived: by the kernel, else now; socket(7)."""
+        self.first = self.last = monotonic()
+        if controls and self._stamped and controls[0] and controls[last]:
+            self.first, self.last = [
+                seconds + nanoseconds * 1e-9 for seconds, nanoseconds in [
+                    self._control_of(i, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
+                    for i in (0, last)]]
+
+    def _control_of(self, i, level, kind, data):
+        """The control data of a level and kind of message i; zeros if there is none."""
+        at = i * CONTROL_SIZE
+        for _ in range(2):              # a time and a size at the most
+            length, its_level, its_kind = CMSG.unpack_from(self._control, at)
+            if (its_level, its_kind) == (level, kind):
+                return data.unpack_from(self._control, at + CMSG.size)
+            at += -(-length // LONG) * LONG
+            if not length or at + CMSG.size > (i + 1) * CONTROL_SIZE:
+                break
+        return (0,) * len(data.unpack(b'\0' * data.size))
 
     def _receive_one_by_one(self):
         sizes, slots = [], memoryview(self._slots)
@@ -1511,14 +1754,11 @@ class Pacer(object):
 
     BURST = 0.0005                      # seconds
     CATCH_UP = 0.004                    # seconds of delay that are made good
+    MOST_DEBT = 0.1                     # seconds of the line that others can have at once
 
     def __init__(self):
         self.rate = UNLIMITED           # bit/s of IP packets
         self._next = 0.0
-
-    def start(self):
-        """Begin afresh: time that has passed is not made good."""
-        self._next = monotonic()
 
     def burst(self, packet_size):
         """How many packets of so many bytes to send in one go."""
@@ -1532,119 +1772,150 @@ class Pacer(object):
         self._next = max(self._next, monotonic() - self.CATCH_UP) + size * 8 / self.rate
         return self._next
 
+    def leave_room(self, size):
+        """Others send `size` bytes on the same line."""
+        now = monotonic()
+        self._next = min(max(self._next, now) + size * 8 / self.rate, now + self.MOST_DEBT)
+
+
+# How a client heard a round: its arrival rate as a share of the departure's, at most about 1, with what
+# its medium loses allowed for; how far that may be wrong; the share of the packets that it lost.
+Reception = collections.namedtuple('Reception', 'ratio error lost member')
+
 
 class RateControl(object):
     """Finds the fastest rate that the slowest link carries: `--rate auto`.
 
-    The only evidence are the losses of each round.  Doubles the rate from
-    round to round until that costs packets, then goes straight down to what
-    got through, and from there up in small steps that grow; a step that costs
-    packets is taken back, and the next one comes later each time.  A loss that
-    does not fall with the rate, or does not rise with it, is the medium's own:
-    it is remembered as such, and only what is lost beyond it counts.
+    A train of packets that is sent faster than a link on its way lets it through comes out
+    at that link's rate (the dispersion of a packet train), whether or not any are lost.  So one
+    round that was sent too fast tells the line's rate, and from then on we stay just below it.
+    Now and then the head of a round is sent faster, to see whether there is more.
+
+    Losses that do not fall with the rate are the medium's own: a client's `medium` remembers
+    them, and only what is lost beyond counts.  Losses at a rate that the line is known to carry
+    are those of a rival for it, who gets his share.  Who tells no times is judged by losses alone.
     """
 
-    START = 200e6                       # bit/s
+    START = 10e9                        # bit/s; the first round is short
     LOWEST = 1e6                        # bit/s
-    TOLERATED = 0.02                    # share of loss cheaper to repair than to avoid
-    CLEAN = 0.0005                      # share of loss that allows to go faster
-    STEP = 0.01                         # how much faster after a loss, as a share
-    TELLING = 1024                      # packets: of a shorter round, queues hide too much,
-    TELLING_TIME = 0.25                 # seconds: unless it took so long
+    BELOW = 0.995                       # of the line's rate
+    SLOWER = 0.02                       # share by which arrival must lag behind departure to tell
+    JITTER = 0.002                      # seconds by which a clock may be wrong in a train
+    PRECISE = 0.02                      # of the line's rate: known well enough
+    OVER = 1.1                          # times an estimate, to make it precise
+    HEAD_OVER = 1.25                    # times the rate: a head that looks for more
+    MORE = 1.04                         # times the rate, which it must find twice
+    LOOK_EVERY = 2.0                    # seconds between two such heads
+    NOISE = 0.001                       # share of loss that is nobody's
+    YIELD, BACK = 0.7, 0.06             # times the rate for a rival; share of the line regained a second
+    LEAST_SHARE = 0.35                  # of the line, whatever the rival takes
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
-    HOLD = 4                            # rounds to stay at a rate, until a trial
-    LONGEST_HOLD = 16                   # rounds
-    TRIAL = 0.03                        # how much faster a trial is, as a share
 
     def __init__(self):
         self.rate = self.START
-        self.medium = 0.0               # share of packets lost at any rate
-        self._starting = True           # no loss yet that made us slower
-        self._step = 1.0                # how much faster next, as a share
-        self._cut = None                # (rate, share got through) before a telling cut
-        self._top = None                # rate before the first of the cuts in a row
-        self.hopeless = False           # the worst client loses too much at any rate
-        self._held = 0                  # rounds at this rate, with some loss
-        self._clean = None              # the rate, if it cost no packets, before a step
-        self._hold = self.HOLD          # rounds to stay there after the next step back
-        self._stay = 0                  # of these, those left
-        self._trial = None              # (rate, share lost) before a trial
+        self.line = None                # bit/s, the slowest link's rate once it is known
+        self._estimated = False         # there was a first estimate of it
+        self._cut = None                # (member, share lost, rate after it) of the last cut for losses
+        self._slow = 0                  # rounds in a row that lagged without losses
+        self._found = 0                 # heads in a row that found more
+        self._next_look = 0.0
+        self._last = None               # when it learned last, seconds
+        self.hopeless = None            # a client that loses too much at any rate
 
-    def round_over(self, count, lost, achieved, seconds):
-        """Learn from a round, and set the next one's `rate`.
+    def head_rate(self, now):
+        """The rate of the next round's head, bit/s: faster where it is time to look for more."""
+        if self.line is None or now < self._next_look:
+            return self.rate
+        self._next_look = now + self.LOOK_EVERY
+        return self.HEAD_OVER * self.rate
 
-        count: packets sent; lost: the places that the worst client lost,
-        ascending; achieved: bit/s at which they were sent, at most `rate`, in
-        so many seconds.  Returns why the rate changed, or None.  Sets
-        `hopeless` when the worst client should be left out from now on.
+    def learn(self, achieved, worst, count, now):
+        """Learn from a round.
+
+        achieved: bit/s at which its second half was sent; worst: the Reception with the least
+        ratio; count: packets in the round; now: seconds.  Returns why the rate
+        changed, or None.  Sets `hopeless`.
         """
-        telling = count >= self.TELLING or seconds >= self.TELLING_TIME
-        self.hopeless = False
-        share = len(lost) / count
-        if self._unusual(len(lost), count, self.TOLERATED):
-            return self._too_much(count, lost, achieved, telling)
-        self._cut = self._top = None
-        if self._starting or share < self.medium:
-            self.medium += 0.25 * (share - self.medium)
-        trial, self._trial = self._trial, None
-        if trial and telling:
-            if share > trial[1] + self.TRIAL / 2:
-                self.rate, self._held = trial[0], 0
-                return 'faster costs packets'
-            self.medium = min(share, self.medium + self.TOLERATED)
-        if achieved < 0.7 * self.rate:
-            return None                 # we are the slowest
-        if self._starting or not self._unusual(len(lost), count, self.CLEAN):
-            self._held = 0
-            if self._stay:
-                self._stay -= 1
-                return None
-            self._clean = self.rate if telling else None
-            self.rate *= 1 + self._step
-            self._step = min(1.0, 2 * self._step)
-            return 'no loss to speak of'
-        if self._clean:
-            self.rate, self._clean, self._step = self._clean, None, self.STEP
-            self._stay, self._hold = self._hold, min(self.LONGEST_HOLD, 2 * self._hold)
-            return 'the last step costs packets'
-        self._held += 1                 # about as fast as it can be, or the medium
-        if self._held < self.HOLD:
+        self.hopeless = None
+        passed, self._last = now - (self._last or now), now
+        beyond = worst.lost - worst.member.medium
+        lossy = self._unusual(worst.lost, worst.member.medium, count)
+        lags = 1 - worst.ratio > max(self.SLOWER, worst.error)
+        why = self._judge_cut(worst, achieved)
+        if why:
+            return why
+        if lags and (lossy or self.line is None or self._slow):
+            return self._estimate(achieved, worst, beyond, lossy)
+        self._slow = self._slow + 1 if lags else 0
+        if lags:
             return None
-        self._trial, self._held = (self.rate, share), 0
-        self.rate *= 1 + self.TRIAL
-        return 'to see whether %.1f %% are lost at any rate' % (100 * share)
+        if not lossy:
+            worst.member.medium += 0.25 * (worst.lost - worst.member.medium)
+        if self.line is None:
+            faster = achieved * (self.OVER if self._estimated else 2)
+            if faster <= self.rate or achieved < 0.7 * self.rate:
+                return None             # we are the slowest
+            self.rate = faster
+            return 'it keeps up'
+        if lossy and achieved > 0.5 * self.LEAST_SHARE * self.line:
+            self.rate = max(self.LEAST_SHARE * self.line, self.YIELD * min(self.rate, achieved))
+            return '%.1f %% lost to a rival' % (100 * worst.lost)
+        self.rate = min(self.BELOW * self.line, self.rate + self.BACK * self.line * passed)
+        return None
 
-    def _unusual(self, lost, count, tolerated):
-        """Whether so many lost packets of `count` are more than the medium's
-        own, a tolerated share, and chance."""
-        usual = (self.medium + tolerated) * count
-        return lost > usual + 3 * math.sqrt(usual) + 1
+    def learn_head(self, arrived, error):
+        """Learn from a head that was sent faster.
 
-    def _too_much(self, count, lost, achieved, telling):
-        """Slow down, unless that did not help the last time."""
-        share, rate = len(lost) / count, min(self.rate, achieved)
-        # Once the queue before the slow link is full, the share that still
-        # gets through tells how slow that link is.
-        behind = count - lost[0]
-        through = 1 - (len(lost) / behind if behind >= count / 4 else share)
-        self._top = self._top or self.rate
-        if telling and self._cut:
-            rate_then, through_then = self._cut
-            if_full = min(1, through_then * rate_then / rate)
-            if through < through_then + 0.4 * (if_full - through_then):
-                self.rate, self._top, self._cut = self._top, None, None
-                self._step, self._stay = 1.0, 0
-                self.hopeless = share > self.MOST_MEDIUM
-                if not self.hopeless:
-                    self.medium = share
-                return 'a loss of %.1f %% at any rate' % (100 * share)
-        self._starting, self._trial, self._held = False, None, 0
-        self._clean, self._hold = None, self.HOLD
-        self._cut = (rate, through) if telling else None
-        self._step, self._stay = (self.STEP, self.HOLD) if telling else (8 * self.STEP, 0)
-        self.rate = max(self.LOWEST, rate / (1 - self.medium)
-                        * max(through, (1 - share) / 2))
-        return '%.1f %% lost' % (100 * share)
+        arrived: bit/s at the slowest client; error: how far, as a share, it may be wrong.
+        Returns why the rate changed, or None.
+        """
+        if self.line is None:
+            return None
+        more = arrived * (1 - error) > self.MORE * self.line
+        self._found = self._found + 1 if more else 0
+        if self._found < 2:
+            if more:
+                self._next_look = 0.0
+            return None
+        self._found, self.line = 0, None
+        self.rate *= self.HEAD_OVER
+        return 'there is more'
+
+    def _unusual(self, lost, medium, count):
+        """Whether such a share lost is more than the medium's own, noise, and chance."""
+        usual = (medium + self.NOISE) * count
+        return lost * count > usual + 3 * math.sqrt(usual) + 1
+
+    def _estimate(self, achieved, worst, beyond, lossy):
+        """The line is slower than we sent."""
+        arrived = max(self.LOWEST, achieved * worst.ratio)
+        self._slow = 0
+        if arrived >= self.rate:
+            return None                 # of a round that was under way when we learned it
+        self._estimated = True
+        if worst.error > self.PRECISE * worst.ratio and not lossy:
+            self.rate = self.OVER * arrived
+        else:
+            self.line = arrived
+            self.rate = self.BELOW * arrived
+        if lossy:
+            self._cut = worst.member, beyond, self.rate
+        return 'it arrives at %s, %.1f %% lost' % (bits(arrived), 100 * worst.lost)
+
+    def _judge_cut(self, worst, achieved):
+        """Whether slowing down has helped against the losses for which we did."""
+        if not self._cut or achieved > 1.02 * self._cut[2]:
+            return None
+        (member, share, _), self._cut = self._cut, None
+        if worst.member is not member or worst.lost - member.medium < share / 2:
+            return None
+        self._slow, self.line, self._estimated = 0, None, False
+        if worst.lost > self.MOST_MEDIUM:
+            self.hopeless = member
+        else:
+            member.medium = worst.lost
+        self.rate = 2 * achieved
+        return 'a loss of %.1f %% at any rate' % (100 * worst.lost)
 
 
 # ---------------------------------------------------------------------------
@@ -1831,6 +2102,14 @@ class Source(object):
                           '-i FILE or with --pipe COMMAND' % called, USAGE)
         if stat.S_ISREG(status.st_mode):
             self.size = max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+
+    def image(self):
+        """32 hex digits that name the image: a file's are the same as long as nobody changes it."""
+        seed = os.urandom(16)
+        if self.size is not None:
+            status = os.fstat(self.fileno())
+            seed = repr((status.st_dev, status.st_ino, status.st_size, status.st_mtime)).encode('ascii')
+        return hashlib.sha256(seed).hexdigest()[:32]
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
@@ -2175,11 +2454,14 @@ class Sink(object):
 
 
 class Writer(threading.Thread):
-    """Verifies finished buffers and writes them, while the next is received.
+    """Verifies complete rounds and writes them, while the next are received.
 
-    The main thread is its parent: a release means "here is a buffer", the
-    other way "it is written".  When it fails it ends, which its parent sees.
+    The main thread is its parent: a release means "look at what I gave you", the other
+    way "look at `results`".  When it fails it ends, which its parent sees.
     """
+
+    # What there is to say of a round; `damaged`, of the packets in `gaps`: it waits to be given again.
+    VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
 
     def __init__(self, sink, digest):
         """sink: a Sink; digest: whether rounds come with a digest."""
@@ -2189,19 +2471,26 @@ class Writer(threading.Thread):
         self.failure = None
         self.bytes = 0
         self.hash = hashlib.sha256() if digest else None
+        self.results = collections.deque()          # (what, round, gaps)
         self._jobs = collections.deque()
+        self._again = None              # the round without which it does not go on
         self.link = SemLink()
         self._own_link = self.link.spawn()
 
-    def give(self, buffer, size, digest):
-        """Hand over a complete buffer, with what the server says of it: its
-        size in bytes, and the image's digest through it."""
-        self._jobs.append((buffer, size, digest))
+    def give(self, incoming):
+        """Hand over a complete round: what comes next in the image, or what was damaged.
+
+        It has a `buffer`, a `size` in bytes, and the image's `digest` through it.
+        """
+        if incoming is self._again:
+            self._jobs.appendleft(incoming)
+        else:
+            self._jobs.append(incoming)
         self.link.release_child()
 
     def commit(self):
-        """After all buffers: make the image final, and end."""
-        self._jobs.append((None, 0, None))
+        """After all rounds: make the image final, and end."""
+        self._jobs.append(None)
         self.link.release_child()
 
     def close(self):
@@ -2215,15 +2504,16 @@ class Writer(threading.Thread):
     def run(self):
         """The thread."""
         try:
-            os.nice(10)                 # everybody waits for the other thread's answers
+            os.nice(10)                 # what is not received in time is lost
             while True:
                 self._own_link.wait_parent()
-                buffer, size, digest = self._jobs.popleft()
-                if buffer is None:
-                    self.sink.commit()
-                    return
-                self._write(buffer.flush(), size, digest)
-                self._own_link.release_parent()
+                while self._jobs and self._again in (None, self._jobs[0]):
+                    incoming = self._jobs.popleft()
+                    if incoming is None:
+                        self.sink.commit()
+                        return
+                    self._again = None
+                    self._write(incoming)
         except LinkClosed:
             pass
         except Failure as error:
@@ -2233,16 +2523,31 @@ class Writer(threading.Thread):
         finally:
             self._own_link.close()
 
-    def _write(self, data, size, digest):
-        if len(data) != size:           # without digests, all that tells
-            raise Failure('a round of %d bytes instead of %d' % (len(data), size))
+    def _say(self, what, incoming, gaps=0):
+        self.results.append((what, incoming, gaps))
+        self._own_link.release_parent()
+
+    def _write(self, incoming):
+        pieces = list(incoming.buffer.flush())
+        if sum(map(len, pieces)) != incoming.size:  # without digests, all that tells
+            raise Failure('a round of %d bytes instead of %d' % (sum(map(len, pieces)), incoming.size))
         if self.hash:
-            self.hash.update(data)
-            if self.hash.digest() != digest:
-                raise Failure('the digest differs: what was received is not the '
-                              'image; nothing of this round was written')
-        self.sink.write(data)
-        self.bytes += len(data)
+            trial = self.hash.copy()
+            for piece in pieces:
+                trial.update(piece)
+            if trial.digest() != incoming.digest:
+                gaps = incoming.buffer.damaged_packets()
+                if not gaps:
+                    raise Failure('the digest differs: what was received is not the '
+                                  'image; nothing of this round was written')
+                self._again = incoming
+                return self._say(self.DAMAGED, incoming, gaps)
+            self.hash = trial
+            self._say(self.VERIFIED, incoming)
+        for piece in pieces:
+            self.sink.write(memoryview(piece))
+        self.bytes += incoming.size
+        self._say(self.WRITTEN, incoming)
 
 
 # ---------------------------------------------------------------------------
@@ -2596,56 +2901,123 @@ class Connection(object):
 # Window
 # ---------------------------------------------------------------------------
 
-# What happens in a round, without sockets, threads or clocks: messages and times
-# in, what to do out.  A window of one round, today: the base protocol's lockstep.
+# The rounds in flight, without sockets, threads or clocks: messages and times in, what to
+# do out.  The base protocol is the window of one round: its lockstep.
 
-# What a client can owe its server, in words for the log, and the signals that pay it.
+# What a client can owe its server for a round, in words for the log; or else how it stands.
 READINESS, ANSWER = 'word that it is ready for the next round', 'word of what it received'
 COMPLETION = 'word that it has everything'
-PAYS = {READINESS: (READY,), ANSWER: (DONE, REQUEST), COMPLETION: (DONE,)}
+LISTENS, ASKED = 'listens', 'asked for packets'
+DEBTS = (READINESS, ANSWER, COMPLETION)
+
+
+class Round(object):
+    """A round as the server's threads know it.
+
+    number, place   which it is, and where in the image it begins, bytes
+    digest          of the image through it
+    multicast       packets of it that were multicast, from the first on
+    head, tail      (bit/s, seconds) at which the packets of these trains were sent; None: not known
+    """
+
+    def __init__(self, number, buffer, digest, place):
+        self.number, self.buffer, self.digest, self.place = number, buffer, digest, place
+        self.multicast = 0
+        self.head = self.tail = None
+
+    @staticmethod
+    def head_of(count):
+        """(first, last) packet of the head's train, and whether there is one.
+
+        The first quarter of that is not timed: shapers and switches let a burst through at any speed.
+        """
+        return (HEAD // 4, HEAD) if count >= 4 * HEAD else (0, 0)
+
+    @staticmethod
+    def tail_of(count):
+        """(first, last) packet of the second half."""
+        return count // 2, count
 
 
 class Step(object):
-    """What a parent wants its TCP servers to do next; read-only once published.
+    """What a parent wants its TCP servers to do; read-only once published.
 
-    kind: accept (the clients; only TCP server 1), announce (the `buffer`),
-    sent (the buffer, with its `digest`), again (repair: by multicast for the
-    members in `coded`, AGAIN being `message`; by TCP for the others), repair
-    (by TCP, and see to the end of it), finish (sent, and `message` is the last
-    BYE), abort (`message` is the reason).
+    kind: accept (the clients; only TCP server 1), announce (the `round`), sent (the
+    round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
+    being `message`; by TCP for all others that asked), finish (when a client has
+    everything; `message` is the last BYE), abort (`message` is the reason).
     """
 
-    # For what a TCP server waits, before it releases its parent.
-    AWAITED = {'accept': (), 'announce': (READINESS,), 'sent': (ANSWER,),
-               'again': (), 'repair': (READINESS, ANSWER, COMPLETION),
-               'finish': (COMPLETION,), 'abort': ()}
+    def __init__(self, kind, round=None, coded=(), message=b''):      # pylint: disable=redefined-builtin
+        self.kind, self.round, self.coded, self.message = kind, round, coded, message
 
-    def __init__(self, kind, buffer=None, digest=b'', coded=(), message=b'', info=None):
-        self.kind = kind
-        self.buffer = buffer
-        self.digest = digest
-        self.coded = coded
-        self.message = message
-        self.info = info
-        self.awaited = self.AWAITED[kind]
+
+class Answers(object):
+    """What came in for a step, from the clients of a thread and of those below it.
+
+    requests    member -> what it asks for, as bits
+    hearing     how many heard any multicast, `deaf` those who heard none
+    worst       the two Receptions with the least ratio, the least first
+    head        (bit/s, error) of the slowest at the head
+    late        (when, member) of the last two that paid, the last first
+    """
+
+    def __init__(self):
+        self.requests, self.hearing, self.deaf = {}, 0, []
+        self.worst, self.head, self.late = [], None, []
+
+    def paid(self, member, now):
+        """A member owes nothing more for this step."""
+        self.late = [(now, member)] + self.late[:1]
+
+    def heard(self, reception):
+        """A member has heard some of the round."""
+        self.hearing += 1
+        if len(self.worst) < 2 or reception.ratio < self.worst[1].ratio:
+            self.worst = sorted(self.worst + [reception], key=lambda other: other.ratio)[:2]
+
+    def heard_head(self, arrived, error):
+        """How fast a member heard the head, bit/s, and how far, as a share, that may be wrong."""
+        if self.head is None or arrived < self.head[0]:
+            self.head = arrived, error
+
+    def add(self, other):
+        """Those of another thread, too."""
+        self.requests.update(other.requests)
+        self.hearing += other.hearing
+        self.deaf += other.deaf
+        self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
+        self.late = sorted(self.late + other.late, key=lambda one: -one[0])[:2]
+        if other.head:
+            self.heard_head(*other.head)
+
+
+class Awaited(object):
+    """A step that a thread's clients are at: who still owes something for it, and what came in."""
+
+    def __init__(self, step, owing=()):
+        self.step, self.owing, self.answers = step, set(owing), Answers()
 
 
 class Member(object):
     """A client as the server's window and its roster know it.  Times are seconds."""
 
     MOST_SIGNS = 20                     # of life at once, and four times as many as we ask for
+    MOST_REQUESTS = 20                  # for the same round
 
     def __init__(self, address, now):
         self.address, self.host = address, None
         self.since = now                # when it came
-        self.owes = None                # a key of PAYS
+        self.window = 1                 # rounds that it can hold
+        self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
+        self.asked = {}                 # number -> what it asked for, as bits
+        self.times_asked = {}           # number -> how often
         self.moved = now                # when it last paid, or showed life
-        self.paid = 0.0                 # when it last owed nothing more
         self.signs = 0                  # of life
-        self.listening = False          # to multicast, until SENT
-        self.request = None             # places in the round, asked for
         self.lost = 0                   # packets it asked for, all in all
         self.by_tcp = 0                 # packets of these that went by TCP
+        self.medium = 0.0               # share of packets that it loses at any rate
+        self.ignored = False            # it loses too much to decide on the rate
         self.busy = None                # what it says that it is doing
         self.figures = {}               # what else it says of itself
         self.waited = {}                # seconds that all waited for it alone, by cause
@@ -2661,73 +3033,129 @@ class Member(object):
     identity = property(lambda self: (self.host, self.address))
     loopback = property(lambda self: self.address.startswith('127.'))
 
-    def owe(self, what, now):
-        """From now on it owes us something (or, None, nothing)."""
-        self.owes = what
-        self.moved = now
-        if what is None:
-            self.paid, self.busy = now, None
+    @property
+    def oldest(self):
+        """The number of the oldest round that it is not through with; None without one."""
+        numbers = list(self.rounds)     # in one go: another thread may ask
+        return min(numbers) if numbers else None
+
+    @property
+    def owes(self):
+        """What it owes for its oldest round; None while that waits for us.
+
+        What it owes for later ones may have to wait for that.
+        """
+        state = self.rounds.get(self.oldest)
+        return state[0] if state and state[0] in DEBTS else None
+
+    def stands(self, number, how, awaited, now):
+        """From now on it stands so with a round; how: None: it is through with it."""
+        before = self.oldest, self.owes
+        if how is None:
+            self.rounds.pop(number, None)
+            self.times_asked.pop(number, None)
+        else:
+            self.rounds[number] = [how, awaited]
+        if (self.oldest, self.owes) != before:
+            self.moved = now
 
 
 class ServerWindow(object):
     """What the clients of one TCP server owe, and what to do when they pay.
 
     What to do is a list of (verb, member, argument): `send` bytes, send the `packets`
-    at some places of the round, or the member is `served`.
+    of a (round, bits), or the member is `served`.
     """
 
     def __init__(self, dialect, stall_timeout):
         """stall_timeout: seconds for a member to move while it owes something; 0: for ever."""
         self.dialect, self.stall_timeout = dialect, stall_timeout
         self.members = []
-        self.step = None
+        self.awaited = []               # what is not complete, in the order of the steps
+        self._rounds = {}               # number -> Round
+        self._last = None               # the finish step, once there is one
 
-    def size_of(self, head):
-        """As Connection.messages wants it."""
-        buffer = self.step.buffer if self.step else None
-        return self.dialect.client_message_size(head, buffer.count if buffer else 0)
+    # ---- what the parent wants
 
     def begin(self, step, now):
         """The parent wants a step; returns what to do."""
-        self.step = step
-        return getattr(self, '_begin_' + step.kind)(step, now)
+        awaited = Awaited(step)
+        self.awaited.append(awaited)
+        return getattr(self, '_begin_' + step.kind)(step, awaited, now)
 
-    def _begin_announce(self, step, now):
+    def _begin_announce(self, step, awaited, now):
+        number, buffer = step.round.number, step.round.buffer
+        self._rounds[number] = step.round
+        if len(self._rounds) > 2 * self.dialect.window:
+            del self._rounds[min(self._rounds)]
+        info = self.dialect.info(number, buffer.size, buffer.base, buffer.count, step.round.place)
         for member in self.members:
-            member.owe(READINESS, now)
-        return [('send', member, self.dialect.buffer_info(step.info)) for member in self.members]
+            self._owe(member, number, READINESS, awaited, now)
+        return [('send', member, info) for member in self.members]
 
-    def _begin_sent(self, step, now):
-        listeners = [member for member in self.members if member.listening]
+    def _begin_sent(self, step, awaited, now):
+        number = step.round.number
+        message = self.dialect.sent(number, step.round.digest)
+        listeners = self._those(number, LISTENS)
         for member in listeners:
-            member.listening = False
-            member.owe(step.awaited[0], now)
-        return [('send', member, SENT + step.digest + step.message) for member in listeners]
+            self._owe(member, number, ANSWER, awaited, now)
+        return [('send', member, message) for member in listeners]
 
-    _begin_finish = _begin_sent
-
-    def _begin_again(self, step, now):
-        todo = []
-        for member in self.members:
-            if member.request and member in step.coded:
-                member.listening = True
-                todo.append(('send', member, AGAIN + step.message))
-            elif member.request:
-                member.owe(COMPLETION, now)
-                member.by_tcp += len(member.request)
-                todo.append(('packets', member, member.request))
-            member.request = None
+    def _begin_repair(self, step, awaited, now):
+        number, todo = step.round.number, []
+        for member in self._those(number, ASKED):
+            gaps = member.asked.pop(number)
+            if member in step.coded:
+                member.stands(number, LISTENS, None, now)
+                todo.append(('send', member, step.message))
+            else:
+                self._owe(member, number, ANSWER, awaited, now)
+                member.by_tcp += how_many(gaps)
+                todo.append(('packets', member, (step.round, gaps)))
         return todo
 
-    _begin_repair = _begin_again
+    def _begin_finish(self, step, awaited, now):
+        self._last = awaited
+        awaited.owing.update(self.members)
+        if not self.dialect.ends:
+            return [thing for member in self.members for thing in self._see_off(member, now)]
+        for member in self.members:
+            self._owe(member, step.round.number, COMPLETION, awaited, now)
+        return [('send', member, self.dialect.sent(step.round.number, b'')) for member in self.members]
 
-    def awaited(self):
-        """The members for whom the step waits."""
-        return [member for member in self.members if member.owes in self.step.awaited]
+    def _those(self, number, how):
+        return [member for member in self.members if member.rounds.get(number, (None,))[0] == how]
 
-    def requests(self):
-        """What members ask for: places in the round."""
-        return dict((member, member.request) for member in self.members if member.request)
+    @staticmethod
+    def _owe(member, number, what, awaited, now):
+        awaited.owing.add(member)
+        member.stands(number, what, awaited, now)
+
+    def _see_off(self, member, now):
+        """If all is announced, and a member has it: say the last word."""
+        if not self._last or member.rounds or self.dialect.ends:
+            return []
+        self._owe(member, END, COMPLETION, self._last, now)
+        return [('send', member, self._last.step.message)]
+
+    def complete(self):
+        """The steps that are complete here, each once: Awaited."""
+        complete = [awaited for awaited in self.awaited if not awaited.owing]
+        if complete:
+            self.awaited = [awaited for awaited in self.awaited if awaited.owing]
+        return complete
+
+    def debtors(self):
+        """The members for whom the oldest step waits."""
+        return [member for member in self.members
+                if self.awaited and member in self.awaited[0].owing]
+
+    def leave(self, member):
+        """A member is none any more."""
+        self.members.remove(member)
+        for awaited in self.awaited:
+            awaited.owing.discard(member)
+            awaited.answers.requests.pop(member, None)
 
     def stalled(self, member, moved, now):
         """Why to drop a member; None if it should stay.
@@ -2739,6 +3167,20 @@ class ServerWindow(object):
             return 'stalled: for %g s no %s' % (
                 limit, member.owes or 'sign that it takes what is sent to it')
         return None
+
+    # ---- what the clients say
+
+    def size_of(self, head):
+        """As Connection.messages wants it."""
+        return self.dialect.client_message_size(head, self._count_of)
+
+    def _count_of(self, number):
+        """Packets of a round, for a request; None: of the last one announced."""
+        if number is None and self._rounds:
+            number = max(self._rounds)
+        if number not in self._rounds:
+            raise ProtocolError('a request for a round that is not under way')
+        return self._rounds[number].buffer.count
 
     def heard(self, member, message, now):
         """A message of a member; returns what to do.  Raises ProtocolError, Refused."""
@@ -2755,9 +3197,16 @@ class ServerWindow(object):
             else:                       # words alone move nothing
                 self._state(member, unpack_frame(message[5:]))
             return []
-        if kind not in PAYS.get(member.owes, ()):
+        handler = self.HANDLERS.get(kind)
+        number = self.dialect.number_of(message) if handler else None
+        how, awaited = member.rounds.get(member.oldest if number is None else number, (None, None))
+        if not handler or how not in self.PAYS[kind]:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
-        return self.HANDLERS[kind](self, member, message, now)
+        number = member.oldest if number is None else number
+        member.busy = None
+        awaited.owing.discard(member)
+        awaited.answers.paid(member, now)
+        return handler(self, member, number, message, awaited, now)
 
     @staticmethod
     def _state(member, fields):
@@ -2765,49 +3214,156 @@ class ServerWindow(object):
         member.busy = field(fields, 'busy', TEXT, optional=True)
         member.figures = dict((key, field(fields, key, NUMBER)) for key in FIGURES if key in fields)
 
-    def _ready(self, member, _message, now):
-        member.owe(None, now)
-        member.listening = True
+    def _ready(self, member, number, _message, _awaited, now):
+        member.stands(number, LISTENS, None, now)
         return []
 
-    def _request(self, member, message, now):
-        buffer = self.step.buffer
-        seqs = struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:])
-        places = [(seq - buffer.base) & MASK for seq in seqs]
-        if max(places) >= buffer.count:
-            raise ProtocolError('a request for a packet outside the round')
-        member.owe(None, now)
-        member.request = places
-        member.lost += len(places)
+    def _request(self, member, number, message, awaited, now):
+        buffer = self._rounds[number].buffer
+        gaps = self.dialect.gaps_asked(message, buffer.base, buffer.count)
+        member.times_asked[number] = member.times_asked.get(number, 0) + 1
+        if member.times_asked[number] > member.MOST_REQUESTS:
+            raise ProtocolError('it asks for the same round again and again')
+        self._reception(member, number, message, awaited, gaps, now)
+        member.lost += how_many(gaps)
+        member.asked[number] = gaps
+        member.stands(number, ASKED, None, now)
+        awaited.answers.requests[member] = gaps
         return []
 
-    def _done(self, member, _message, now):
-        member.owe(None, now)
-        if self.step.kind != 'finish':
-            return []
-        member.outcome, member.ended = 'complete', now
-        return [('served', member, None)]
+    def _done(self, member, number, message, awaited, now):
+        if member.rounds[number][0] == COMPLETION:
+            member.outcome, member.ended = 'complete', now
+            member.stands(number, None, None, now)
+            return [('served', member, None)]
+        self._reception(member, number, message, awaited, 0, now)
+        member.stands(number, None, None, now)
+        return self._see_off(member, now)
 
     HANDLERS = {READY: _ready, REQUEST: _request, DONE: _done}
+    PAYS = {READY: (READINESS,), REQUEST: (ANSWER,), DONE: (ANSWER, COMPLETION)}
+
+    # ---- how the clients hear
+
+    def _reception(self, member, number, message, awaited, gaps, now):
+        """Note how a member heard a round: at its first answer."""
+        done = self._rounds[number]
+        if awaited.step.kind != 'sent' or number in member.times_asked and (
+                member.times_asked[number] > 1 or not gaps) or not done.multicast:
+            return
+        lost = how_many(gaps & ((1 << done.multicast) - 1))
+        if lost == done.multicast:
+            awaited.answers.deaf.append(member)
+            member.deaf_since = member.deaf_since or now
+            return
+        self._hears(member, now)
+        if member.ignored:
+            awaited.answers.hearing += 1
+            return
+        if done.tail is None:
+            awaited.answers.heard(Reception(1.0, 0.0, lost / done.multicast, member))
+            return
+        first, last = done.tail_of(done.buffer.count)
+        through = 1 - how_many(gaps >> first) / (last - first)
+        bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
+        departed, seconds = done.tail
+        figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
+        arrived, error = self.arrival(figures[2:], bits_a_packet)
+        ratio = through if arrived is None else min(through, arrived / departed)
+        if arrived is None or 1 - ratio < error:        # the clock does not tell, but losses do
+            ratio, error = through, 0.0
+        ratio /= 1 - member.medium
+        awaited.answers.heard(Reception(ratio, error, lost / done.multicast, member))
+        arrived, error = self.arrival(figures[:2], bits_a_packet)
+        if done.head and arrived is not None:
+            awaited.answers.heard_head(arrived / (1 - member.medium), error)
+
+    @staticmethod
+    def arrival(figures, bits_a_packet):
+        """(bit/s, how far, as a share, it may be wrong) at which a train arrived; None if that is not known.
+
+        figures: (packets after the first message, microseconds from that to the last).
+        """
+        heard, microseconds = figures
+        if not heard or not microseconds:
+            return None, 0.0
+        seconds = microseconds * 1e-6
+        return heard * bits_a_packet / seconds, RateControl.JITTER / seconds
+
+    @staticmethod
+    def _hears(member, now):
+        if member.deaf_since is not None and member.deaf_told:
+            tell('member_hears', member=member, seconds=now - member.deaf_since)
+        member.deaf_since, member.deaf_told = None, False
+
+
+class Train(object):
+    """When packets of a stretch of a round arrived: how fast the slowest link lets them out."""
+
+    def __init__(self, first, last):
+        """first, last: places of the packets."""
+        self.first, self.last = first, last
+        self._begin = self._end = None  # (packets heard by then, seconds)
+
+    def note(self, place, heard, seconds):
+        """A message with the packet at `place` arrived at a time, and `heard` packets with it."""
+        if self.first <= place < self.last:
+            self._begin = self._begin or (heard, seconds)
+            self._end = heard, seconds
+
+    def figures(self):
+        """(packets after the first message, microseconds from that to the last); 0, 0 if it cannot be told."""
+        if not self._begin:
+            return 0, 0
+        heard, seconds = self._end[0] - self._begin[0], self._end[1] - self._begin[1]
+        return (heard, int(1e6 * seconds)) if heard > 0 and 0 < seconds < 1000 else (0, 0)
+
+
+class Incoming(object):
+    """A round at a client.
+
+    how     WAITS for room, LISTENS to multicast, waits for STRAGGLERS after SENT, has ASKED for
+            packets, reads their BYTES, is COMPLETE and handed to the writer once those before it are
+    """
+
+    WAITS, LISTENS, STRAGGLERS, ASKED, BYTES, COMPLETE = range(6)
+
+    def __init__(self, number, size, base, count, place):
+        self.number, self.size, self.base, self.count, self.place = number, size, base, count, place
+        self.how = self.WAITS
+        self.buffer = None
+        self.digest = b''
+        self.repair = None              # (coded Buffer, how many are recipes) while one is under way
+        self.gaps = 0                   # asked for, as bits
+        self.deadline = None            # for stragglers, seconds
+        self.given = False              # to the writer
+        self.head, self.tail = Train(*Round.head_of(count)), Train(*Round.tail_of(count))
+
+    def note(self, place, heard, seconds):
+        """As Train has it, for both trains."""
+        self.head.note(place, heard, seconds)
+        self.tail.note(place, heard, seconds)
+
+    @property
+    def target(self):
+        """The Buffer that multicast is for; None if it is for none."""
+        if self.how not in (self.LISTENS, self.STRAGGLERS):
+            return None
+        return self.repair[0] if self.repair else self.buffer
 
 
 class ClientWindow(object):
-    """The round in flight as a client sees it.
+    """The rounds in flight as a client sees them.
 
-    What to do is a list of (verb, argument): `send` bytes, hand (buffer, size, digest)
-    over to be `write`n, `begin` to write, keep the server's words on its `state`, or
-    `end`, with the fields of the last BYE.
+    What to do is a list of (verb, argument): `send` bytes, give a round (Incoming) to the
+    writer (`write`), `begin` to write, keep the server's words on its `state`, or `end`, with the
+    fields of the last BYE.
     """
 
     SETTLE = 0.005                      # seconds for stragglers after SENT
-    PROMPT = 0.01                       # seconds in which a prompt server goes on
-    AT_WORK = 2                         # buffers that are received or written
+    BASE_ROOM = 2                       # buffers, where one round is under way
     CHUNK = 64                          # packets read from TCP at once
-
-    # What is waited for, and which signals may come then.
-    NEXT, ROOM, MULTICAST, STRAGGLERS, REPAIR, BYTES, LAST_SENT, LAST_WORD, OVER = range(9)
-    EXPECTED = {NEXT: (BUFFER_INFO,), MULTICAST: (SENT,), REPAIR: (PACKETS, AGAIN),
-                LAST_SENT: (SENT,), LAST_WORD: (BYE,)}
+    EARLY = 64                          # batches that may come before their announcement
 
     def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None):
         """payload: bytes in a full packet; salts: for packets, and for repairs;
@@ -2815,226 +3371,283 @@ class ClientWindow(object):
         self.dialect, self.payload, self.digest = dialect, payload, digest
         self._salt, self._repair_salt = salts
         self._checks = checks or list(dialect.checks)
-        self.state = self.NEXT
-        self.listening = None           # the Buffer that multicast is for
+        self.room = max(self.BASE_ROOM, dialect.window)     # buffers at the most
         self.wants = None               # a memoryview to be filled from TCP
-        self.deadline = None            # when to call tick(), seconds
         self.begun = False              # a round was announced
-        self.rounds = 0
+        self.over = False
+        self.announced = 0              # rounds
         self.by_multicast = self.by_tcp = self.coded = 0        # packets
-        self._base = None               # of the next round
-        self._announced = None          # a round for which there is no room yet
-        self._buffer = self._size = None            # the round
-        self._received = 0              # packets of it by the last look
-        self._round_digest = b''
-        self._repair = None             # (coded Buffer, how many are recipes)
-        self._places = []               # asked for by TCP
+        self.rounds = collections.deque()           # those that are not DONE, the oldest first
+        self._base = self._place = None # of the next round
+        self._last = None               # the round of 0 packets that ends the image
+        self._reading = None            # the round whose packets come by TCP
+        self._left = []                 # their places
         self._staging = self._filled = None
-        self._finished = None           # a round that the writer should have
         self._free = []                 # buffers
-        self._lent = collections.deque()            # buffers that the writer has, or will have
+        self._lent = collections.deque()            # rounds that the writer has
+        self._early = []                # batches of a repair pass that is not announced yet
 
     @property
     def owing(self):
-        """Whether the server waits for us: to be told that something moves."""
-        return self.state in (self.ROOM, self.BYTES)
+        """What the server waits for, if that takes its time here: `writing` or `receiving`; None: nothing."""
+        hows = set(incoming.how for incoming in self.rounds)
+        if Incoming.BYTES in hows:
+            return 'receiving'
+        return 'writing' if Incoming.WAITS in hows or Incoming.COMPLETE in hows else None
 
     @property
     def unwritten(self):
-        """Rounds that the writer has, or will have."""
+        """Rounds that the writer has."""
         return len(self._lent)
 
-    def size_of(self, head):
-        """As Connection.messages wants it: 0 while what follows must wait, or is no message."""
-        if self.wants is not None or self.state in (self.STRAGGLERS, self.OVER):
-            return 0
-        if self.dialect.talks:
-            self._check_turn(head[:1])
-            return self.dialect.server_message_size(head, DIGEST_SIZE if self.digest else 0)
-        return ROUND.size if self.state == self.NEXT else 1
+    @property
+    def deadline(self):
+        """When to call tick(), seconds; None: no need to."""
+        deadlines = [incoming.deadline for incoming in self.rounds if incoming.deadline is not None]
+        return min(deadlines) if deadlines else None
 
-    def _check_turn(self, kind):
-        """Raises ProtocolError if such a signal cannot come now."""
-        anytime = (ALIVE, STATE, BYE) if self.dialect.talks else ()
-        if kind not in anytime + self.EXPECTED.get(self.state, ()):
-            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+    def size_of(self, head):
+        """As Connection.messages wants it: 0 while what follows is no message."""
+        if self.wants is not None or self.over:
+            return 0
+        return self.dialect.server_message_size(head, DIGEST_SIZE if self.digest else 0,
+                                                not self.rounds and not self._last)
 
     # ---- what the server says
 
     def heard(self, message, now):
         """A message of the server; returns what to do.  Raises ProtocolError, Refused."""
-        if self.dialect.talks or self.state != self.NEXT:
-            kind, message = message[:1], message[1:]
-        else:
-            kind = BUFFER_INFO
+        kind = message[:1]
+        if not self.dialect.talks and not self.rounds and not self._last:
+            return self._on_info(*self.dialect.read_info(message))
         if kind == ALIVE and self.dialect.talks:
             return []
         if kind == STATE and self.dialect.talks:
-            return [('state', unpack_frame(message[4:]))]
-        self._check_turn(kind)
-        if kind == BYE:
-            fields = unpack_frame(message[4:])
-            if fields.get('ok') is not True:
-                raise Refused('the server says: %s' % field(fields, 'reason', TEXT))
-            if self.state != self.LAST_WORD:
-                raise ProtocolError('the end before the end')
-        if kind == BUFFER_INFO:
-            return self._on_info(*ROUND.unpack(message))
-        if kind == SENT:
-            return self._on_sent(message, now)
-        if kind == AGAIN:
-            return self._on_again(*REPAIR.unpack(message))
-        if kind == PACKETS:
-            return self._expect_packets()
-        self.state = self.OVER
+            return [('state', unpack_frame(message[5:]))]
+        if kind == BYE and self.dialect.talks:
+            return self._on_bye(unpack_frame(message[5:]))
+        if kind == BUFFER_INFO and self.dialect.talks:
+            return self._on_info(*self.dialect.read_info(message))
+        if kind == SENT and self._last:
+            self.over = True
+            return [('end', None)]
+        if kind not in self.HANDLERS:
+            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        how, handler, codes = self.HANDLERS[kind]
+        number = self.dialect.number_of(message)
+        for incoming in self.rounds:
+            if number in (None, incoming.number):
+                if incoming.how == how and (self.dialect.codes or not codes):
+                    return handler(self, incoming, message[5:], now)
+                break
+        raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+
+    def _on_bye(self, fields):
+        if fields.get('ok') is not True:
+            self.begun = self.begun or fields.get('empty') is True
+            raise Refused('the server says: %s' % field(fields, 'reason', TEXT))
+        if self.rounds:
+            raise ProtocolError('the end before the end')
+        self.over = self.begun = True
         return [('end', fields)]
 
-    def _on_info(self, _number, size, base, count):
+    def _on_info(self, number, size, base, count, place):
         if base != (base if self._base is None else self._base):
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
-        self._base = (base + count) & MASK
+        if self.dialect.sizes and (number != self.announced & MASK or place != (self._place or 0)):
+            raise ProtocolError('round %d, at byte %d, out of turn' % (number, place))
+        self._base = (base + count) & self.dialect.seqs
+        self._place = (place or 0) + size
         first, self.begun = not self.begun, True
-        if not count:
-            self.state, self.deadline = self.LAST_SENT, None
-            return [('send', READY)] + self._hand_over()
-        payload = self.payload
-        if not self.dialect.sizes and size > count * payload:
-            payload = payload_for(9000)     # nothing else tells of jumbo frames there
+        incoming = Incoming(number, size, base, count, place)
+        if not count and self.dialect.ends:
+            self._last = incoming
+            return [('send', self.dialect.ready(number))]
+        payload = self._payload_of(incoming)
         least = (count - 1) * payload + 1 if self.dialect.sizes else count
-        if count > MAX_PACKETS or not least <= size <= count * payload:
+        if not 0 < count <= MAX_PACKETS or not least <= size <= count * payload:
             raise ProtocolError('a buffer of %d packets and %d bytes' % (count, size))
-        self.rounds += 1
-        self._announced = base, count, size, payload
-        self.state, self.deadline = self.ROOM, None
+        if base + count - 1 > self.dialect.seqs and self.dialect.sizes:
+            raise ProtocolError('a round of repair packets')
+        if len(self.rounds) >= 2 * self.dialect.window:
+            raise ProtocolError('more rounds under way than agreed')
+        self.announced += 1
+        self.rounds.append(incoming)
         return ([('begin', None)] if first else []) + self._make_room()
 
+    def _payload_of(self, incoming):
+        """Bytes in a full packet; nothing else tells of jumbo frames in the base protocol."""
+        jumbo = not self.dialect.sizes and incoming.size > incoming.count * self.payload
+        return payload_for(9000) if jumbo else self.payload
+
     def _make_room(self):
-        """Begin the round that was announced, if a buffer is free for it."""
-        if len(self._lent) >= self.AT_WORK:
-            return self._hand_over()
-        base, count, size, payload = self._announced
-        buffer = self._free.pop() if self._free else None
-        if buffer is None or buffer.capacity < count or buffer.payload != payload:
-            buffer = Buffer(payload, count, self._salt, self._checks)
-        buffer.start(base, count, size if self.dialect.sizes else None)
-        self._buffer, self._size = buffer, size
-        self._listen(buffer)
-        # All clients wait for the last READY, and hashing would delay ours.
-        return [('send', READY)] + self._hand_over()
+        """Be ready for those rounds for which there is a buffer now."""
+        todo = []
+        used = len(self._lent) + len([1 for incoming in self.rounds
+                                      if incoming.buffer and not incoming.given])
+        for incoming in self.rounds:
+            if incoming.how != Incoming.WAITS:
+                continue
+            if used >= self.room:
+                break
+            used += 1
+            payload, buffer = self._payload_of(incoming), None
+            if self._free:
+                buffer = self._free.pop()
+            if buffer is None or buffer.capacity < incoming.count or buffer.payload != payload:
+                buffer = Buffer(payload, incoming.count, self._salt, self._checks, not self.digest)
+            buffer.start(incoming.base, incoming.count, incoming.size if self.dialect.sizes else None)
+            incoming.buffer, incoming.how = buffer, Incoming.LISTENS
+            todo.append(('send', self.dialect.ready(incoming.number)))
+        return todo
 
-    def _hand_over(self):
-        """Give the writer what it is to write, if there is anything."""
-        finished, self._finished = self._finished, None
-        return [('write', finished)] if finished else []
-
-    def _listen(self, buffer):
-        self.listening, self._received = buffer, buffer.received
-        self.state, self.deadline = self.MULTICAST, None
-
-    def _on_sent(self, digest, now):
-        if self.state == self.LAST_SENT:
-            if self.dialect.talks:
-                self.state = self.LAST_WORD
-                return []
-            self.state = self.OVER
-            return [('end', None)]
-        self._round_digest = digest
-        self.state, self.deadline = self.STRAGGLERS, now + self.SETTLE
+    def _on_sent(self, incoming, digest, now):
+        incoming.digest = digest
+        incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + self.SETTLE
         return []
 
-    def _on_again(self, number, recipe_count, combinations):
+    def _on_again(self, incoming, rest, _now):
+        number, recipe_count, combinations = REPAIR.unpack(rest)
         count = recipe_count + combinations
-        if not 0 < count <= MAX_PACKETS:
+        if not 0 < count <= MAX_PACKETS or number + count > REPAIR_BIT:
             raise ProtocolError('a repair pass of %d packets' % count)
-        coded = Buffer(self.payload, count, self._repair_salt)
-        coded.start(number, count, None)
-        self._repair = coded, recipe_count
-        self._listen(coded)
+        coded = Buffer(self.payload, count, self._repair_salt - REPAIR_BIT)
+        coded.start(REPAIR_BIT + number, count, None)
+        for data, size, payload in self._early:     # multicast may overtake TCP
+            coded.put(data, 0, size, payload)
+        self._early = []
+        incoming.repair, incoming.how = (coded, recipe_count), Incoming.LISTENS
         return []
+
+    def _on_packets(self, incoming, _rest, _now):
+        self._expect_packets(incoming)
+        return []
+
+    # Signal -> how the round must stand, what to do, and whether only a session has it.
+    HANDLERS = {SENT: (Incoming.LISTENS, _on_sent, False), AGAIN: (Incoming.ASKED, _on_again, True),
+                PACKETS: (Incoming.ASKED, _on_packets, True)}
 
     # ---- time, and datagrams
 
-    def listened(self, now):
-        """Datagrams were put into `listening`; returns whether any was of use."""
-        received = self.listening.received if self.listening else 0
-        if received == self._received:
-            return False
-        self._received = received
-        if self.state == self.STRAGGLERS:
-            self.deadline = now + self.SETTLE
-        return True
+    def take(self, batches, in_first, first, last):
+        """Datagrams have arrived; returns whether any was of use.
+
+        batches: as DatagramReceiver returns them; in_first: packets in their first
+        message; first, last: when the first and the last message came, seconds.
+        """
+        useful, listening = 0, [incoming for incoming in self.rounds if incoming.target]
+        for number, (data, offset, count, payload) in enumerate(batches):
+            place, now_for = None, None
+            seq = U32.unpack_from(data, offset)[0]
+            for incoming in listening:
+                target = incoming.target
+                place = (seq - target.base) & MASK
+                if place < target.count:
+                    now_for = incoming
+                    break
+            if now_for and place + count <= target.count:
+                before = target.received
+                target.put(data, offset, count, payload)
+                useful += target.received - before
+                if target is now_for.buffer:
+                    if not number:
+                        now_for.note(place, before + in_first, first)
+                    if number == len(batches) - 1:
+                        now_for.note(place + count - 1, target.received, last)
+                continue
+            for incoming in listening:  # some may be of another round, or of none
+                before = incoming.target.received
+                incoming.target.put(data, offset, count, payload)
+                useful += incoming.target.received - before
+            if not now_for and seq & REPAIR_BIT and len(self._early) < self.EARLY:
+                self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
+                                    count, payload))
+        return bool(useful)
+
+    def _may_come(self, incoming):
+        """Whether stragglers may be on their way: the end of what was sent is
+        missing, though not all of it, and nothing later has come."""
+        target = incoming.target
+        return (target.received and not target.complete
+                and not (target.has(0) and target.has(target.count - 1))
+                and not any(later.number > incoming.number and later.target and later.target.received
+                            for later in self.rounds))
 
     def tick(self, now):
         """Time passes; returns what to do."""
-        if self.state == self.STRAGGLERS and (now >= self.deadline or not self._may_come()):
-            return self._answer(now)
-        if self.state == self.NEXT and self._finished and now >= self.deadline:
-            self.deadline = None        # a producer takes its time: the consumer need not wait
-            return self._hand_over()
-        return []
+        todo = []
+        for incoming in list(self.rounds):
+            if incoming.how == Incoming.STRAGGLERS and (
+                    now >= incoming.deadline or not self._may_come(incoming)):
+                todo += self._answer(incoming)
+        return todo
 
-    def _may_come(self):
-        """Whether stragglers may be on their way: the end of what was sent is
-        missing, though not all of it."""
-        buffer = self.listening
-        return (buffer.received and not buffer.complete
-                and not (buffer.has(0) and buffer.has(buffer.count - 1)))
-
-    def _answer(self, now):
-        """Say what is missing, or that nothing is."""
-        buffer = self._buffer
-        if self.listening is buffer:
-            self.by_multicast += buffer.received
+    def _answer(self, incoming):
+        """Say what is missing of a round, or that nothing is."""
+        buffer, incoming.deadline = incoming.buffer, None
+        if incoming.repair:
+            self.coded += solve(buffer, *incoming.repair)
+            incoming.repair = None
         else:
-            coded, recipe_count = self._repair
-            self.coded += solve(buffer, coded, recipe_count)
-        self.listening, self._repair = None, None
-        if buffer.complete:
-            return self._done(now)
-        self._places = buffer.missing()
-        count = len(self._places)
-        seqs = [(buffer.base + place) & MASK for place in self._places]
-        self.state, self.deadline = self.REPAIR, None
-        request = REQUEST + struct.pack('<%dI' % (1 + count), count, *seqs)
-        if not self.dialect.packets:
-            self._expect_packets()
-        return [('send', request)]
+            self.by_multicast += buffer.received
+        return self._complete(incoming) if buffer.complete else self._ask(incoming)
 
-    def _done(self, now):
-        self._finished = self._buffer, self._size, self._round_digest
-        self._lent.append(self._buffer)
-        self._buffer = None
-        self.state, self.deadline = self.NEXT, now + self.PROMPT
-        return [('send', DONE)]
+    def _ask(self, incoming):
+        """Ask for what is missing."""
+        incoming.gaps, incoming.how = incoming.buffer.missing(), Incoming.ASKED
+        if not self.dialect.talks:
+            self._expect_packets(incoming)
+        return [('send', self.dialect.request(incoming.number, self._figures(incoming), incoming.gaps,
+                                              incoming.base, incoming.count))]
+
+    @staticmethod
+    def _figures(incoming):
+        return incoming.head.figures() + incoming.tail.figures()
+
+    def _complete(self, incoming):
+        """Nothing is missing: give the writer what is its turn."""
+        incoming.how, todo = Incoming.COMPLETE, []
+        for each in list(self.rounds):
+            if each.how != Incoming.COMPLETE:
+                break
+            if not each.given:
+                each.given = True
+                if each not in self._lent:
+                    self._lent.append(each)
+                if not self.digest:     # nothing more to find out
+                    todo += self.verified(each)
+                todo.append(('write', each))
+        return todo
 
     # ---- packets by TCP
 
-    def _expect_packets(self):
-        self.state = self.BYTES
-        self.by_tcp += len(self._places)
-        self._staging = bytearray(self.CHUNK * self._buffer.slot)
+    def _expect_packets(self, incoming):
+        incoming.how, self._reading = Incoming.BYTES, incoming
+        self._left = places(incoming.gaps)
+        self.by_tcp += len(self._left)
+        self._staging = bytearray(self.CHUNK * incoming.buffer.slot)
         self._want_more()
-        return []
 
     def _want_more(self):
         """Set `wants` to the next bytes: packets of known sizes, else a header."""
-        buffer, self._filled = self._buffer, 0
+        buffer, self._filled = self._reading.buffer, 0
         if not self.dialect.sizes:
             self.wants = memoryview(self._staging)[:PACKET.size]
             return
-        chunk = self._places[:self.CHUNK]
+        chunk = self._left[:self.CHUNK]
         if len(chunk) > 1 and buffer.packet_size(chunk[-1]) != buffer.payload:
             chunk.pop()                 # a short one, which is the last, goes alone
         size = len(chunk) * PACKET.size + sum(buffer.packet_size(place) for place in chunk)
         self.wants = memoryview(self._staging)[:size]
 
-    def filled(self, size, now):
+    def filled(self, size, _now):
         """So many bytes were put into `wants`; returns what to do.  Raises ProtocolError."""
         self._filled += size
         self.wants = self.wants[size:]
         if len(self.wants):
             return []
-        buffer = self._buffer
+        incoming = self._reading
+        buffer = incoming.buffer
         payload = self._filled - PACKET.size
         count = 1
         if not self.dialect.sizes:
@@ -3046,23 +3659,35 @@ class ClientWindow(object):
                 return []
         elif self._filled > buffer.slot:
             count, payload = self._filled // buffer.slot, buffer.payload
-        buffer.put(self._staging, 0, count, payload)
-        del self._places[:count]
-        if self._places:
+        buffer.put(self._staging, 0, count, payload, checking=True)
+        del self._left[:count]
+        if self._left:
             self._want_more()
             return []
-        self.wants = self._staging = None
+        self.wants = self._staging = self._reading = None
         if not buffer.complete:
             raise ProtocolError('packets that were not asked for, or damaged')
-        return self._done(now)
+        return self._complete(incoming)
 
     # ---- the writer
 
+    def verified(self, incoming):
+        """The writer found a round right; returns what to do."""
+        self.rounds.remove(incoming)
+        return [('send', self.dialect.done(incoming.number, self._figures(incoming)))]
+
+    def damaged(self, incoming, gaps):
+        """The writer found packets of a round damaged; returns what to do."""
+        incoming.buffer.forget(gaps)
+        incoming.buffer.damaged += how_many(gaps)
+        incoming.given = False
+        return self._ask(incoming)
+
     def written(self):
         """The writer is through with a round; returns what to do."""
-        if self._lent:
-            self._free.append(self._lent.popleft())
-        return self._make_room() if self.state == self.ROOM else []
+        incoming = self._lent.popleft()
+        self._free.append(incoming.buffer)
+        return self._make_room()
 
 
 # ---------------------------------------------------------------------------
@@ -3147,21 +3772,49 @@ class Roster(object):
             self.begun = True
 
 
+class Underway(object):
+    """A round between its announcement and the last client's DONE, as the Course knows it."""
+
+    def __init__(self, round):          # pylint: disable=redefined-builtin
+        self.round = round
+        self.ready = False              # all who listen are
+        self.sent = False               # by multicast
+        self.steps = 1                  # that are not complete
+        self.heard = False              # all have answered once
+        self.requests = {}              # member -> what it still asks for, as bits
+        self.passes = 0                 # of coded repair
+        self.began = None               # when it was announced, seconds
+
+
+class Sending(object):
+    """What to multicast next: packets of a `buffer` up to index `last`, its head at another rate.
+
+    underway    the round that it is, or is a repair for
+    rate, head_rate     bit/s
+    """
+
+    def __init__(self, underway, buffer, last, rate, head_rate):
+        self.underway, self.buffer, self.last = underway, buffer, last
+        self.rate, self.head_rate = rate, head_rate
+
+
 class Course(object):
     """The way of an image through its rounds: what the server does next, and why.
 
-    It has no socket, no thread and no clock; its `hands` do what it decides:
+    It has no socket, no thread and no clock.  It is told what happens (filled, complete, sent),
+    asked what to multicast (next), and its `hands` do what it decides:
 
-        now()                           seconds on the monotonic clock
-        fill(base, limit)               begin to fill the next buffer
-        take() -> Buffer, digest        wait until that is full
-        do(Step) -> requests            have the TCP servers do it: {member: places asked for}
-        multicast(Buffer, count)        the first packets of it; returns seconds
-        trouble() -> text or None       why packets could not be sent since the last call
+        now()                       seconds on the monotonic clock
+        fill(base, limit)           begin to fill a buffer, then call filled()
+        do(Step)                    have the TCP servers do it; complete() is called when they have
+        release(Buffer)             it is not needed any more
+        leave_room(bytes)           so much goes by TCP on the same line
+        trouble() -> text or None   why packets could not be sent since the last call
     """
 
     FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
-    LONGEST_ROUND = 1.0                 # seconds
+    LONGEST_ROUND = 0.25                # seconds
+    UNTOLD = 192                        # packets to have under way before any answer, while the rate is sought
     PASSES = 3                          # of coded repair in a round
     WORTH_CODING = 16                   # packets by TCP are no trouble
     PROBE = 16                          # packets, where no multicast gets through
@@ -3172,120 +3825,265 @@ class Course(object):
     HOLDUP_WORDS = 10.0                 # seconds between two such lines
     FIRST_SEQ = 0
 
-    # For what the others wait while a member alone keeps them waiting in a step.
-    CAUSES = {'announce': 'output', 'sent': 'network', 'again': 'network', 'repair': 'network',
-              'finish': 'output', 'accept': None}
-
     def __init__(self, hands, roster, dialect, payload, capacity, rate='auto', min_rate=0,
-                 unicast=False, repair_salt=0):
+                 unicast=False, repair_salt=0, farewell=None, allow_empty=False):
         """payload: bytes in a packet; capacity: packets in a round; rate: bit/s
-        or `auto`; min_rate: bit/s; unicast: do not multicast."""
+        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(digest): the last BYE."""
         self.hands, self.roster, self.dialect = hands, roster, dialect
         self.payload, self.capacity = payload, capacity
         self.control = RateControl() if rate == 'auto' else None
         self._rate = rate
         self.min_rate = min_rate
         self.unicast = unicast
+        self.window = dialect.window    # rounds under way at the most
         self.multicasting = not unicast
+        self.over = False               # all who are here have everything
         self.limit = self.FIRST_ROUND   # packets in the next buffer
         self.rounds = 0
         self.repair_number = 0
         self.delivered = 0              # bytes of rounds that are through
-        self.data = self.sent = self.coded = self.by_tcp = 0        # packets
+        self.data = self.sent_packets = self.coded = self.by_tcp = 0        # packets
         self.lost = 0                   # packets, of each round's worst client
         self._base = self.FIRST_SEQ
+        self._place = 0                 # bytes of the image that are announced
         self._repair_salt = repair_salt
+        self._farewell, self._allow_empty = farewell, allow_empty
+        self._underway = collections.deque()
+        self._full = None               # (buffer, digest) that waits for room in the window
+        self._filling = self._ended = self._finishing = False
+        self._passes = collections.deque()          # Sendings of coded repair
+        self._answered = 0              # packets of rounds that all have answered for
         self._last_heard = None         # when a client last got any multicast
         self._warned = False            # that none gets any
-        self._ignored = set()           # clients that lose too much at any rate
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
-        self._alone = {}                # client -> seconds waited for it alone in this round
+        self._idle_since = None         # when there was nothing to multicast, while there is not
+        self._through_at = None         # when the last round was through
+        self._alone = {}                # client -> seconds waited for it alone since then
         self._lately = {}               # the same of the last rounds
         self._lately_since = None
         self._next_holdup = 0.0         # when one may be named again
 
     rate = property(lambda self: self.control.rate if self.control else self._rate)
+    idle = property(lambda self: not self._underway)
+
+    # ---- what happens
 
     def begin(self):
         """Clients are yet to come: begin to fill the first buffer."""
-        self._base &= MASK
+        self._base &= self.dialect.seqs
         self._fill()
 
+    def start(self):
+        """All clients are here: announce what there is."""
+        self.window = min([self.dialect.window] + [member.window for member in self.roster.everyone])
+        self._through_at = self.hands.now()
+        self._announce()
+
+    def filled(self, buffer, digest):
+        """The buffer is full, or the image has ended with it."""
+        self._filling, self._full, self._ended = False, (buffer, digest), buffer.ended
+        if self.roster.begun:
+            self._announce()
+
+    def complete(self, step, answers):
+        """The TCP servers have done a step, and this came in.  Raises Failure."""
+        self._note_waits(step, answers)
+        if step.kind == 'finish':
+            self.over = True
+            return
+        for underway in self._underway:
+            if underway.round is step.round:
+                break
+        else:
+            return
+        underway.steps -= 1
+        if step.kind == 'announce':
+            underway.ready = True
+            if not step.round.buffer.count:
+                self._check_empty()
+                self._finish(step.round)
+            return
+        if step.kind == 'sent' and not underway.heard:
+            underway.heard = True
+            self._answered += step.round.multicast
+            self._learn(step.round, answers)
+        underway.requests.update(answers.requests)
+        if not underway.steps:
+            self._go_on(underway)
+
+    def sent(self, sending):
+        """What next() returned was multicast."""
+        underway = sending.underway
+        underway.steps += 1
+        if sending.buffer is underway.round.buffer:
+            underway.sent, underway.round.multicast = True, sending.last
+            self.sent_packets += sending.last
+        else:
+            underway.steps -= 1         # the one that it was counted for
+        self.hands.do(Step('sent', underway.round))
+
+    def next(self):
+        """The Sending that is due; None if there is none."""
+        sending = self._next_sending()
+        now = self.hands.now()
+        if sending:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        return sending
+
+    def _next_sending(self):
+        if self._passes:
+            sending = self._passes.popleft()
+            sending.rate = sending.head_rate = self.rate
+            return sending
+        unanswered = 0
+        for underway in self._underway:
+            if underway.sent:
+                unanswered += 0 if underway.heard else underway.round.multicast
+                continue
+            buffer = underway.round.buffer
+            if not underway.ready or not buffer.count:
+                return None
+            count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
+            if (self.control and self.control.line is None and unanswered
+                    and unanswered + count > self.UNTOLD + 2 * self._answered):
+                return None
+            head_rate = rate = self.rate
+            if self.control and Round.head_of(count)[1] and self.multicasting:
+                head_rate = self.control.head_rate(self.hands.now())
+            return Sending(underway, buffer, count, rate, head_rate)
+        return None
+
+    # ---- rounds
+
     def _fill(self):
-        limit = min(self.limit, self.capacity)
+        if self._filling or self._full or self._ended:
+            return
+        limit = min(self.limit, self.capacity, self.dialect.seqs + 1 - self._base)
+        self._filling = True
         self.hands.fill(self._base, limit)
         longest = self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size)
         self.limit = int(max(self.FIRST_ROUND, min(2 * limit, longest, self.capacity)))
 
-    # ---- a round
+    def _announce(self):
+        """Announce the buffer that is full, if the window has room for it."""
+        if self._full and len(self._underway) < self.window and not self.over:
+            buffer, digest = self._full
+            if buffer.count or self.dialect.ends and not self._underway:
+                self._full = None
+                self._begin_round(buffer, digest)
+            elif not self.dialect.ends:
+                self._full = None
+                self.hands.release(buffer)
+        if self._ended and not self._full and not self._finishing and not self.dialect.ends:
+            self._check_empty()
+            self._finish(None)
+        self._fill()
 
-    def round(self, farewell, allow_empty=False):
-        """Bring one buffer to all clients; returns whether more are to come.
-
-        farewell(digest) -> the last BYE.  Raises Failure, and what the hands raise.
-        """
-        buffer, digest = self.hands.take()
-        info = buffer.info(self.rounds)
+    def _begin_round(self, buffer, digest):
+        underway = Underway(Round(self.rounds, buffer, digest, self._place))
+        underway.began = self.hands.now()
+        self._underway.append(underway)
         self.rounds += 1
         self.data += buffer.count
-        self._base = (self._base + buffer.count) & MASK
-        if buffer.count:
-            self._fill()
-        began = self.hands.now()
-        self._do('announce', buffer=buffer, info=info)
-        if not buffer.count:
-            if not self.delivered and not allow_empty:
-                raise Failure('the image is empty; if that is meant, give --allow-empty')
-            self._do('finish', buffer=buffer, digest=digest, message=farewell(digest))
-            return False
-        count = 0 if self.unicast else min(buffer.count, buffer.count if self.multicasting else self.PROBE)
-        seconds = self.hands.multicast(buffer, count)
-        self.sent += count
-        requests = self._do('sent', buffer=buffer, digest=digest)
-        if count:
-            self._learn(buffer, count, requests, seconds)
-        self._repair(buffer, digest, requests)
-        self.delivered += buffer.size
+        self._base = (self._base + buffer.count) & self.dialect.seqs
+        self._place += buffer.size
+        if self._ended and buffer.count and self.dialect.ends:
+            self._full = self._end_of(buffer)
+        self.hands.do(Step('announce', underway.round))
+
+    def _end_of(self, buffer):
+        """The round of 0 packets that ends the image in the base protocol."""
+        end = Buffer(buffer.payload, 0)
+        end.start(self._base, 0, 0)
+        return end, b''
+
+    def _check_empty(self):
+        if not self._place and not self._allow_empty:
+            raise Failure(EMPTY)
+
+    def _finish(self, last):
+        """From now on a client that has everything hears the last word."""
+        self._finishing = True
+        self.hands.do(Step('finish', last, message=self._farewell()))
+
+    def _go_on(self, underway):
+        """All have answered: repair what is missing, or be through with the round."""
+        requests, underway.requests = underway.requests, {}
+        if requests:
+            here = set(self.roster.here)
+            requests = dict(item for item in requests.items() if item[0] in here)
+        if not requests:
+            return self._through(underway)
+        buffer, number = underway.round.buffer, underway.round.number
+        groups, coded_for = self.plan(buffer, requests) if underway.passes < self.PASSES else ([], ())
+        by_tcp = dict((member, how_many(gaps)) for member, gaps in requests.items()
+                      if member not in coded_for)
+        self.by_tcp += sum(by_tcp.values())
+        partly = [count for count in by_tcp.values() if count < buffer.count]
+        if partly and self.multicasting:
+            self.hands.leave_room(max(partly) * buffer.slot)
+        message = b''
+        if groups:
+            if self.repair_number + len(groups) + MAX_PACKETS > REPAIR_BIT:
+                self.repair_number = 0
+            coded, recipe_count = encode_repair(buffer, groups, self.repair_number, self._repair_salt)
+            message = self.dialect.again(number, self.repair_number, recipe_count, len(groups))
+            self.repair_number += coded.count
+            self.coded += coded.count
+            underway.passes += 1
+            underway.steps += 1         # until the pass is sent
+            self._passes.append(Sending(underway, coded, coded.count, 0, 0))
+        underway.steps += 1
+        self.hands.do(Step('repair', underway.round, coded=coded_for, message=message))
+
+    def _through(self, underway):
+        """All who are here have the round."""
+        self._underway.remove(underway)
+        self.hands.release(underway.round.buffer)
+        self.delivered += underway.round.buffer.size
         now = self.hands.now()
         self._look_for_holdup(now)
         if self.min_rate:
-            self._judge(buffer.size * 8 / (now - began), now - began, now)
-        self._alone = {}
-        return True
+            seconds = max(1e-6, now - self._through_at)
+            self._judge(underway.round.buffer.size * 8 / seconds, seconds, now)
+        self._alone, self._through_at = {}, now
+        self._announce()
 
-    def _do(self, kind, **parts):
-        """Have a step done; returns what clients ask for.  Notes who alone was waited for."""
-        started = self.hands.now()
-        requests = self.hands.do(Step(kind, **parts))
-        paid = sorted(self.roster.here, key=lambda member: member.paid)
-        if len(paid) > 1:
-            last, seconds = paid[-1], paid[-1].paid - max(paid[-2].paid, started)
-            if seconds > 0:
-                self._alone[last] = self._alone.get(last, 0) + seconds
-                cause = self.CAUSES[kind]
-                last.waited[cause] = last.waited.get(cause, 0) + seconds
-        return requests
+    def _note_waits(self, step, answers):
+        """Note who alone was waited for while there was nothing to multicast."""
+        if len(answers.late) < 2 or self._idle_since is None:
+            return
+        (paid, last), (before, _) = answers.late
+        seconds = paid - max(before, self._idle_since)
+        if seconds > 0:
+            cause = 'network' if last in answers.requests else 'output'
+            self._alone[last] = self._alone.get(last, 0) + seconds
+            last.waited[cause] = last.waited.get(cause, 0) + seconds
+            self._idle_since = paid
 
-    # ---- what losses tell
+    # ---- what the answers tell
 
-    def _learn(self, buffer, count, requests, seconds):
-        """Set the rate, and whether to multicast at all, from what was lost of the first packets."""
-        lost = dict((member, sorted(place for place in set(places) if place < count))
-                    for member, places in requests.items())
-        heard = sorted((member for member in lost if len(lost[member]) < count),
-                       key=lambda member: len(lost[member]))
-        here = self.roster.here
-        silent, everybody, now = len(lost) - len(heard), len(here), self.hands.now()
-        self._look_for_the_deaf(here, lost, count, now)
-        self.lost += len(lost[heard[-1]]) if heard else 0
-        if self._last_heard is None or silent < everybody:
-            self._last_heard = now
+    def _learn(self, done, answers):
+        """Set the rate, and whether to multicast at all, from how the first packets were heard."""
+        count = done.multicast
         trouble = self.hands.trouble()
         if trouble:
             tell('multicast_refused', reason=trouble)
-        if everybody and silent == everybody:
+        if not count:
+            return
+        now, silent = self.hands.now(), len(answers.deaf)
+        self._look_for_the_deaf(answers, now)
+        if answers.hearing:
+            self.lost += int(round(max(reception.lost for reception in answers.worst) * count)
+                             ) if answers.worst else 0
+            self._last_heard = now
+        elif self._last_heard is None:
+            self._last_heard = now
+        if silent and not answers.hearing:
             self.multicasting = False
             if now - self._last_heard > self.PATIENCE:
                 self.warn_of_silence()
@@ -3294,24 +4092,24 @@ class Course(object):
             if self._warned:
                 self._warned = False
                 tell('multicast_back')
-        elif self.control:
-            achieved = count * (buffer.slot + UDP_OVERHEAD) * 8 / seconds
-            self._set_rate(count, [m for m in heard if m not in self._ignored], lost, everybody,
-                           achieved, seconds)
+        elif self.control and answers.worst and done.tail:
+            self._set_rate(done, answers, now)
 
-    def _set_rate(self, count, heard, lost, everybody, achieved, seconds):
-        before = self.control.rate
-        why = self.control.round_over(count, lost[heard[-1]] if heard else [], achieved, seconds)
+    def _set_rate(self, done, answers, now):
+        before, worst, achieved = self.control.rate, answers.worst[0], done.tail[0]
+        why = self.control.learn(achieved, worst, done.multicast, now)
+        if done.head and answers.head:
+            why = self.control.learn_head(*answers.head) or why
         self._settled += 1
         if self.control.rate < before:
-            self._look_for_brake([(len(lost[member]), member) for member in heard], everybody)
+            self._look_for_brake(answers.worst)
         if self._brake and self._settled == self.SETTLED:
-            tell('brake', member=self._brake, rate=min(before, achieved))
+            tell('brake', member=self._brake, rate=self.control.rate)
         if self.control.hopeless:
-            self._ignored.add(heard[-1])
-            tell('hopeless', member=heard[-1], share=len(lost[heard[-1]]) / count, payload=self.payload)
+            self.control.hopeless.ignored = True
+            tell('hopeless', member=worst.member, share=worst.lost, payload=self.payload)
         if why:
-            tell('rate', round=self.rounds, achieved=achieved, rate=self.control.rate, why=why)
+            tell('rate', round=done.number, achieved=achieved, rate=self.control.rate, why=why)
 
     def warn_of_silence(self):
         """Say that no client hears multicast, once."""
@@ -3319,29 +4117,21 @@ class Course(object):
             self._warned = True
             tell('multicast_silent', payload=self.payload)
 
-    def _look_for_the_deaf(self, here, lost, count, now):
-        """Name the clients that hear no multicast while others do, and those that do again."""
-        all_deaf = all(len(lost.get(member, ())) == count for member in here)
-        for member in here:
-            if len(lost.get(member, ())) < count:
-                if member.deaf_since is not None and member.deaf_told:
-                    tell('member_hears', member=member, seconds=now - member.deaf_since)
-                member.deaf_since, member.deaf_told = None, False
-            elif member.deaf_since is None:
-                member.deaf_since = now
-            elif (now - member.deaf_since > self.PATIENCE and not member.deaf_told
-                  and not all_deaf):
+    def _look_for_the_deaf(self, answers, now):
+        """Name the clients that hear no multicast while others do."""
+        for member in answers.deaf if answers.hearing else ():
+            if now - member.deaf_since > self.PATIENCE and not member.deaf_told:
                 member.deaf_told = True
                 tell('member_deaf', member=member, seconds=now - member.deaf_since,
                      payload=self.payload)
 
     # ---- the slowest
 
-    def _look_for_brake(self, heard, everybody):
+    def _look_for_brake(self, worst):
         """Whether the rate went down for one client alone."""
         brake = None
-        if everybody > 1 and (len(heard) < 2 or heard[-2][0] < heard[-1][0] / 4):
-            brake = heard[-1][1]
+        if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
+            brake = worst[0].member
         if not brake or brake is not self._brake or self._settled < self.SETTLED:
             self._settled = 0
         self._brake = brake
@@ -3382,26 +4172,6 @@ class Course(object):
 
     # ---- repair
 
-    def _repair(self, buffer, digest, requests):
-        """Bring to the clients what they asked for."""
-        if not requests:
-            return
-        for _ in range(self.PASSES):
-            groups, asked = self.plan(buffer, requests)
-            if not groups:
-                break
-            coded, recipe_count = encode_repair(buffer, groups, self.repair_number, self._repair_salt)
-            message = REPAIR.pack(self.repair_number, recipe_count, len(groups))
-            self.repair_number = (self.repair_number + coded.count) & MASK
-            self.coded += coded.count
-            self.by_tcp += sum(len(places) for member, places in requests.items()
-                               if member not in asked)
-            self._do('again', buffer=buffer, coded=asked, message=message)
-            self.hands.multicast(coded, coded.count)
-            requests = self._do('sent', buffer=buffer, digest=digest)
-        self.by_tcp += sum(len(places) for places in requests.values())
-        self._do('repair', buffer=buffer)
-
     def plan(self, buffer, requests):
         """What to repair by multicast, if that is cheaper than TCP.
 
@@ -3409,16 +4179,15 @@ class Course(object):
         """
         if not self.dialect.codes or not self.multicasting:
             return [], ()
-        asked = dict((member, places) for member, places in requests.items()
-                     if len(places) <= buffer.count // 2)
-        by_tcp = sum(len(places) for places in asked.values())
-        worst = max([len(places) for places in asked.values()] or [0])
-        if by_tcp <= max(self.WORTH_CODING, worst + 1):
+        asked = dict((member, gaps) for member, gaps in requests.items()
+                     if how_many(gaps) <= buffer.count // 2)
+        by_tcp = sum(how_many(gaps) for gaps in asked.values())
+        if by_tcp <= self.WORTH_CODING:
             return [], ()
         groups = combine(list(asked.values()), most_members(buffer.payload))
         size = 2 * len(groups) + 2 * sum(len(members) for members in groups)
         by_multicast = len(groups) + 1 + size // buffer.payload
-        return (groups, asked) if by_multicast < by_tcp else ([], ())
+        return (groups, asked) if by_multicast < by_tcp or len(asked) == 1 else ([], ())
 
 
 # ---------------------------------------------------------------------------
@@ -3468,6 +4237,7 @@ WORDS = {
                  '%(causes)s'),
     'rate': (DEBUG, 'round %(round)d: sent at %(achieved)s, rate now %(rate)s (%(why)s)'),
     # the client
+    'damaged': (DEBUG, 'round %(round)d: %(count)d packets came damaged, and are asked for again'),
     'connecting': (DEBUG, 'connecting to %(address)s port %(port)d'),
     'no_server_yet': (INFO, 'looking for a server at %(address)s port %(port)d for %(seconds).0f s: '
                       '%(reason)s'),
@@ -3683,15 +4453,16 @@ class Status(object):
         self.__dict__.update(parts)
 
 
-def member_in_words(member, step):
+def member_in_words(member):
     """What a member is doing, as far as the server can tell."""
     if member.outcome:
         return 'has everything' if member.outcome == 'complete' else member.outcome
-    if not member.owes or not step or member.owes not in step.awaited:
+    owes = member.owes
+    if not owes:
         return 'waits for the others'
     if member.busy:
         return CAUSES.get(member.busy, member.busy)
-    return 'no ' + member.owes
+    return 'no ' + owes
 
 
 def server_status(server, now):
@@ -3706,9 +4477,9 @@ def server_status(server, now):
                 roster.enough - len(here)) if roster.enough > len(here) else ''
     elif roster.waiting:
         waits = 'what makes the image'
-    elif server.step:
-        late = [member for member in here if member.owes in server.step.awaited]
-        waits = ', '.join('%s (%s)' % (member, member_in_words(member, server.step))
+    else:
+        late = server.debtors()
+        waits = ', '.join('%s (%s)' % (member, member_in_words(member))
                           for member in late[:3]) + (' and %d more' % (len(late) - 3)
                                                      if len(late) > 3 else '')
     sent = max(1, course.data)
@@ -3732,7 +4503,7 @@ def client_status(client, now):
                       lost=0, repaired=0, carrier='')
     if not window.begun:
         waits = 'the start'
-    elif window.state == window.ROOM:
+    elif window.owing == 'writing':
         waits = 'the output'
     elif says.get('waiting'):
         waits = printable(TEXT[0](says['waiting']))
@@ -4040,7 +4811,7 @@ def server_report(server):
     return {
         'bytes': course.delivered if course else 0,
         'sha256': binascii.hexlify(server.source.digest()).decode('ascii') or None,
-        'carried': {'multicast': course.sent * payload, 'coded': course.coded * payload,
+        'carried': {'multicast': course.sent_packets * payload, 'coded': course.coded * payload,
                     'tcp': course.by_tcp * payload} if course else None,
         'hosts': server_rows(server)}
 
@@ -4066,7 +4837,9 @@ def client_report(client):
 class Session(object):
     """What is agreed for a transfer; nobody changes it once clients come."""
 
-    def __init__(self, options, payload, name, size):
+    def __init__(self, options, payload, name, size, image, source):
+        """payload: bytes in a full packet; name, size: of the image; image: what tells
+        it from others; source: (address, port) that the multicast comes from."""
         self.dialect = BaseDialect if options.compat else SessionDialect
         self.group, self.port = options.group, options.port
         self.per_thread = options.clients_per_thread
@@ -4083,8 +4856,8 @@ class Session(object):
             'repair_salt': self.repair_salt, 'payload': payload,
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
-            'stall': self.stall_timeout,
-            'unicast': options.unicast})
+            'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
+            'source': source, 'unicast': options.unicast})
 
 
 class Peer(Connection):
@@ -4103,12 +4876,13 @@ class TcpServer(threading.Thread):
     """Looks after up to 64 clients; its child looks after the next ones.
 
     The spec's TCP server: one poll() over its clients and its links.  Of its
-    states, INIT is to have no step yet, ACCEPT the step of that name, PREP to
-    have released the parent, SYNC the announce step, and SEND all others.
+    states, INIT and ACCEPT are as there; PREP, SYNC and SEND are those of a round, and several
+    rounds can be at different ones: see ServerWindow.
 
     TCP server 1 has the listener and hears the greetings of all; a client that
     it has no room for it passes on to its child, which does the same.  So a
-    release means "look": at `passed_on`, at the clients' sentences, at `step`.
+    release means "look": at what was `passed_on`, at the clients' sentences, at the steps
+    in our `inbox`; or, from the child, at its `results`.
     """
 
     PATIENCE = 5.0                      # seconds, until it says whom it waits for
@@ -4116,8 +4890,8 @@ class TcpServer(threading.Thread):
     NEWS = 1.0                          # seconds between two words to a client that waits
 
     def __init__(self, session, roster, parent, link, listener=None, number=1):
-        """parent: who publishes `step`; link: ours; listener: a socket that
-        listens, for the first; number: in the chain, from 1."""
+        """parent: the thread above, whose `failure` is ours, too; link: ours; listener: a
+        socket that listens, for the first; number: in the chain, from 1."""
         threading.Thread.__init__(self, name='tcp-server-%d' % number)
         self.daemon = True
         self.session, self.roster = session, roster
@@ -4126,23 +4900,23 @@ class TcpServer(threading.Thread):
         self.number = number
         self.child = None
         self.window = ServerWindow(session.dialect, session.stall_timeout)
+        self.inbox = collections.deque()        # Steps from the parent
+        self.results = collections.deque()      # (Step, Answers) of what is complete here and below
         self.passed_on = collections.deque()    # clients for the child
-        self.answers = {}               # member -> places asked for, with the child's
         self.failure = None             # why this thread ended, if not in order
         self._peers = {}                # member -> its connection
         self._pending = []              # connections that are still to say HELLO
         self._leaving = []              # those that were told BYE
-        self._released = True
-        self._child_released = True
+        self._accepting = None          # the accept step, until it is complete
+        self._here, self._below = {}, {}        # Step -> Answers: complete here only, or below only
         self._over = False
         self._tick = TICK
         self._next_look = 0.0
-        self._next_words = 0.0          # when to say whom we wait for
+        self._late = None               # the step whose completion is waited for,
+        self._next_words = 0.0          # and when to say for whom
         self._poller = select.poll()
         self._handlers = {}
         self._writing = set()           # descriptors that are polled for room, too
-
-    step = property(lambda self: self.window.step)
 
     # ---- the loop
 
@@ -4186,33 +4960,37 @@ class TcpServer(threading.Thread):
                 handler(event, *args)
 
     def _advance(self):
-        """Release the parent when the step is done here and below."""
-        if self.step is None or self._over:
+        """Tell the parent of what is complete here and below."""
+        if self._over:
             return
-        accepting = self.step.kind == 'accept'
-        if not self._released:
-            if accepting and not self.roster.begin(monotonic()):
+        if self._accepting:
+            if not self.roster.begin(monotonic()):
                 return
-            if not self._child_released or self.window.awaited():
-                return
-            self.answers = self.window.requests()
-            if self.child and self.link.child_fd is not None:
-                self.answers.update(self.child.answers)
-            self._released = True
-            self.link.release_parent()
-        if not accepting and not self._peers and self.link.child_fd is None:
+            self._say(self._accepting, Answers())
+            self._accepting = None
+        alone = self.link.child_fd is None
+        for awaited in self.window.complete():
+            self._here[awaited.step] = awaited.answers
+        for step in list(self._here):
+            if alone or step in self._below:
+                answers = self._here.pop(step)
+                if step in self._below:
+                    answers.add(self._below.pop(step))
+                self._say(step, answers)
+        coming = self.number > 1 and self.parent.passed_on
+        if self.roster.begun and not self._peers and alone and not coming:
             self._over = True           # nobody is left to serve
+
+    def _say(self, step, answers):
+        self.results.append((step, answers))
+        self.link.release_parent()
 
     def _look_at_clocks(self):
         now = monotonic()
         if now < self._next_look:
             return
         self._next_look = now + self._tick
-        if not self._released and now > self._next_words:
-            self._next_words = now + 2 * self.PATIENCE
-            late = self.window.awaited()
-            if late:
-                tell('waiting_for', members=late)
+        self._look_for_the_late(now)
         for peer in self._pending[:]:
             if now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
@@ -4222,11 +5000,20 @@ class TcpServer(threading.Thread):
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
                     self._drop(peer, reason)
-            else:
-                self._safely(peer, self._show_life, peer, now)
+                    continue
+            self._safely(peer, self._show_life, peer, now)
         for peer in self._leaving[:]:
             if now > peer.leaving:
                 self._close(peer)
+
+    def _look_for_the_late(self, now):
+        """Say for whom the oldest step waits, if it waits for long."""
+        oldest = self.window.awaited[0] if self.window.awaited else None
+        if oldest is not self._late:
+            self._late, self._next_words = oldest, now + self.PATIENCE
+        elif oldest and now > self._next_words:
+            self._next_words = now + 2 * self.PATIENCE
+            tell('waiting_for', members=self.window.debtors())
 
     def _show_life(self, peer, now):
         """Tell a client that waits for whom or what, if that is news, else that we are alive."""
@@ -4235,7 +5022,7 @@ class TcpServer(threading.Thread):
         roster = self.roster
         waiting = dict(waiting=roster.waiting) if roster.begun else dict(
             here=len(roster.here), places=roster.places)
-        if waiting != peer.waiting and now - peer.told > self.NEWS:
+        if waiting != peer.waiting and now - peer.told > self.NEWS and not peer.member.owes:
             peer.waiting = waiting
             peer.send(self.session.dialect.state(**waiting))
         else:
@@ -4253,30 +5040,25 @@ class TcpServer(threading.Thread):
             return
         while self.number > 1 and self.parent.passed_on:
             self._take(self.parent.passed_on.popleft())
-        step = self.parent.step
-        if step is None or step is self.step or self.number > 1 and step.kind == 'accept':
-            self._carry_out_sentences()
+        self._carry_out_sentences()
+        if not self.inbox:              # it may be a sentence on a client below
             self.link.release_child()
-        elif step.kind == 'abort':
-            self.window.step = step
-            self.link.release_child()
-            self._dismiss_all(step.message)
-        elif step.kind == 'accept':
-            self.window.step = step
-            self._released = False
-            self._watch(self.listener.fileno(), self._on_connection)
-        else:
-            self._begin(step)
+        while self.inbox and not self._over:
+            self._begin(self.inbox.popleft())
 
     def _begin(self, step):
         """Do a step here, and have the child do it."""
-        self._released = False
-        self._carry_out_sentences()
-        todo = self.window.begin(step, monotonic())
-        self._child_released = self.link.child_fd is None
-        self.link.release_child()
-        self._next_words = monotonic() + self.PATIENCE
-        self._carry_out(todo)
+        if step.kind == 'accept':
+            self._accepting = step
+            self._watch(self.listener.fileno(), self._on_connection)
+            return
+        if self.link.child_fd is not None:
+            self.child.inbox.append(step)
+            self.link.release_child()
+        if step.kind == 'abort':
+            self._dismiss_all(step.message)
+        else:
+            self._carry_out(self.window.begin(step, monotonic()))
 
     def _carry_out_sentences(self):
         for member, peer in list(self._peers.items()):
@@ -4286,13 +5068,15 @@ class TcpServer(threading.Thread):
     def _carry_out(self, todo):
         """Do what the window wants."""
         for verb, member, argument in todo:
-            peer = self._peers[member]
+            peer = self._peers.get(member)
+            if peer is None:            # it has gone just now
+                continue
             if verb == 'send':
                 self._send(peer, argument)
             elif verb == 'packets':
-                self._send(peer, self.session.dialect.packets, *[
-                    data for start, stop in runs(argument) for data in self.step.buffer.packets(
-                        argument[start], argument[stop - 1] + 1)])
+                wanted, gaps = argument
+                self._send(peer, self.session.dialect.packets(wanted.number), *[
+                    data for start, stop in runs(gaps) for data in wanted.buffer.packets(start, stop)])
             else:
                 tell('member_served', member=member)
                 self._close(peer)
@@ -4306,8 +5090,9 @@ class TcpServer(threading.Thread):
             if self.child.failure:
                 self.failure = self.child.failure
                 self._over = True
-                return
-        self._child_released = True
+        while self.child.results:
+            step, answers = self.child.results.popleft()
+            self._below[step] = answers
 
     # ---- connections
 
@@ -4439,6 +5224,9 @@ class TcpServer(threading.Thread):
         fields = unpack_frame(message[5:])
         field(fields, 'version', TEXT)
         peer.member.host = field(fields, 'host', TEXT)
+        peer.member.window = min(field(fields, 'window', NUMBER), self.session.dialect.window)
+        if not peer.member.window:
+            raise ProtocolError('a window of no rounds')
         peer.alive_every = alive_every(stall_of(fields))
         self._welcome(peer)
 
@@ -4474,7 +5262,7 @@ class TcpServer(threading.Thread):
         if told and not peer.leaving and self.session.dialect.talks:
             self._leaving.append(peer)
             try:
-                peer.leave(self.session.dialect.bye(ok=False, reason=reason))
+                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY))
                 self._send(peer)
             except Gone:
                 self._close(peer)
@@ -4487,7 +5275,7 @@ class TcpServer(threading.Thread):
         if member not in self._peers:
             return False
         del self._peers[member]
-        self.window.members.remove(member)
+        self.window.leave(member)
         return True
 
     def _close(self, peer):
@@ -4534,8 +5322,10 @@ class Multicaster(object):
     it fills the next buffer.
     """
 
-    ROUND = 8 << 20                     # bytes in a round at the most
-    DRAIN = 48 << 10                    # bytes that a queue gets rid of before TCP's turn
+    ROUND = 4 << 20                     # bytes in a round at the most,
+    LARGE_ROUND = 16 << 20              # or where so many clients each cost time in a round,
+    MANY = 200
+    LONE_ROUND = 8 << 20                # or where only one is under way
     STUCK = 5.0                         # seconds without room to send a packet
     SILENT = 10.0                       # seconds of a producer, until it is said
 
@@ -4546,13 +5336,13 @@ class Multicaster(object):
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
         self.roster = Roster(options.clients, options.min_clients, start_by)
         self.link = SemLink()
-        self.step = None
         self.pacer = Pacer()
         self.failure = None
         self.started = None             # when the first round began
         self.ended = None               # when the last one did
-        self._buffers = []
+        self._buffers = []              # that are not in use
         self._upcoming = None           # the buffer that is being filled
+        self._accepting = None          # the accept step, until it is complete
         self._fed = 0.0                 # when the producer last gave anything, while it is waited for
         self._trouble = None            # the last that was told
 
@@ -4567,14 +5357,19 @@ class Multicaster(object):
                 options.group, options.local_ip, explain(error)), USAGE)
         payload = payload_for(self._mtu(options.mtu))
         self.session = Session(options, payload, options.name or self.source.name,
-                               self.source.size or options.size)
+                               self.source.size or options.size, self.source.image(),
+                               self.sender.sock.getsockname())
         self.listener = self._listen(options.port)
         self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
-        capacity = options.buffer_packets or self.ROUND // payload
-        self._buffers = [Buffer(payload, capacity, self.session.salt, self.session.dialect.checks)
-                         for _ in (0, 1)]
-        self.course = Course(self, self.roster, self.session.dialect, payload, capacity, options.rate,
-                             options.min_rate, options.unicast, self.session.repair_salt)
+        dialect = self.session.dialect
+        size = (self.LARGE_ROUND if options.clients >= self.MANY
+                else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
+        capacity = options.buffer_packets or size // payload
+        self._buffers = [Buffer(payload, capacity, self.session.salt, dialect.checks)
+                         for _ in range(dialect.window + 1)]
+        self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
+                             options.min_rate, options.unicast, self.session.repair_salt,
+                             self._last_word, options.allow_empty)
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -4614,8 +5409,7 @@ class Multicaster(object):
         self.source.end()
         self.roster.end()
         if self.failure:
-            self.step = Step('abort', message=self.failure)
-            self.link.release_child()
+            self.do(Step('abort', message=self.failure))
         self.link.close()
         for thread in self._threads():
             thread.join(2 * FAREWELL_TIME)
@@ -4632,26 +5426,35 @@ class Multicaster(object):
             if self.options.local_ip.startswith('127.'):
                 tell('only_here', address=self.options.local_ip)
             self.course.begin()
-            self.do(Step('accept'))
+            self._accepting = Step('accept')
+            self.do(self._accepting)
+            while self._accepting:
+                self._wait()
             self.started = monotonic()
             if len(self.roster.everyone) < self.roster.places:
                 tell('started_without', here=len(self.roster.everyone), places=self.roster.places)
             tell('transfer_started', mtu=self.sender.mtu, payload=self.session.payload,
                  way=self.sender.way)
-            while self.course.round(self._last_word, self.options.allow_empty):
-                pass
+            self.course.start()
+            while not self.course.over:
+                sending = self.course.next()
+                if sending:
+                    self._multicast(sending)
+                    self._wait(monotonic())
+                else:
+                    self._wait()
         except LinkClosed:
-            return self.tcp.failure or 'no client is left'
+            return None if self.course.over else self.tcp.failure or 'no client is left'
         except Failure as error:
             return error.reason
         except Exception as error:      # pylint: disable=broad-except
             return internal_error(error)
         return None
 
-    def _last_word(self, digest):
+    def _last_word(self):
         """The BYE that ends a good session."""
         return self.session.dialect.bye(
-            ok=True, bytes=self.source.bytes, sha256=binascii.hexlify(digest).decode('ascii')
+            ok=True, bytes=self.source.bytes, sha256=binascii.hexlify(self.source.digest()).decode('ascii')
             if self.session.digest else None)
 
     def _threads(self):
@@ -4688,35 +5491,34 @@ class Multicaster(object):
     now = staticmethod(monotonic)
 
     def do(self, step):
-        """Have the TCP servers do a step; returns what clients ask for.  Raises LinkClosed."""
-        self.step = step
+        """Have the TCP servers do a step."""
+        self.tcp.inbox.append(step)
         self.link.release_child()
-        self._wait(link=True)
-        return self.tcp.answers
 
     def fill(self, base, limit):
-        """Begin to fill the buffer that is not in use."""
-        self._buffers.reverse()
-        self._upcoming = self._buffers[0]
+        """Begin to fill a buffer that is not in use."""
+        self._upcoming = self._buffers.pop()
         self._upcoming.start(base, 0, 0)
         self._upcoming.limit = limit
+        self._fed = None
 
-    def take(self):
-        """The buffer that was filled, and the digest of the image through it."""
-        if not self._upcoming.full:
-            self._fed = monotonic()
-            self._wait()
-            self.roster.waiting = None
-        buffer, self._upcoming = self._upcoming, None
-        return buffer, self.source.digest() if self.session.digest else b''
+    def release(self, buffer):
+        """It is not in use any more."""
+        if buffer.capacity:
+            self._buffers.append(buffer)
 
-    def multicast(self, buffer, last):
-        """Multicast the packets up to index `last`; returns the seconds it took."""
-        started, place, size = monotonic(), 0, buffer.slot + UDP_OVERHEAD
-        stuck = None
-        self.pacer.rate = self.course.rate
-        self.pacer.start()
+    def leave_room(self, size):
+        """So many bytes go by TCP: let them have the line."""
+        self.pacer.leave_room(size)
+
+    def _multicast(self, sending):
+        """Multicast what the course wants, and tell it when that is done."""
+        buffer, last, size = sending.buffer, sending.last, sending.buffer.slot + UDP_OVERHEAD
+        marks, place, stuck = [], 0, None       # marks: (packets, when they were sent)
+        head = Round.head_of(last)[1]
         while place < last:
+            self.pacer.rate = sending.head_rate if place < head else sending.rate
+            marks.append((place, monotonic()))
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
             if done == place:
@@ -4729,14 +5531,26 @@ class Multicaster(object):
             stuck = None
             until = self.pacer.sent((done - place) * size)
             place = done
+            if head and place >= head and sending.head_rate > sending.rate:
+                until += head * size * 8 * (1 / sending.rate - 1 / sending.head_rate)
+                head = 0
             if until > monotonic():
                 self._wait(until)
-        seconds = max(1e-6, monotonic() - started)
-        # What follows by TCP must find room in the queue before a slow link:
-        # there it would be dropped, and sent again only 200 ms later.
-        if self.course.multicasting:
-            self._wait(monotonic() + min(self.DRAIN * 8 / self.pacer.rate, 0.01))
-        return seconds
+        done = sending.underway.round
+        if buffer is done.buffer and last:
+            looking = sending.head_rate > sending.rate
+            done.head = self._departure(marks, Round.head_of(last), size) if looking else None
+            done.tail = self._departure(marks, Round.tail_of(last), size) or (min(1e12, sending.rate), 0.0)
+        self.course.sent(sending)
+
+    @staticmethod
+    def _departure(marks, train, size):
+        """(bit/s, seconds) at which the packets of a train were sent; None if they went at once."""
+        within = [mark for mark in marks if train[0] <= mark[0] < train[1]]
+        if len(within) < 2 or within[-1][1] <= within[0][1]:
+            return None
+        seconds = within[-1][1] - within[0][1]
+        return (within[-1][0] - within[0][0]) * size * 8 / seconds, seconds
 
     def trouble(self):
         """Why packets could not be sent lately, if that is news."""
@@ -4745,22 +5559,33 @@ class Multicaster(object):
         self._trouble = trouble or self._trouble
         return news
 
-    def _wait(self, until=None, link=False, sender=False):
-        """Fill the next buffer until a time (seconds on the monotonic clock),
-        until the child's release, or until there is room in the socket.
+    def _look(self):
+        """Take what the TCP servers have done."""
+        while self.tcp.results:
+            step, answers = self.tcp.results.popleft()
+            if step is self._accepting:
+                self._accepting = None
+            else:
+                self.course.complete(step, answers)
+
+    def _wait(self, until=None, sender=False):
+        """Fill the next buffer until a time (seconds on the monotonic clock), until there is
+        room in the socket, or, without either, until there may be something to multicast.
 
         Raises LinkClosed at once when the TCP servers have ended.
         """
+        looked = False
         while True:
             now = monotonic()
             tell.look(now)
             timeout = TICK              # lest a signal that another thread took goes unheard
             if until is not None:
-                timeout = until - now
-                if timeout <= 0:
+                timeout = max(0, until - now)
+                if looked and not timeout:
                     return
+            looked = True
             reads = [self.link.child_fd]
-            filling = bool(self._upcoming) and not self._upcoming.full
+            filling = bool(self._upcoming)
             if filling and self.source.drained:     # its command is to end; nothing tells but a look
                 timeout = min(timeout, Command.TURN)
             elif filling:
@@ -4772,23 +5597,35 @@ class Multicaster(object):
                     raise
                 continue
             if self.link.child_fd in readable:
-                self.link.wait_child()
-                if link:
-                    return
-            elif writable:
+                try:
+                    self.link.wait_child()
+                except LinkClosed:
+                    self._look()
+                    raise
+                self._look()
+            if writable:
                 return
-            elif filling and (readable or self.source.drained):
-                self._upcoming.fill(self.source)
-                self._fed, self.roster.waiting = now, None
-                if not (link or sender or until) and self._upcoming.full:
-                    return
-            else:
+            if filling and (self.source in readable or self.source.drained):
+                self._fill(now)
+            elif not readable:
                 self.source.look()
-                if filling and not (link or sender or until):
+                if filling and until is None and self.course.idle and not self._accepting:
                     self._look_at_producer(now)
+            if until is None and readable:
+                return
+
+    def _fill(self, now):
+        """Read on in the image."""
+        buffer = self._upcoming
+        buffer.fill(self.source)
+        self._fed, self.roster.waiting = now, None
+        if buffer.full:
+            self._upcoming = None
+            self.course.filled(buffer, self.source.digest() if self.session.digest else b'')
 
     def _look_at_producer(self, now):
         """Say, here and at the clients, that only what makes the image is waited for."""
+        self._fed = self._fed or now
         if now - self._fed > self.SILENT and not self.roster.waiting:
             self.roster.waiting = 'what makes the image'
             tell('producer_silent', seconds=now - self._fed)
@@ -4801,8 +5638,12 @@ class Multicaster(object):
 
     def hosts(self):
         """A line on each client."""
-        return ['%s: %s, lost %s' % (member, member_in_words(member, self.step),
-                                     counted(member.lost, 'packet')) for member in self.roster.here]
+        return ['%s: %s, lost %s' % (member, member_in_words(member), counted(member.lost, 'packet'))
+                for member in self.roster.here]
+
+    def debtors(self):
+        """The clients for whom the oldest steps of the threads wait."""
+        return [member for thread in self._threads() for member in thread.window.debtors()]
 
     def report(self):
         """The keys of --report that are a server's."""
@@ -4842,7 +5683,7 @@ class Client(object):
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.says = {}                  # what the server said of its state
-        self._group = None
+        self._group = self._source = None           # (address, port) of the multicast, and of its sender
         self._stall_timeout = 0
         self._flowing = False           # data has come, so the sink has been started
         self._fields = None             # of the server's last BYE
@@ -4915,7 +5756,7 @@ class Client(object):
         try:
             if self.dialect.talks:
                 self.server.outgoing.put_tail(self.dialect.state(busy=None, **self.figures()))
-            self.server.send(DONE)
+            self.server.send(self.dialect.done(END, (0, 0, 0, 0)))
             while self.server.outgoing.count:
                 self._check_stall()
                 self._poll([(self.server, select.POLLOUT)], TICK)
@@ -5017,11 +5858,13 @@ class Client(object):
             self.window = ClientWindow(BaseDialect, payload_for(1500), checks=[plain_crc, c_sum])
             return
         if version != SESSION_VERSION:
-            raise ProtocolError('it speaks version %d' % version)
+            raise ProtocolError('it speaks version %d, and this kmcast version %d; run the same file '
+                                'on all hosts' % (version, SESSION_VERSION))
         stall = self.options.stall_timeout
         try:
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
+                'window': SessionDialect.window, 'seek': False, 'relay': None,
                 'stall': STALL if stall is None else stall}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
@@ -5049,6 +5892,11 @@ class Client(object):
             raise ProtocolError('an unknown digest, %s' % digest)
         if max(salts) > MASK:
             raise ProtocolError('a salt that is no 32-bit number')
+        source = fields.get('source')
+        if not (isinstance(source, list) and len(source) == 2 and isinstance(source[0], TEXT)
+                and isinstance(source[1], NUMBER) and 0 < source[1] < 65536):
+            raise ProtocolError('a frame without a proper "source"')
+        self._source = printable(source[0]), source[1]
         self.unicast = fields.get('unicast') is True
         self.server.alive_every = alive_every(stall_of(fields))
         self.window = ClientWindow(SessionDialect, payload, salts, digest is not None)
@@ -5062,7 +5910,7 @@ class Client(object):
         try:
             with uninterruptible:
                 self.receiver = DatagramReceiver(local_ip, group, port, self.window.payload,
-                                                 self.options.datagrams)
+                                                 self.options.datagrams, self._source)
         except OS_ERRORS as error:
             raise Failure('cannot join %s on %s: %s' % (group, local_ip, explain(error)))
         tell('connected', address=self.options.server_ip, group=group, local_ip=local_ip)
@@ -5084,7 +5932,7 @@ class Client(object):
             everything.register(fd, select.POLLIN)
         self._output = self.sink.written, monotonic()
         self._hear()                    # what came with the greetings
-        while window.state != window.OVER:
+        while not window.over:
             self._listen()
             now = monotonic()
             todo = window.tick(now)
@@ -5100,27 +5948,37 @@ class Client(object):
                 # Let some more gather, unless somebody else has something to say.
                 fds = [fd for fd, _ in ready(control, self.NAP)]
             if link in fds:
-                self.writer.link.wait_child()
-                self.server.heard = monotonic()
-                self._carry_out(window.written())
+                self._look_at_writer()
             if tcp in fds:
                 self._hear()
             if self.server.outgoing.count:
                 self._flush()
 
+    def _look_at_writer(self):
+        """Hear what has become of the rounds that the writer has.  Raises LinkClosed."""
+        window, writer = self.window, self.writer
+        try:
+            writer.link.wait_child()
+        finally:
+            while writer.results:
+                what, incoming, gaps = writer.results.popleft()
+                if what == writer.WRITTEN:
+                    self._carry_out(window.written())
+                elif what == writer.VERIFIED:
+                    self._carry_out(window.verified(incoming))
+                else:
+                    tell('damaged', count=how_many(gaps), round=incoming.number)
+                    self._carry_out(window.damaged(incoming, gaps))
+
     def _listen(self):
-        """Take the datagrams that have arrived; of nobody's if none are expected."""
-        buffer = self.window.listening
+        """Take the datagrams that have arrived."""
+        receiver = self.receiver
         for _ in range(64):             # a flood must not keep us from TCP
-            batches = self.receiver.receive()
+            batches = receiver.receive()
             if batches is None:
                 break
-            if buffer:
-                for batch in batches:
-                    buffer.put(*batch)
-        now = monotonic()
-        if buffer and self.window.listened(now):
-            self.server.heard = now
+            if batches and self.window.take(batches, receiver.in_first, receiver.first, receiver.last):
+                self.server.heard = monotonic()
 
     def _hear(self):
         """Take what has arrived by TCP."""
@@ -5155,7 +6013,7 @@ class Client(object):
                 self.server.outgoing.put_tail(argument)
                 self._flush()
             elif verb == 'write':
-                self.writer.give(*argument)
+                self.writer.give(argument)
             elif verb == 'begin':
                 self._flowing = True
                 self.sink.start()
@@ -5173,13 +6031,16 @@ class Client(object):
         self.sink.look()
         if self.sink.written != self._output[0] or not window.unwritten:
             self._output = self.sink.written, now
-        if not window.owing:
+        owing = window.owing
+        if self.dialect.talks or not owing:         # a server of the base protocol may be silent then
             self._check_stall()
+        self._look_for_silence(now)
+        if not owing:
             self._owing_since = self._next_state = None
-            return self._look_for_silence(now)
+            return
         if self._owing_since is None:
             self._owing_since, self._next_state = now, now + self.STATE_EVERY
-        if window.state == window.BYTES:
+        if owing == 'receiving':
             self._check_stall()
             moved = self.server.heard > self.server.told
         else:
@@ -5190,7 +6051,7 @@ class Client(object):
             self._show_life()
         if now > self._next_state:
             self._next_state = now + 5 * self.STATE_EVERY
-            self._say_state('writing' if window.state == window.ROOM else 'receiving')
+            self._say_state(owing)
 
     def _show_life(self):
         """Tell the server that something moved here since it last heard from us."""
@@ -5245,8 +6106,7 @@ class Client(object):
             self.sink.look()
             if self._poll([(self.writer.link.child_fd, select.POLLIN)],
                           min(TICK, self.server.alive_every / 2)):
-                self.writer.link.wait_child()
-                window.written()
+                self._look_at_writer()
             if self.sink.written != self._output[0]:
                 self._output = self.sink.written, monotonic()
             if self.sink.written != self._shown:
@@ -5261,7 +6121,7 @@ class Client(object):
             if window.digest and digest != self.writer.hash.hexdigest():
                 raise Failure('the digest of the image differs')
         elif not self.writer.bytes and not self.options.allow_empty:
-            raise Failure('the image is empty; if that is meant, give --allow-empty')
+            raise Failure(EMPTY)
         if not self._flowing:
             self.sink.start()
         self.overflows = self.receiver.overflows()
