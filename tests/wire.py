@@ -35,14 +35,16 @@ U32 = struct.Struct("<I")
 HEADER = struct.Struct("<3I")           # of a packet: seq, crc, data_size
 GROUP_INFO = struct.Struct("<H2s4s8s")  # family, port (big-endian), address, padding
 
-VERSION = 1                             # of the session
+VERSION = 2                             # of the session
 MAGIC = b"KMCAST"
 PADDING = MAGIC + struct.pack("BB", VERSION, 0)
 NO_PADDING = b"\0" * 8
 MOST_PACKETS = 65536                    # in a round
 LONGEST_FRAME = 65536                   # bytes
-SEQS = 1 << 32                          # that the packets of the image are counted modulo
-REPAIR_NUMBERS = 1 << 32                # the same of the datagrams of repair passes
+SEQS = 1 << 31                          # that the packets of the image are counted modulo, in a session
+REPAIR_BIT = 1 << 31                    # of the seq of a datagram of a repair pass, which has a number besides
+FIGURES = struct.Struct("<4I")          # (packets, microseconds) of a round's head, and of its second half
+NO_FIGURES = (0, 0, 0, 0)
 
 ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
 HELLO, STATE, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x20", b"\x40", b"\x80"
@@ -134,14 +136,15 @@ def changed(fields, changes):
 
 
 def hello_fields(**changes):
-    """What HELLO says."""
-    return changed({"version": "1.0.0", "host": "peer"}, changes)
+    """What HELLO says; `window` 1 means that one round follows the other."""
+    return changed({"version": "1.0.0", "host": "peer", "window": 1, "seek": False, "relay": None, "stall": 30}, changes)
 
 
 def welcome_fields(**changes):
     """What WELCOME says."""
     return changed({"version": "1.0.0", "salt": 7, "repair_salt": 9, "payload": 100, "name": "image", "size": None,
-                    "digest": "sha256"}, changes)
+                    "digest": "sha256", "unicast": False, "image": "0" * 32, "window": 1, "source": [LOOPBACK, 9],
+                    "stall": 30}, changes)
 
 
 def hello(**changes):
@@ -166,8 +169,8 @@ def bye(ok, **fields):
 
 def repair(number, payload, repair_salt=9):
     """A datagram of a repair pass."""
-    number %= REPAIR_NUMBERS
-    return HEADER.pack(number, salted(payload, repair_salt + number), len(payload)) + payload
+    number %= REPAIR_BIT
+    return HEADER.pack(REPAIR_BIT + number, salted(payload, repair_salt + number), len(payload)) + payload
 
 
 def recipe(first, groups):
@@ -197,13 +200,16 @@ def repair_pass(payloads, groups, number, size):
         described[-1].append(group)
     first, recipes = number + len(described), []
     for part in described:
-        recipes.append(recipe(first % REPAIR_NUMBERS, part))
+        recipes.append(recipe(first % REPAIR_BIT, part))
         first += len(part)
     return recipes, [combination([payloads[place] for place in group], size) for group in groups]
 
 
 class SESSION(object):
-    """The dialect of two ends of kmcast: the messages about a round, and how they are read."""
+    """The dialect of two ends of kmcast: the messages about a round, and how they are read.
+
+    Each says which round it is about, so that several can be under way.
+    """
 
     session = True
     padding = PADDING
@@ -213,38 +219,40 @@ class SESSION(object):
     @staticmethod
     def info(what):
         """A buffer info; `what` is a Round."""
-        return INFO + struct.pack("<4I", what.number & MASK, what.size & MASK, what.base % SEQS, what.count)
+        return INFO + struct.pack("<4IQ", what.number & MASK, what.size & MASK, what.base & MASK, what.count, what.place)
 
     @staticmethod
-    def ready(_what):
+    def ready(what):
         """CLIENT_READY."""
-        return READY
+        return READY + U32.pack(what.number)
 
     @staticmethod
-    def sent(_what, digest=b""):
+    def sent(what, digest=b""):
         """SERVER_SENT; the digest is that of the image up to this round."""
-        return SENT + digest
+        return SENT + U32.pack(what.number) + digest
 
     @staticmethod
-    def done(_what):
-        """CLIENT_DONE; of IMAGE: the last one."""
-        return DONE
+    def done(what, figures=NO_FIGURES):
+        """CLIENT_DONE; of IMAGE: the last one. figures: how the round was received; all 0: it cannot be told."""
+        return DONE + U32.pack(what.number) + FIGURES.pack(*figures)
 
     @staticmethod
-    def request(what, places):
-        """CLIENT_REQ for packets by their place in the round."""
-        return REQUEST + struct.pack("<%dI" % (1 + len(places)), len(places),
-                                     *[(what.base + place) % SEQS for place in places])
+    def request(what, places, figures=NO_FIGURES):
+        """CLIENT_REQ for packets by their place in the round, as bits. One outside makes it a wrong one, or too long a one."""
+        bits = bytearray(max([-(-what.count // 8)] + [1 + place // 8 for place in places]))
+        for place in places:
+            bits[place // 8] |= 1 << place % 8
+        return REQUEST + U32.pack(what.number) + FIGURES.pack(*figures) + bytes(bits)
 
     @staticmethod
-    def packets(_what, packets=()):
-        """The packets that were asked for, by TCP."""
-        return PACKETS + b"".join(packets)
+    def packets(what, packets=()):
+        """The packets that were asked for, by TCP, ascending."""
+        return PACKETS + U32.pack(what.number) + b"".join(packets)
 
     @staticmethod
-    def again(_what, number, recipes, combinations):
+    def again(what, number, recipes, combinations):
         """AGAIN: what was asked for comes by multicast, in a pass that begins with the repair number `number`."""
-        return AGAIN + struct.pack("<3I", number & MASK, recipes, combinations)
+        return AGAIN + struct.pack("<4I", what.number, number & MASK, recipes, combinations)
 
     @staticmethod
     def signal(end, _expected):
@@ -255,28 +263,33 @@ class SESSION(object):
     def from_server(end, kind):
         """What a server says behind the signal `kind`: a Message."""
         if kind == INFO:
-            number, size, base, count = struct.unpack("<4I", end.read(16))
-            return Message(kind, round=Round(number, size, base, count, end.place))
+            number, size, base, count, place = struct.unpack("<4IQ", end.read(24))
+            return Message(kind, round=Round(number, size, base, count, place))
+        if kind not in (SENT, AGAIN, PACKETS):
+            raise Unexpected("an unknown signal, %r" % kind)
+        what = end.round_of(*U32.unpack(end.read(4)))
         if kind == SENT:
-            return Message(kind, round=end.round, digest=end.read(end.digest_size))
+            return Message(kind, round=what, digest=end.read(end.digest_size))
         if kind == AGAIN:
-            return Message(kind, round=end.round, numbers=struct.unpack("<3I", end.read(12)))
-        if kind == PACKETS:
-            return Message(kind, round=end.round)
-        raise Unexpected("an unknown signal, %r" % kind)
+            return Message(kind, round=what, numbers=struct.unpack("<3I", end.read(12)))
+        return Message(kind, round=what)
 
     @staticmethod
     def from_client(end, kind):
         """The same of a client's."""
-        if kind in (READY, DONE):
-            return Message(kind, round=end.round)
-        if kind == REQUEST:
-            count, = U32.unpack(end.read(4))
-            if count > MOST_PACKETS:
-                raise Unexpected("a request for %d packets" % count)
-            seqs = struct.unpack("<%dI" % count, end.read(4 * count))
-            return Message(kind, round=end.round, places=[(seq - end.round.base) % SEQS for seq in seqs])
-        raise Unexpected("an unknown signal, %r" % kind)
+        if kind not in (READY, DONE, REQUEST):
+            raise Unexpected("an unknown signal, %r" % kind)
+        what = end.round_of(*U32.unpack(end.read(4)))
+        if kind == READY:
+            return Message(kind, round=what)
+        figures = FIGURES.unpack(end.read(FIGURES.size))
+        if kind == DONE:
+            return Message(kind, round=what, figures=figures)
+        bits = bytearray(end.read(-(-what.count // 8)))
+        places = [place for place in range(8 * len(bits)) if bits[place // 8] >> place % 8 & 1]
+        if not places or places[-1] >= what.count:
+            raise Unexpected("a request for %r of %r" % (places, what))
+        return Message(kind, round=what, figures=figures, places=places)
 
 
 class BASE(SESSION):
@@ -300,11 +313,11 @@ class BASE(SESSION):
         return SENT
 
     @staticmethod
-    def done(_what):
+    def done(_what, _figures=None):
         return DONE
 
     @staticmethod
-    def request(what, places):
+    def request(what, places, _figures=None):
         return REQUEST + struct.pack("<%dI" % (1 + len(places)), len(places), *[(what.base + place) & MASK for place in places])
 
     @staticmethod
@@ -323,7 +336,7 @@ class BASE(SESSION):
     def from_server(end, kind):
         if kind == INFO:
             number, size, base, count = struct.unpack("<4I", end.read(16))
-            return Message(kind, round=Round(number, size, base, count, end.place))
+            return Message(kind, round=Round(number, size, base, count, None))
         if kind in (SENT, PACKETS):
             return Message(kind, round=end.round, digest=b"")
         raise Unexpected("an unknown signal, %r" % kind)
@@ -351,15 +364,15 @@ class End(object):
     dialect         SESSION or BASE
     hears_a_server  whether that is what is at the other end
 
-    Attributes: `round`, the Round that was announced last; `digest_size`, bytes of a digest in SERVER_SENT; and `place`,
-    bytes of the image before the next round.
+    Attributes: `rounds`, the Rounds that were announced, by their numbers; `round`, the last of them; `digest_size`, bytes
+    of a digest in SERVER_SENT.
     """
 
     TIMEOUT = 20                        # seconds for one message
 
     def __init__(self, sock, dialect=SESSION, hears_a_server=False):
         self.dialect, self.hears_a_server = dialect, hears_a_server
-        self.round, self.place, self.digest_size = None, 0, 32
+        self.round, self.rounds, self.digest_size = None, {}, 32
         self.take_over(sock)
 
     def take_over(self, sock):
@@ -416,9 +429,20 @@ class End(object):
                 return Message(kind, fields=self.fields())
         message = (self.dialect.from_server if self.hears_a_server else self.dialect.from_client)(self, kind)
         if self.hears_a_server and kind == INFO:
-            self.round = message.round
-            self.place += message.round.size
+            self.note(message.round)
         return message
+
+    def note(self, what):
+        """A round was announced."""
+        self.round = self.rounds[what.number] = what
+
+    def round_of(self, number):
+        """The Round of that number."""
+        if number == IMAGE.number:
+            return IMAGE
+        if number not in self.rounds:
+            raise Unexpected("a message about round %d, which was not announced" % number)
+        return self.rounds[number]
 
     def packet(self):
         """A packet by TCP, of those behind PACKETS: (seq, checksum, payload)."""
@@ -500,8 +524,11 @@ class Client(End):
         return what
 
     def sent(self):
-        """Take SERVER_SENT; returns its digest."""
-        return self.expect(SENT).digest
+        """Take SERVER_SENT for the round; returns its digest."""
+        message = self.expect(SENT)
+        if message.round != self.round:
+            raise Unexpected("%r instead of SENT for %r" % (message, self.round))
+        return message.digest
 
     def take_round(self):
         """READY to a buffer info, and wait for SERVER_SENT; returns the Round."""
@@ -528,12 +555,12 @@ class Server(End):
     """A server for one client at a time, with a multicast group of its own.
 
     Bytes are said with say() and cast(); the methods of whole steps keep count of the rounds, of the digest and of the seqs.
+    Where they are about a round, it is the last that was announced unless they are given another one.
 
     check        the checksum of packets; None: the dialect's
     welcome      what WELCOME says
 
-    Attributes: `port`, `group`, `payload`, `salt`, `repair_salt`; `round` and `data`, the round that was announced last;
-    `hash`, of the image so far; and `hello`, what HELLO says.
+    Attributes: `port`, `group`, `payload`, `salt`, `repair_salt`; `hash`, of the image so far; and `hello`, what HELLO says.
     """
 
     def __init__(self, dialect=SESSION, check=None, port=0, **welcome):
@@ -549,13 +576,16 @@ class Server(End):
         self.listener.settimeout(self.TIMEOUT)
         self.port = self.listener.getsockname()[1]
         self.udp = group_sender(self.group, self.port)
+        if "source" not in welcome:
+            self.fields_of_welcome["source"] = list(self.udp.getsockname())
         End.__init__(self, None, dialect)
         self.begin()
 
     def begin(self):
         """Count from the start."""
-        self.hash, self.hello, self.round, self.data = hashlib.sha256(), None, Round(-1, 0, 0, 0, 0), b""
+        self.hash, self.hello, self.round, self.rounds = hashlib.sha256(), None, Round(-1, 0, 0, 0, 0), {}
         self.size = 0                   # of the image so far
+        self._data = {}                 # of each round, and the digest through it
         return self
 
     def accept(self):
@@ -601,76 +631,85 @@ class Server(End):
     # --- a round
 
     def announce(self, data, **changes):
-        """Say a buffer info for the next round, which has `data`; `changes` are of the Round."""
-        self.data, before = data, self.round
-        self.round = Round.of(data, self.payload, before.number + 1, (before.base + before.count) % self.dialect.seqs, self.size)
+        """Say a buffer info for the next round, which has `data`; `changes` are of the Round. Returns the Round."""
+        before = self.round
+        what = Round.of(data, self.payload, before.number + 1, (before.base + before.count) % self.dialect.seqs, self.size)
+        self.note(what)
         self.hash.update(data)
         self.size += len(data)
-        self.say(self.dialect.info(self.round._replace(**changes)))
+        self._data[what.number] = data, self.hash.digest()
+        self.say(self.dialect.info(what._replace(**changes)))
+        return what
 
-    def take_ready(self):
-        """Take READY for the round."""
-        self.expect(READY)
+    def _expect_for(self, kind, what):
+        message, what = self.expect(kind), what or self.round
+        if message.round != what:
+            raise Unexpected("%r instead of that for %r" % (message, what))
+        return message
+
+    def take_ready(self, what=None):
+        """Take READY for a round."""
+        self._expect_for(READY, what)
 
     def start_round(self, data):
-        """A round up to READY."""
-        self.announce(data)
+        """A round up to READY; returns the Round."""
+        what = self.announce(data)
         self.take_ready()
+        return what
 
-    def packets(self):
-        """The packets of the round."""
-        return [packet((self.round.base + place) % self.dialect.seqs, payload, self.salt, self.check)
-                for place, payload in enumerate(cut(self.data, self.payload))]
+    def packets(self, what=None):
+        """The packets of a round."""
+        what = what or self.round
+        return [packet((what.base + place) % self.dialect.seqs, payload, self.salt, self.check)
+                for place, payload in enumerate(cut(self._data[what.number][0], self.payload))]
 
-    def digest(self):
-        """What SERVER_SENT says."""
-        return self.hash.digest() if self.dialect.session and self.fields_of_welcome["digest"] else b""
+    def multicast(self, what=None, lost=()):
+        """Multicast a round; `lost` are places."""
+        self.cast(*[one for place, one in enumerate(self.packets(what)) if place not in lost])
 
-    def sent(self):
-        """SERVER_SENT for the round, as bytes."""
-        return self.dialect.sent(self.round, self.digest())
+    def sent(self, what=None):
+        """SERVER_SENT for a round, as bytes."""
+        what = what or self.round
+        return self.dialect.sent(what, self._data[what.number][1] if self.fields_of_welcome["digest"] else b"")
 
     def send_round(self, data, lost=()):
-        """A round up to SERVER_SENT; `lost` are places."""
-        self.start_round(data)
-        self.cast(*[one for place, one in enumerate(self.packets()) if place not in lost])
+        """A round up to SERVER_SENT; `lost` are places. Returns the Round."""
+        what = self.start_round(data)
+        self.multicast(what, lost)
         self.say(self.sent())
+        return what
 
-    def asked(self):
-        """Take a REQUEST; returns the places."""
-        return self.expect(REQUEST).places
+    def asked(self, what=None):
+        """Take a REQUEST for packets of a round; returns the places."""
+        return self._expect_for(REQUEST, what).places
 
-    def repairs(self, places):
-        """Packets of the round by TCP, as bytes."""
-        packets = self.packets()
-        return self.dialect.packets(self.round, [packets[place] for place in places])
+    def repairs(self, places, what=None):
+        """Packets of a round by TCP, as bytes."""
+        packets = self.packets(what)
+        return self.dialect.packets(what or self.round, [packets[place] for place in places])
 
-    def give(self, places):
-        """Say packets of the round by TCP."""
-        self.say(self.repairs(places))
+    def give(self, places, what=None):
+        """Say packets of a round by TCP."""
+        self.say(self.repairs(places, what))
 
-    def again(self, number, recipes, combinations):
-        """AGAIN for the round, as bytes."""
-        return self.dialect.again(self.round, number, recipes, combinations)
+    def again(self, number, recipes, combinations, what=None):
+        """AGAIN for a round, as bytes."""
+        return self.dialect.again(what or self.round, number, recipes, combinations)
 
     def repair(self, number, payload):
         """A datagram of a repair pass."""
         return repair(number, payload, self.repair_salt)
 
-    def done(self):
-        """Take DONE for the round."""
-        self.expect(DONE)
+    def done(self, what=None):
+        """Take DONE for a round."""
+        return self._expect_for(DONE, what)
 
     def whole_round(self, data):
         """A round of which nothing is lost."""
         self.send_round(data)
-        self.done()
+        return self.done()
 
     # --- the end
-
-    def last_round(self):
-        """The round of no packets, up to READY."""
-        self.start_round(b"")
 
     def last_bye(self, **changes):
         """The last BYE, as bytes."""
@@ -678,21 +717,17 @@ class Server(End):
         return frame(BYE, changed({"ok": True, "bytes": self.size, "sha256": digest}, changes))
 
     def last_words(self, **changes):
-        """The last SERVER_SENT and BYE; `changes` are of the latter."""
-        self.say(self.sent() + self.last_bye(**changes))
+        """What a server says when a client has everything; `changes` are of the last BYE."""
+        if self.dialect.session:
+            self.say(self.last_bye(**changes))
+        else:
+            self.start_round(b"")
+            self.say(self.sent())
 
     def end(self, **changes):
         """The last words, and the client's."""
         self.last_words(**changes)
-        self.done()
-
-    def image(self, *rounds):
-        """A whole good session, after accept()."""
-        self.greet()
-        for data in rounds:
-            self.whole_round(data)
-        self.last_round()
-        self.end()
+        self.done(IMAGE if self.dialect.session else None)
 
 
 def group_sender(group, port):
