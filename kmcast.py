@@ -368,7 +368,6 @@ UDP_OVERHEAD = 28                       # IP and UDP headers, bytes
 MAX_PACKETS = 65536                     # in a round
 REPAIR_BIT = 1 << 31                    # of a seq in a session: a repair datagram
 END = MASK                              # the number in a session's last DONE
-HEAD = 128                              # packets at the most in the head of a round, a train of its own
 MAX_FRAME = 65536                       # bytes
 DIGEST_SIZE = 32                        # SHA-256, bytes
 
@@ -1753,7 +1752,8 @@ class Pacer(object):
     """
 
     BURST = 0.0005                      # seconds
-    CATCH_UP = 0.004                    # seconds of delay that are made good
+    CATCH_UP = 96 << 10                 # bytes that are made good after a delay: a queue has to hold them,
+    MOST_CATCH_UP = 0.008               # seconds: and no more than so long
     MOST_DEBT = 0.1                     # seconds of the line that others can have at once
 
     def __init__(self):
@@ -1769,7 +1769,8 @@ class Pacer(object):
     def sent(self, size):
         """Count `size` bytes just sent; returns when to send again, seconds
         on the monotonic clock."""
-        self._next = max(self._next, monotonic() - self.CATCH_UP) + size * 8 / self.rate
+        late = min(self.MOST_CATCH_UP, self.CATCH_UP * 8 / self.rate)
+        self._next = max(self._next, monotonic() - late) + size * 8 / self.rate
         return self._next
 
     def leave_room(self, size):
@@ -1782,13 +1783,17 @@ class Pacer(object):
 # its medium loses allowed for; how far that may be wrong; the share of the packets that it lost.
 Reception = collections.namedtuple('Reception', 'ratio error lost member')
 
+# How to send a round: at which rate, and its head, bit/s; whether the line is known to carry that, so that what is lost
+# is not our doing; the share lost that made us slow down to it, where it is the first such.
+Speed = collections.namedtuple('Speed', 'rate head_rate calm trial')
+
 
 class RateControl(object):
     """Finds the fastest rate that the slowest link carries: `--rate auto`.
 
     A train of packets that is sent faster than a link on its way lets it through comes out
-    at that link's rate (the dispersion of a packet train), whether or not any are lost.  So one
-    round that was sent too fast tells the line's rate, and from then on we stay just below it.
+    at that link's rate (the dispersion of a packet train), whether or not any are lost.  So two
+    rounds that were sent too fast tell the line's rate, and from then on we stay just below it.
     Now and then the head of a round is sent faster, to see whether there is more.
 
     Losses that do not fall with the rate are the medium's own: a client's `medium` remembers
@@ -1800,85 +1805,97 @@ class RateControl(object):
     LOWEST = 1e6                        # bit/s
     BELOW = 0.995                       # of the line's rate
     SLOWER = 0.02                       # share by which arrival must lag behind departure to tell
-    JITTER = 0.002                      # seconds by which a clock may be wrong in a train
-    PRECISE = 0.02                      # of the line's rate: known well enough
-    OVER = 1.1                          # times an estimate, to make it precise
-    HEAD_OVER = 1.25                    # times the rate: a head that looks for more
-    MORE = 1.04                         # times the rate, which it must find twice
-    LOOK_EVERY = 2.0                    # seconds between two such heads
+    JITTER = 0.001                      # seconds by which a clock may be wrong in a train
+    AGREE = 0.05                        # share by which two estimates of a line may differ
+    OVER = 1.1                          # times the rate, to know it better, or to look for more
+    MORE = 1.04                         # times the line's rate, which a head must find
+    HEADS = 3                           # times in a row
+    LOOK_EVERY = 4.0                    # seconds between two such heads
+    STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
     NOISE = 0.001                       # share of loss that is nobody's
     YIELD, BACK = 0.7, 0.06             # times the rate for a rival; share of the line regained a second
     LEAST_SHARE = 0.35                  # of the line, whatever the rival takes
+    SOON = 5.0                          # seconds in which a second loss tells of a rival
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
 
     def __init__(self):
         self.rate = self.START
         self.line = None                # bit/s, the slowest link's rate once it is known
-        self._estimated = False         # there was a first estimate of it
-        self._cut = None                # (member, share lost, rate after it) of the last cut for losses
-        self._slow = 0                  # rounds in a row that lagged without losses
+        self._estimate = None           # bit/s, the last of what it may be
+        self._step = 1.0                # how much faster next, as a share, while it is sought
+        self._trial = None              # the share lost that made us slow down, until it is seen to help
+        self._slow = False              # the last round lagged, without losses
+        self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
         self._found = 0                 # heads in a row that found more
         self._next_look = 0.0
         self._last = None               # when it learned last, seconds
-        self.hopeless = None            # a client that loses too much at any rate
 
-    def head_rate(self, now):
-        """The rate of the next round's head, bit/s: faster where it is time to look for more."""
-        if self.line is None or now < self._next_look:
-            return self.rate
+    def speed(self, now, looks):
+        """The Speed of the next round; looks: whether its head is long enough to look for more."""
+        if self.line is None:
+            return Speed(self.rate, self.rate, False, None)
+        if self._trial or not looks or now < self._next_look:
+            return Speed(self.rate, self.rate, self.rate <= self.line, self._trial)
         self._next_look = now + self.LOOK_EVERY
-        return self.HEAD_OVER * self.rate
+        return Speed(self.rate, self.OVER * self.rate, False, None)
 
-    def learn(self, achieved, worst, count, now):
+    @classmethod
+    def remember(cls, member, lost, speed):
+        """Whether a member's medium loses so much, as far as a round that was sent at a Speed can tell."""
+        if speed.trial:
+            member.medium = min(lost, cls.MOST_MEDIUM)
+        elif speed.calm:
+            member.medium += 0.25 * (min(lost, cls.MOST_MEDIUM) - member.medium)
+
+    def learn(self, speed, achieved, worst, count, now):
         """Learn from a round.
 
-        achieved: bit/s at which its second half was sent; worst: the Reception with the least
-        ratio; count: packets in the round; now: seconds.  Returns why the rate
-        changed, or None.  Sets `hopeless`.
+        speed: at which it was to be sent; achieved: bit/s at which its second half was; worst: the
+        Reception with the least ratio; count: packets in the round; now: seconds.  Returns why
+        the rate changed, or None.
         """
-        self.hopeless = None
         passed, self._last = now - (self._last or now), now
-        beyond = worst.lost - worst.member.medium
         lossy = self._unusual(worst.lost, worst.member.medium, count)
-        lags = 1 - worst.ratio > max(self.SLOWER, worst.error)
-        why = self._judge_cut(worst, achieved)
-        if why:
-            return why
-        if lags and (lossy or self.line is None or self._slow):
-            return self._estimate(achieved, worst, beyond, lossy)
-        self._slow = self._slow + 1 if lags else 0
+        steady = achieved >= self.STEADY * speed.rate
+        lags = 1 - worst.ratio > max(self.SLOWER, worst.error) and (steady or lossy)
+        if speed.trial and self._trial:
+            self._trial = None
+            if worst.lost > speed.trial / 2:
+                return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
+        was_slow, self._slow = self._slow, lags and not lossy
+        if lags and (lossy or self.line is None or was_slow):
+            return self._slow_down(achieved if steady else speed.rate, worst, lossy)
         if lags:
             return None
-        if not lossy:
-            worst.member.medium += 0.25 * (worst.lost - worst.member.medium)
         if self.line is None:
-            faster = achieved * (self.OVER if self._estimated else 2)
-            if faster <= self.rate or achieved < 0.7 * self.rate:
+            faster = achieved * (1 + self._step)
+            if faster <= self.rate or not steady:
                 return None             # we are the slowest
-            self.rate = faster
+            self.rate, self._step = faster, min(1.0, 2 * self._step)
             return 'it keeps up'
-        if lossy and achieved > 0.5 * self.LEAST_SHARE * self.line:
-            self.rate = max(self.LEAST_SHARE * self.line, self.YIELD * min(self.rate, achieved))
-            return '%.1f %% lost to a rival' % (100 * worst.lost)
+        if lossy:
+            return self._share(speed, worst, now)
         self.rate = min(self.BELOW * self.line, self.rate + self.BACK * self.line * passed)
         return None
 
-    def learn_head(self, arrived, error):
-        """Learn from a head that was sent faster.
+    def learn_head(self, departed, arrived):
+        """Learn from a head that was sent faster, at which rate, bit/s, and arrived so at the slowest client.
 
-        arrived: bit/s at the slowest client; error: how far, as a share, it may be wrong.
         Returns why the rate changed, or None.
         """
         if self.line is None:
             return None
-        more = arrived * (1 - error) > self.MORE * self.line
-        self._found = self._found + 1 if more else 0
-        if self._found < 2:
-            if more:
-                self._next_look = 0.0
+        self._found = self._found + 1 if arrived > self.MORE * self.line else 0
+        if not self._found and arrived < (1 - self.SLOWER) * departed:
+            if abs(arrived - self.line) < self.AGREE * self.line:
+                self.line += 0.5 * (arrived - self.line)        # so it is told more precisely
             return None
-        self._found, self.line = 0, None
-        self.rate *= self.HEAD_OVER
+        if self._found:
+            self._next_look = 0.0
+        if self._found < self.HEADS:
+            return None
+        self._found, self.line, self._step = 0, None, self.OVER - 1
+        self.rate *= self.OVER
         return 'there is more'
 
     def _unusual(self, lost, medium, count):
@@ -1886,36 +1903,40 @@ class RateControl(object):
         usual = (medium + self.NOISE) * count
         return lost * count > usual + 3 * math.sqrt(usual) + 1
 
-    def _estimate(self, achieved, worst, beyond, lossy):
-        """The line is slower than we sent."""
-        arrived = max(self.LOWEST, achieved * worst.ratio)
-        self._slow = 0
+    def _slow_down(self, sent, worst, lossy):
+        """The line is slower than we sent.  It is known when two rounds agree."""
+        arrived = max(self.LOWEST, sent * worst.ratio)
         if arrived >= self.rate:
             return None                 # of a round that was under way when we learned it
-        self._estimated = True
-        if worst.error > self.PRECISE * worst.ratio and not lossy:
-            self.rate = self.OVER * arrived
-        else:
-            self.line = arrived
-            self.rate = self.BELOW * arrived
-        if lossy:
-            self._cut = worst.member, beyond, self.rate
+        before, self._estimate = self._estimate, arrived
+        self._step = self.OVER - 1
+        if before and abs(before - arrived) < self.AGREE * arrived:
+            self.line = max(before, arrived)
+            self.rate = self.BELOW * self.line
+        else:                           # what was known is not given up at once: somebody may have been held up
+            self.rate = self.OVER * (max(arrived, 0.5 * self.rate) if before else arrived)
+            self.line = None
+        self._trial = worst.lost - worst.member.medium if lossy else self._trial
         return 'it arrives at %s, %.1f %% lost' % (bits(arrived), 100 * worst.lost)
 
-    def _judge_cut(self, worst, achieved):
-        """Whether slowing down has helped against the losses for which we did."""
-        if not self._cut or achieved > 1.02 * self._cut[2]:
-            return None
-        (member, share, _), self._cut = self._cut, None
-        if worst.member is not member or worst.lost - member.medium < share / 2:
-            return None
-        self._slow, self.line, self._estimated = 0, None, False
-        if worst.lost > self.MOST_MEDIUM:
-            self.hopeless = member
-        else:
-            member.medium = worst.lost
-        self.rate = 2 * achieved
-        return 'a loss of %.1f %% at any rate' % (100 * worst.lost)
+    def _look_for_more(self, achieved, why):
+        """What was thought to be the line's rate is not."""
+        self.line = self._estimate = None
+        self._step = 1.0
+        self.rate = max(self.rate, 2 * achieved)
+        return why
+
+    def _share(self, speed, worst, now):
+        """Packets are lost at a rate that the line should carry."""
+        if speed.rate > self.rate:
+            return None                 # of a round that was under way when we learned of others
+        again, self._lost_at = now - self._lost_at < self.SOON, now
+        if again:
+            self.rate = max(self.LEAST_SHARE * self.line, self.YIELD * self.rate)
+            return '%.1f %% lost again, to a rival' % (100 * worst.lost)
+        self.line *= 1 - (worst.lost - worst.member.medium)
+        self.rate = min(self.rate, self.BELOW * self.line)
+        return '%.1f %% lost' % (100 * worst.lost)
 
 
 # ---------------------------------------------------------------------------
@@ -2923,15 +2944,16 @@ class Round(object):
     def __init__(self, number, buffer, digest, place):
         self.number, self.buffer, self.digest, self.place = number, buffer, digest, place
         self.multicast = 0
+        self.speed = None               # Speed at which it was to be sent
         self.head = self.tail = None
 
     @staticmethod
     def head_of(count):
-        """(first, last) packet of the head's train, and whether there is one.
+        """(first, last) packet of the head's train: most of the first quarter.
 
-        The first quarter of that is not timed: shapers and switches let a burst through at any speed.
+        Not from the first on: shapers and switches let a burst through at any speed.
         """
-        return (HEAD // 4, HEAD) if count >= 4 * HEAD else (0, 0)
+        return count // 16, count // 4
 
     @staticmethod
     def tail_of(count):
@@ -2958,7 +2980,7 @@ class Answers(object):
     requests    member -> what it asks for, as bits
     hearing     how many heard any multicast, `deaf` those who heard none
     worst       the two Receptions with the least ratio, the least first
-    head        (bit/s, error) of the slowest at the head
+    head        bit/s at which the head arrived at the slowest
     late        (when, member) of the last two that paid, the last first
     """
 
@@ -2976,10 +2998,9 @@ class Answers(object):
         if len(self.worst) < 2 or reception.ratio < self.worst[1].ratio:
             self.worst = sorted(self.worst + [reception], key=lambda other: other.ratio)[:2]
 
-    def heard_head(self, arrived, error):
-        """How fast a member heard the head, bit/s, and how far, as a share, that may be wrong."""
-        if self.head is None or arrived < self.head[0]:
-            self.head = arrived, error
+    def heard_head(self, arrived):
+        """A member has heard the head so fast, bit/s."""
+        self.head = arrived if self.head is None else min(self.head, arrived)
 
     def add(self, other):
         """Those of another thread, too."""
@@ -2988,8 +3009,8 @@ class Answers(object):
         self.deaf += other.deaf
         self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
         self.late = sorted(self.late + other.late, key=lambda one: -one[0])[:2]
-        if other.head:
-            self.heard_head(*other.head)
+        if other.head is not None:
+            self.heard_head(other.head)
 
 
 class Awaited(object):
@@ -3257,6 +3278,7 @@ class ServerWindow(object):
             member.deaf_since = member.deaf_since or now
             return
         self._hears(member, now)
+        RateControl.remember(member, lost / done.multicast, done.speed)
         if member.ignored:
             awaited.answers.hearing += 1
             return
@@ -3264,11 +3286,11 @@ class ServerWindow(object):
             awaited.answers.heard(Reception(1.0, 0.0, lost / done.multicast, member))
             return
         first, last = done.tail_of(done.buffer.count)
-        through = 1 - how_many(gaps >> first) / (last - first)
+        through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
         departed, seconds = done.tail
         figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
-        arrived, error = self.arrival(figures[2:], bits_a_packet)
+        arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
         ratio = through if arrived is None else min(through, arrived / departed)
         if arrived is None or 1 - ratio < error:        # the clock does not tell, but losses do
             ratio, error = through, 0.0
@@ -3276,7 +3298,7 @@ class ServerWindow(object):
         awaited.answers.heard(Reception(ratio, error, lost / done.multicast, member))
         arrived, error = self.arrival(figures[:2], bits_a_packet)
         if done.head and arrived is not None:
-            awaited.answers.heard_head(arrived / (1 - member.medium), error)
+            awaited.answers.heard_head(arrived / (1 - member.medium))
 
     @staticmethod
     def arrival(figures, bits_a_packet):
@@ -3787,15 +3809,13 @@ class Underway(object):
 
 
 class Sending(object):
-    """What to multicast next: packets of a `buffer` up to index `last`, its head at another rate.
+    """What to multicast next: packets of a `buffer` up to index `last`, at a Speed.
 
     underway    the round that it is, or is a repair for
-    rate, head_rate     bit/s
     """
 
-    def __init__(self, underway, buffer, last, rate, head_rate):
-        self.underway, self.buffer, self.last = underway, buffer, last
-        self.rate, self.head_rate = rate, head_rate
+    def __init__(self, underway, buffer, last, speed=None):
+        self.underway, self.buffer, self.last, self.speed = underway, buffer, last, speed
 
 
 class Course(object):
@@ -3937,7 +3957,7 @@ class Course(object):
     def _next_sending(self):
         if self._passes:
             sending = self._passes.popleft()
-            sending.rate = sending.head_rate = self.rate
+            sending.speed = Speed(self.rate, self.rate, False, None)
             return sending
         unanswered = 0
         for underway in self._underway:
@@ -3951,10 +3971,10 @@ class Course(object):
             if (self.control and self.control.line is None and unanswered
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
                 return None
-            head_rate = rate = self.rate
-            if self.control and Round.head_of(count)[1] and self.multicasting:
-                head_rate = self.control.head_rate(self.hands.now())
-            return Sending(underway, buffer, count, rate, head_rate)
+            speed = (self.control.speed(self.hands.now(), Round.head_of(count)[1] and self.multicasting)
+                     if self.control else Speed(self._rate, self._rate, False, None))
+            underway.round.speed = speed
+            return Sending(underway, buffer, count, speed)
         return None
 
     # ---- rounds
@@ -4036,7 +4056,7 @@ class Course(object):
             self.coded += coded.count
             underway.passes += 1
             underway.steps += 1         # until the pass is sent
-            self._passes.append(Sending(underway, coded, coded.count, 0, 0))
+            self._passes.append(Sending(underway, coded, coded.count))
         underway.steps += 1
         self.hands.do(Step('repair', underway.round, coded=coded_for, message=message))
 
@@ -4097,16 +4117,16 @@ class Course(object):
 
     def _set_rate(self, done, answers, now):
         before, worst, achieved = self.control.rate, answers.worst[0], done.tail[0]
-        why = self.control.learn(achieved, worst, done.multicast, now)
+        why = self.control.learn(done.speed, achieved, worst, done.multicast, now)
         if done.head and answers.head:
-            why = self.control.learn_head(*answers.head) or why
+            why = self.control.learn_head(done.head[0], answers.head) or why
         self._settled += 1
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
         if self._brake and self._settled == self.SETTLED:
             tell('brake', member=self._brake, rate=self.control.rate)
-        if self.control.hopeless:
-            self.control.hopeless.ignored = True
+        if worst.lost > RateControl.MOST_MEDIUM and done.speed.trial:
+            worst.member.ignored = True
             tell('hopeless', member=worst.member, share=worst.lost, payload=self.payload)
         if why:
             tell('rate', round=done.number, achieved=achieved, rate=self.control.rate, why=why)
@@ -5517,7 +5537,7 @@ class Multicaster(object):
         marks, place, stuck = [], 0, None       # marks: (packets, when they were sent)
         head = Round.head_of(last)[1]
         while place < last:
-            self.pacer.rate = sending.head_rate if place < head else sending.rate
+            self.pacer.rate = sending.speed.head_rate if place < head else sending.speed.rate
             marks.append((place, monotonic()))
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
@@ -5531,16 +5551,16 @@ class Multicaster(object):
             stuck = None
             until = self.pacer.sent((done - place) * size)
             place = done
-            if head and place >= head and sending.head_rate > sending.rate:
-                until += head * size * 8 * (1 / sending.rate - 1 / sending.head_rate)
+            if head and place >= head and sending.speed.head_rate > sending.speed.rate:
+                until += head * size * 8 * (1 / sending.speed.rate - 1 / sending.speed.head_rate)
                 head = 0
             if until > monotonic():
                 self._wait(until)
         done = sending.underway.round
         if buffer is done.buffer and last:
-            looking = sending.head_rate > sending.rate
+            looking = sending.speed.head_rate > sending.speed.rate
             done.head = self._departure(marks, Round.head_of(last), size) if looking else None
-            done.tail = self._departure(marks, Round.tail_of(last), size) or (min(1e12, sending.rate), 0.0)
+            done.tail = self._departure(marks, Round.tail_of(last), size) or (min(1e12, sending.speed.rate), 0.0)
         self.course.sent(sending)
 
     @staticmethod
@@ -5660,7 +5680,7 @@ class Client(object):
     NAP = 0.001                         # seconds, to let datagrams gather
     AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
-    RETRY = 0.1                         # seconds until we try to reach the server again
+    RETRY = 0.03                        # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
 
@@ -6066,7 +6086,7 @@ class Client(object):
 
     def _say_state(self, busy):
         """Tell the server what we do while it waits for us, and figures for its report."""
-        if self.dialect.talks:
+        if self.dialect.talks and not self.server.outgoing.count:   # else the last words are still on their way
             self.server.outgoing.put_tail(self.dialect.state(busy=busy, **self.figures()))
             self._flush()
 

@@ -1,130 +1,178 @@
 #!/usr/bin/env python3
-"""Whole transfers in one process, over a simulated network and clock: thousands of them a minute, each from a seed.
+"""Whole transfers in one process, over a simulated operating system, network and clock; each follows from a seed.
 
     python3 tests/simulate.py --seeds 20000 --jobs 2        # seeds 0 to 19999
     python3 tests/simulate.py --seed 17                     # one again, with every message
     python3 tests/simulate.py --kmcast /tmp/broken.py       # another kmcast.py
 
-A seed decides a Plan (image, options, network, what goes wrong) and every delay and loss. What decides in kmcast.py is the
-real thing: Course, Roster, ServerWindow, ClientWindow, Buffer, RateControl, Connection and both dialects. What carries out is
-here and much smaller: TcpThread, Server and Host are TcpServer, Multicaster and Client without sockets, threads and time.
-The network is unfair but within what the manual promises to survive: TCP cut anywhere, multicast lost, late, twice, damaged.
+All of kmcast.py that decides or drives is the real thing, unmodified: run_job() with the server's Multicaster and its chain
+of TcpServer threads, and for each host a Client with its Writer. What they stand on is made here. A seed decides a Plan
+(image, options, network, what goes wrong), every delay and every loss, and which thread runs when: a finding is replayed by
+its seed.
 
-What must hold: see Run.verdict() and Run.watch(). A finding is printed with its seed. Exit code: 0 nothing was found, 1
-something was, 2 wrong usage.
+How it works, from the bottom up:
+
+- Each simulated thread is a Fibre in a real thread of its own, but there is one baton, and only who has it runs. It is passed
+  on where a thread would wait: in poll(), select(), sleep(), join(), a recv() that blocks. Who waits takes the next events
+  from the World's heap, and time is the time of these events; it passes nowhere else.
+- kmcast.py is loaded with an __import__ of its own, so what it imports as `socket`, `select`, `threading`, `time`, `os`,
+  `fcntl` and `resource` are the fakes of load(), from its first line on. Below them are Files with events(), as poll(2) sees
+  them: Socket over two Streams (TCP), Pair (a socket pair), Receiver and Sender (UDP over Air), Source. A Process owns
+  descriptors and fibres; when it ends, or is killed, its kernel closes the ones and the others are torn down.
+- At the edges DatagramSender, DatagramReceiver, Source and Sink are replaced; so is what asks for this machine's interfaces.
+  Nothing here knows of the insides of windows, courses and drivers. What is used of them: the options of the command line,
+  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets() and .slot, the
+  queues of a Connection, and for the trace the events and the first byte of a message.
+
+The network is unfair, but within what the manual promises to survive: TCP cut anywhere, slow and stopping; multicast lost,
+late, twice, damaged; hosts that die, hang, stop, stand still for a while. What must hold: see Run.watch() and Run.verdict().
+
+A finding is printed with its seed. Exit code: 0 nothing was found, 1 something was, 2 wrong usage.
 """
 
 import argparse
-import collections
+import builtins
 import concurrent.futures
+import ctypes
 import errno
+import fcntl
 import hashlib
 import heapq
 import importlib.util
+import multiprocessing
 import os
 import random
+import resource
+import select
+import signal
+import socket
 import struct
 import sys
+import termios
+import threading
 import time
 import traceback
+import types
 import weakref
 
 KMCAST = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kmcast.py")
 
+SERVER, PORT, GROUP = "10.0.0.1", 4711, "239.1.2.3"
+
+START = 5000.0              # what the simulated monotonic clock says at the beginning
 LIMIT = 3000.0              # simulated seconds after which somebody waits for ever
+PATIENCE = 20.0             # seconds, after which the operator stops a server that has not begun
+GONE = 10.0                 # seconds in which a server notices what its kernel has told it
+AFTERLIFE = 150.0           # seconds that a client may take to end after its server has
 KEEPALIVE = 17.0            # seconds after which a kernel gives up a host that is gone: Connection.begin()
-FOREIGN = b"\x2a\0\0\0" + bytes(60)     # a datagram of somebody else
+RETRANSMISSIONS = 924.0     # the same where data is under way, by default: tcp(7), tcp_retries2
+SEGMENT = 1460              # bytes that TCP sends at once
+SLICE = 200                 # system calls in a row after which a thread that does not wait is interrupted for a moment
+MOMENT = 0.0001             # seconds: so much time passes then, as system calls take some
+SPIN = 1000                 # slices in a row after which it is taken to spin
+REAL_LIMIT = 20.0           # real seconds for a seed
+MEMORY = 2                  # rounds that may be queued for a connection
+BUFFERS = 5                 # Buffers that an end may have, of all kinds
+
+# What a CRC-32 does not see, wherever it is added (XOR): its own polynomial, as zlib orders the bits.
+UNSEEN = bytes.fromhex("410671db01")
+FOREIGN = b"\x2a\0\0\0" + bytes(4) + struct.pack("<I", 52) + bytes(52)     # a datagram of somebody else
 
 kmcast = None               # the module that is tested
-now = 0.0                   # simulated seconds
+world = None                # the World of the run that is on
 
 
 class Finding(Exception):
     """Something that must not happen."""
 
 
-class Crash(Exception):
-    """The server's process ends without a word."""
+class Torn(BaseException):
+    """Ends a simulated thread where it stands: its process was killed, or the run is over.
 
-
-def load(path=KMCAST):
-    """Load kmcast.py as a module of our own, whose clock is the simulated one."""
-    global kmcast
-    spec = importlib.util.spec_from_file_location("kmcast_simulated", path)
-    kmcast = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = kmcast
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    spec.loader.exec_module(kmcast)
-    sys.dont_write_bytecode = writes
-    kmcast.monotonic = lambda: now
-
-    class Counted(kmcast.Buffer):
-        """A Buffer; `live` has those that are in memory."""
-        live = weakref.WeakSet()
-
-        def __init__(self, *args, **options):
-            kmcast.Buffer.__init__(self, *args, **options)
-            self.live.add(self)
-    Counted.__mro__[1].__name__ = "Buffer"
-    base = kmcast.Buffer
-    Counted.__init__ = lambda self, *args, **options: (base.__init__(self, *args, **options), self.live.add(self))[0]
-    kmcast.Buffer = Counted
+    A BaseException, so that nothing that kmcast.py handles holds it up.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
+# What may go wrong with a server, and with a client, besides that it stands still for a while. Some are events at a time,
+# the others wait where the image comes from or goes to.
+SERVER_FAULTS = ["crash", "power", "hang", "stop", "freeze", "source", "threads"]
+FAULTS = ["fin", "reset", "power", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
+NO_EVENTS = ["full", "stuck", "room", "forged", "threads", "source"]
+
+
 class Plan:
-    """What a seed decides before anything happens."""
+    """What a seed decides before anything happens. Times are simulated seconds from the beginning."""
 
     def __init__(self, seed):
         r = random.Random(seed)
         self.compat = r.random() < 0.15
         self.payload = r.choice([16, 32, 64, 100, 200])
         self.capacity = r.choice([5, 17, 64, 70, 100, 130])
-        packets = r.choice([0, 1, 2, r.randrange(60), r.randrange(64, 300), r.randrange(600)])
+        packets = min(r.choice([0, 1, 2, r.randrange(60), r.randrange(64, 300), r.randrange(600)]), 30 * self.capacity)
         size = max(0, packets * self.payload - r.choice([0, 0, 1, self.payload // 2]))
         self.image = r.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[1:]
+        self.size_known = r.random() < 0.5
         self.allow_empty = r.random() < 0.5
         self.per_thread = r.choice([1, 2, 3, 64])
-        self.digest = not self.compat and r.random() < 0.9
-        self.server_stall = r.choice([8.0, 15.0, 30.0]) if r.random() < 0.9 else 0
-        self.client_stall = 0 if self.compat else r.choice([8.0, 15.0, 30.0, 0])
-        self.rate = r.choice(["auto", "auto", "auto", 1e6, 50e6, float("inf")])
-        self.min_rate = 1e6 if not self.compat and r.random() < 0.05 else 0
+        self.digest = r.random() < 0.9
+        self.has_digest = self.digest and not self.compat
+        self.server_stall = r.choice([3 if self.compat else 8, 15, 30]) if r.random() < 0.9 else 0
+        self.client_stall = 0 if self.compat else r.choice([8, 15, 30, 0])
+        self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
+        self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
         self.unicast = r.random() < 0.07
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
         self.pauses = r.choice([0, 0, 0, 0.05, 0.3])             # how often the producer pauses
         self.pause = r.choice([0.01, 0.1, 2, 20])
         self.shared = r.choice([0, 0, 0.01, 0.1])                # loss that all clients share
-        self.server_fault = r.choice(["crash", "source", "stop"]) if r.random() < 0.05 else None
+        self.line = r.choice([1e6, 1e8, 1e9])                    # bytes/s of the server's interface
+        self.refused = (10 ** r.uniform(-2, 0), r.uniform(0, 2)) if r.random() < 0.04 else None     # from, for how long
+        self.server_start = r.choice([0, 0, r.uniform(0, 1)])
+        self.server_fault = r.choice(SERVER_FAULTS) if r.random() < 0.08 else None
+        if self.server_fault == "hang" and not self.client_stall:
+            self.server_fault = "crash"                          # without a timeout all would wait, as they should
         self.fault_at = 10 ** r.uniform(-2.5, 1)
         count = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 8])
-        self.clients = [ClientPlan(r, self) for _ in range(count)]
-        if r.random() < 0.05:                                    # the same host again
-            twin = ClientPlan(r, self)
-            twin.host, twin.start = self.clients[0].host, self.clients[0].start + r.uniform(0, 0.3)
-            self.clients[0].fatal = self.clients[0].fatal or "has a twin"
+        self.clients = [ClientPlan(r, self, number) for number in range(1, count + 1)]
+        if r.random() < 0.05 and not self.compat:                # the same host again
+            twin = ClientPlan(r, self, 1)
+            twin.start = self.clients[0].start + r.uniform(0, 0.3)
             self.clients.append(twin)
-        self.places = len(set(client.host for client in self.clients))
-        self.start_by, self.enough = None, 1
+        self.strangers = [r.uniform(0, 2) for _ in range(r.choice([0] * 15 + [1, 3]))] if not self.compat else []
+        self.places = count
+        self.start_wait = None
         if r.random() < 0.2 or any(client.fatal for client in self.clients):
-            self.start_by = r.uniform(0.05, 1.5)
-            self.enough = 1
+            self.start_wait = r.uniform(0.05, 1.5)               # else it would wait for who is gone, as it should
         if r.random() < 0.03:
-            self.places = max(1, self.places - 1)                # one too many
+            self.places = max(1, self.places - 1)                # one client too many
+
+    def arguments(self):
+        """The server's command line."""
+        texts = ["server", SERVER, str(self.places), str(PORT), "--group", GROUP, "--rate", self.rate,
+                 "--stall-timeout", str(self.server_stall), "--buffer-packets", str(self.capacity),
+                 "--clients-per-thread", str(self.per_thread)]
+        texts += ["--compat"] if self.compat else [] if self.digest else ["--no-digest"]
+        texts += ["--min-rate", self.min_rate] if self.min_rate else []
+        texts += ["--start-wait", "%.3f" % self.start_wait] if self.start_wait else []
+        return texts + ["--unicast"] * self.unicast + ["--allow-empty"] * self.allow_empty
 
 
 class ClientPlan:
     """A client, its link, and what goes wrong with it; `fatal` is what may end it, None if it must get the image."""
 
-    def __init__(self, r, plan):
-        self.host = "node%d" % r.getrandbits(40)
+    def __init__(self, r, plan, number):
+        self.host, self.address = "node%d" % number, "10.0.1.%d" % number
+        self.compat, self.allow_empty, self.stall = plan.compat, plan.allow_empty, plan.client_stall
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
-        self.delay = 10 ** r.uniform(-4, -1.3)
+        self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
-        self.cut = r.choice([0, 0.2, 0.8])
+        if r.random() < (0.3 if plan.compat else 0.04):
+            self.rate, self.room = 1500, 65536                   # its kernel has more than it sends within a stall timeout
+        self.cut = r.choice([0, 0.2, 0.8])                       # how often TCP comes in pieces
         good = r.random() < 0.35
         self.loss = 0 if good else r.choice([0, 0.001, 0.02, 0.1, 0.3, 0.6, 1])
         self.burst = 0 if good else r.choice([0, 0, 0.01, 0.05])
@@ -133,80 +181,738 @@ class ClientPlan:
         self.twice = r.choice([0, 0, 0.02, 0.3])
         self.damage = r.choice([0, 0, 0, 0.02])
         self.queue = r.choice([None, None, (10 ** r.uniform(5, 7.5), r.choice([2000, 20000]))])     # bytes/s, bytes
-        self.socket_buffer = r.choice([20, 1000, 1000])          # datagrams
+        self.socket_buffer = r.choice([20, 1000, 10000])         # datagrams
         self.deaf = r.choice([None] * 6 + [(0, 1e9), (r.uniform(0, 0.2), r.uniform(0.2, 4))])
-        self.nap = r.choice([0, 0.0005, 0.002])
         self.write_rate = 10 ** r.uniform(4, 8) if not plan.compat else 1e8
-        self.chunk = 0 if plan.compat else r.choice([0, 0, 0, 0.01, 0.5, 1.5])      # seconds that a part of a round takes at least
-        self.commit = r.choice([0, 0, 0.1, 12])
+        self.chunk = 0 if plan.compat else r.choice([0, 0, 0, 0.01, 0.5, 1.5])      # seconds that a write takes at least
+        self.commit = r.choice([0, 0, 0.1, 12]) if not plan.compat else r.choice([0, 0, 0.1])
         self.fault, self.at, self.fatal = None, 10 ** r.uniform(-3, 1), None
         what = r.random()
         if what < 0.07:
-            self.fault, self.at = "freeze", self.at
+            self.fault = "freeze"
         elif what < 0.28:
-            self.fault = self.fatal = r.choice(["fin", "reset", "power", "hang", "full", "stuck", "bye"])
-            if self.fault in ("hang", "stuck") and not plan.server_stall:
+            self.fault = self.fatal = r.choice(FAULTS)
+            if self.fault in ("hang", "babble") and not plan.server_stall or self.fault == "stuck" and not self.stall:
                 self.fault = self.fatal = "reset"                # without a timeout all would wait, as they should
-            if self.fault == "stuck" and not plan.client_stall and plan.compat:
-                self.fault = self.fatal = "full"
-        self.freeze = 10 ** r.uniform(-3, 0.4)
+            if self.fault == "forged" and not plan.has_digest:
+                self.fault = self.fatal = "fin"
+        stalls = [stall for stall in (plan.server_stall, plan.client_stall, 8) if stall]
+        self.freeze = min(10 ** r.uniform(-3, 0.4), 0.3 * min(stalls))              # seconds
         self.full_at = r.randrange(len(plan.image) + 1)
-        if plan.compat:
-            self.commit = min(self.commit, 0.1)
+
+    def hears_all(self, plan):
+        """Whether all that is multicast comes to it, and before SENT by TCP does, or soon after."""
+        return not (self.loss or self.burst or self.late or self.damage or self.queue or self.deaf or self.fault
+                    or self.jitter > 0.001 or self.socket_buffer < 10000
+                    or plan.shared or plan.refused or plan.unicast or plan.server_fault or plan.rate == "max")
+
+    def arguments(self):
+        """The client's command line."""
+        texts = ["client", "auto", SERVER, str(PORT), "-o", "/image", "--wait", "10", "--stall-timeout", str(self.stall)]
+        return texts + ["--allow-empty"] * self.allow_empty
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The network
+# The world: a clock, events, and threads of which one runs at a time
+
+ALWAYS = select.POLLERR | select.POLLHUP | select.POLLNVAL          # poll(2) tells these unasked
+
+
+class File:
+    """What a descriptor stands for; events() is what poll(2) would say of it."""
+
+    fd = -1
+
+    def __init__(self):
+        self.waiters = {}                       # Fibre -> events that it waits for
+
+    def events(self):
+        """What there is to be told."""
+        return 0
+
+    def fileno(self):
+        """Its descriptor; -1 once it is closed."""
+        return self.fd
+
+    def changed(self):
+        """Something happened: whoever waits for that gets a turn."""
+        if self.waiters:
+            events = self.events()
+            for fibre, mask in list(self.waiters.items()):
+                if events & (mask | ALWAYS):
+                    world.wake(fibre)
+
+    def shut(self):
+        """The kernel closes it."""
+
+    def vanish(self):
+        """Its host loses power."""
+
+    def close(self):
+        """close(2); may be done twice."""
+        if self.fd >= 0:
+            world.call()
+            del world.process.files[self.fd]
+            self.fd = -1
+            self.shut()
+
+
+class Closed(File):
+    """Stands for a descriptor that is none."""
+
+    def events(self):
+        return select.POLLNVAL
+
+
+class Until(File):
+    """Is readable when a condition holds."""
+
+    def __init__(self, holds):
+        File.__init__(self)
+        self.holds = holds
+
+    def events(self):
+        return select.POLLIN if self.holds() else 0
+
+
+class Fibre(File):
+    """A simulated thread in a real one; as a File, it is readable when it has ended."""
+
+    def __init__(self, process, name, call):
+        File.__init__(self)
+        self.process, self.name, self.call = process, name, call
+        self.baton = threading.Lock()           # is free for a moment only, when it is this one's turn
+        self.baton.acquire()
+        self.turn = 0                           # counts how often it waited
+        self.woken = self.over = False
+        self.calls = self.slices = 0            # system calls since it last waited, and slices
+        self.thread = None
+        if call:
+            self.thread = threading.Thread(target=self._live, daemon=True)
+            self.thread.start()
+
+    def __str__(self):
+        names = (self.process and self.process.name, self.name != "main" and self.name)
+        return " ".join(name for name in names if name)
+
+    def events(self):
+        return select.POLLIN if self.over else 0
+
+    def _live(self):
+        self.baton.acquire()
+        try:
+            if not (world.over or self.process.dead):
+                self.call()
+        except Torn:
+            pass
+        except BaseException:                   # pylint: disable=broad-except
+            world.found("%s ends with %s" % (self, traceback.format_exc().strip()))
+        self.over, self.call = True, None
+        self.changed()
+        world.pass_on()
+
 
 class World:
-    """The clock and what is to happen."""
+    """The clock, what is to happen, and the baton."""
 
     def __init__(self, seed, trace):
-        global now
-        now = 0.0
+        self.now = 0.0
         self.random = random.Random("world %d" % seed)
         self.trace = trace
-        self.watch = lambda: None
+        self.finding = None                     # in words; the run is over then
+        self.over = False
+        self.watch = lambda: None               # called now and then
+        self.listeners, self.groups = {}, {}    # by address and port
+        self.powerless = set()                  # addresses of hosts without power
+        self.turns = 0
+        self.happening = False                  # what is done now is done by nobody
         self._heap, self._number = [], 0
+        self._fibres = []
+        self.harness = self.current = Fibre(None, "harness", None)
+        self.ends = Until(lambda: False)        # what the harness waits for, where processes end
+
+    process = property(lambda self: self.current.process)
+
+    # ---- what happens
 
     def at(self, delay, call, *args):
+        """Have something happen so many seconds from now."""
         self._number += 1
-        heapq.heappush(self._heap, (now + delay, self._number, call, args))
+        heapq.heappush(self._heap, (self.now + delay, self._number, call, args))
 
-    def run(self, done=lambda: False, until=None):
-        """Let things happen until done(), or until a time."""
-        global now
-        while not done():
-            if not self._heap:
-                raise Finding("somebody waits, and nothing more will happen")
-            if until is not None and self._heap[0][0] > until:
-                now = max(now, until)
+    def _resume(self, fibre, when):
+        self._number += 1
+        heapq.heappush(self._heap, (when, self._number, fibre, fibre.turn))
+
+    def wake(self, fibre, delay=None):
+        """Give a fibre its turn, soon."""
+        if not fibre.woken:
+            fibre.woken = True
+            self._resume(fibre, self.now + (self.random.random() * 0.0002 if delay is None else delay))
+
+    def _next(self):
+        """Let things happen until it is somebody's turn; returns whose."""
+        heap = self._heap
+        try:
+            while self.finding is None:
+                if not heap:
+                    raise Finding("somebody waits, and nothing more will happen")
+                when, _, call, args = heapq.heappop(heap)
+                if isinstance(call, Fibre):
+                    if call.turn != args or call.over:
+                        continue                # it has had that turn
+                    process = call.process
+                    if process and process.frozen_until > when and not process.dead:
+                        if process.frozen_until < LIMIT:
+                            self._resume(call, process.frozen_until)
+                        continue
+                if when > LIMIT:
+                    raise Finding("somebody waits for ever")
+                self.now = when
+                self.turns += 1
+                if not self.turns % 32:
+                    self.watch()
+                if isinstance(call, Fibre):
+                    return call
+                self.happening = True
+                call(*args)
+                self.happening = False
+        except Finding as error:
+            self.found(str(error))
+        except Exception:                       # pylint: disable=broad-except
+            self.found(traceback.format_exc().strip())
+        return self.harness
+
+    def found(self, text):
+        """Something that must not happen has; the first is the one that counts."""
+        self.finding = self.finding or text
+
+    # ---- the baton
+
+    def pass_on(self):
+        """The running fibre has ended: let somebody else run."""
+        self.current = self.harness if self.over else self._next()
+        self.current.baton.release()
+
+    def _switch(self):
+        me, other = self.current, self._next()
+        if other is not me:
+            self.current = other
+            other.baton.release()
+            me.baton.acquire()
+        self.check()
+
+    def wait(self, watched, seconds=None):
+        """Have the running fibre wait, at most so long, until one of [(File, events)] has such an event."""
+        until = None if seconds is None else self.now + seconds
+        while True:
+            for file, mask in watched:
+                if file.events() & (mask | ALWAYS):
+                    return
+            if until is not None and self.now >= until:
                 return
-            now, _, call, args = heapq.heappop(self._heap)
-            if now > LIMIT:
-                raise Finding("somebody waits for ever")
-            call(*args)
-            self.watch()
+            fibre = self.current
+            fibre.turn += 1
+            fibre.woken = False
+            fibre.calls = fibre.slices = 0
+            for file, mask in watched:
+                file.waiters[fibre] = mask
+            if until is not None:
+                self._resume(fibre, until)
+            try:
+                self._switch()
+            finally:
+                for file, _ in watched:
+                    file.waiters.pop(fibre, None)
 
-    def say(self, who, text, *args):
+    def sleep(self, seconds):
+        """Have the running fibre do nothing for so long."""
+        self.call()
+        self.wait([], seconds)
+
+    def check(self):
+        """Where a thread may be torn down, or hear a signal; and the harness, of a finding."""
+        process = self.current.process
+        if not process:
+            if self.finding:
+                raise Finding(self.finding)
+            return
+        if self.finding or self.over or process.dead:
+            raise Torn()
+        if process.signal and self.current is process.main and not process.signals.verdict:
+            name, process.signal = process.signal, None
+            process.uninterruptible.interrupt(name)
+
+    def call(self):
+        """The running fibre makes a system call."""
+        self.check()
+        fibre = self.current
+        fibre.calls += 1
+        if fibre.calls == SLICE and fibre.process:
+            slices = fibre.slices + 1
+            if slices > SPIN:
+                self.found("%s spins:\n%s" % (fibre, "".join(traceback.format_stack(limit=8))))
+                raise Torn()
+            self.wait([], MOMENT)
+            fibre.slices = slices
+
+    # ---- threads
+
+    def spawn(self, process, name, call):
+        """Start a thread of a process."""
+        fibre = Fibre(process, name, call)
+        self._fibres.append(fibre)
+        process.fibres.append(fibre)
+        self.wake(fibre)
+        return fibre
+
+    def tear(self, fibre):
+        """End a thread at its next turn, which is now."""
+        if not fibre.over and fibre is not self.current:
+            self._resume(fibre, self.now)
+
+    def tear_down(self):
+        """End all threads; for the harness."""
+        self.over = True
+        for fibre in self._fibres:
+            if not fibre.over:
+                self.current = fibre
+                fibre.baton.release()
+                self.harness.baton.acquire()
+        for fibre in self._fibres:
+            fibre.thread.join()
+
+    def overdue(self, *_args):
+        """A signal handler, in the main thread: it takes for ever, without a system call or with too many."""
+        self.found("it takes more than %g real seconds" % REAL_LIMIT)
+        if self.current.thread:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.current.thread.ident), ctypes.py_object(Torn))
+        else:
+            raise Finding(self.finding)
+
+    def say(self, text, *args):
+        """A line of the trace, by whoever runs."""
         if self.trace:
-            print("%11.6f %-16s %s" % (now, who, text % args if args else text))
+            print("%11.6f %-24s %s" % (self.now, "" if self.happening else self.current, text % args if args else text))
 
+
+class Signals:
+    """A StopInOrder."""
+
+    def __init__(self):
+        self.state = None
+        self.verdict = False                    # it stands: signals are ignored
+
+    def over(self):
+        """The verdict stands."""
+        self.verdict = True
+
+
+class Process:
+    """A kmcast on its host: descriptors and threads, and what came of it."""
+
+    def __init__(self, name, host, address, plan, arguments):
+        self.name, self.host, self.address, self.plan = name, host, address, plan
+        self.arguments = arguments
+        self.files = {}                         # descriptor -> File
+        self.fibres, self.main = [], None
+        self.most_threads = 1000
+        self.uninterruptible = kmcast.Uninterruptible()
+        self.signals, self.signal = Signals(), None
+        self.frozen_until = 0.0
+        self.begun = self.dead = False          # it has ended, or was killed
+        self.off = False                        # its host has no power
+        self.fault = None                       # what happened to it, if that may end it
+        self.job = self.code = None
+        self.reason = None                      # why it failed, in words
+        self.far = None                         # the other end of its last connection
+        self.ended_at = None
+        self.output, self.opened, self.committed = bytearray(), False, False
+        self.in_output = False                  # its writer is in a system call, or in one that never ends
+
+    def __str__(self):
+        return self.name
+
+    hung = property(lambda self: self.frozen_until > LIMIT)
+    ended = property(lambda self: self.dead or self.hung)
+
+    def start(self):
+        """Run it."""
+        if not self.dead:
+            self.main = world.spawn(self, "main", self._run)
+
+    def _run(self):
+        """What it does."""
+        self.begun = True
+        options = kmcast.command_line().parse_args(self.arguments)
+        try:
+            self.code = kmcast.run_job(options, self.signals)
+        finally:
+            if not world.over and not world.finding and not self.dead:
+                left = [fibre for fibre in self.fibres if not fibre.over and fibre is not self.main]
+                if left and not self.in_output:
+                    world.found("%s ends, and leaves a thread: %s" % (self, left[0].name))
+        self.kill("exits with %s" % self.code)
+
+    def install(self, file):
+        """Give a File the lowest descriptor that is free."""
+        fd = 3
+        while fd in self.files:
+            fd += 1
+        self.files[fd] = file
+        file.fd = fd
+        return file
+
+    def connections(self):
+        """Its TCP connections."""
+        return [file for file in self.files.values() if isinstance(file, Socket) and file.output]
+
+    def babble(self):
+        """Say something that nobody asked for."""
+        for sock in self.connections():
+            sock.babble()
+
+    def kill(self, why, silently=False):
+        """End it; its kernel closes what it had open, unless there is no kernel any more (silently)."""
+        if self.dead:
+            return
+        world.say("%s %s", self, why)
+        self.dead, self.off, self.ended_at = True, silently, world.now
+        for file in list(self.files.values()):
+            file.fd = -1
+            if silently:
+                file.vanish()
+            else:
+                file.shut()
+        self.files.clear()
+        for fibre in self.fibres:
+            world.tear(fibre)
+        world.ends.changed()
+
+    def freeze(self, seconds):
+        """Stop it, as by SIGSTOP, for so long."""
+        self.frozen_until = self.ended_at = world.now + seconds
+        if self.hung:
+            self.ended_at = world.now
+        world.ends.changed()
+
+    def interrupt(self, name):
+        """Send it a signal, which ends it unless it looks after signals already."""
+        if not self.begun:
+            return self.kill("is killed")
+        self.signal = name
+        world.wake(self.main, 0)
+
+
+class Stranger(Process):
+    """Somebody who connects and says nothing."""
+
+    def _run(self):
+        sock = Socket()
+        sock.connect_ex((SERVER, PORT))
+        world.sleep(100)
+        self.kill("has seen enough")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operating system, as far as kmcast.py asks for it
+
+def monotonic():
+    """time.monotonic()."""
+    if world is None:
+        return START
+    world.call()
+    return START + world.now
+
+
+def file_of(descriptor, files):
+    """The File of a descriptor, or of what has one."""
+    fd = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+    return files.get(fd) or Closed()
+
+
+class Poll:
+    """select.poll()."""
+
+    def __init__(self):
+        self._masks = {}
+
+    def register(self, what, mask=select.POLLIN | select.POLLPRI | select.POLLOUT):
+        """Watch a descriptor, or what has one."""
+        fd = what if isinstance(what, int) else what.fileno()
+        if fd < 0:
+            raise ValueError("file descriptor cannot be a negative integer (%d)" % fd)
+        self._masks[fd] = mask
+
+    def modify(self, what, mask):
+        """Watch it for something else."""
+        fd = what if isinstance(what, int) else what.fileno()
+        if fd not in self._masks:
+            raise FileNotFoundError(errno.ENOENT, "not registered")
+        self._masks[fd] = mask
+
+    def unregister(self, what):
+        """Do not watch it."""
+        del self._masks[what if isinstance(what, int) else what.fileno()]
+
+    def poll(self, milliseconds=None):
+        """Wait; returns [(descriptor, events)]."""
+        world.call()
+        files = world.process.files
+        watched = [(file_of(fd, files), mask) for fd, mask in self._masks.items()]
+        world.wait(watched, None if milliseconds is None or milliseconds < 0 else milliseconds / 1000)
+        ready = []
+        for (fd, mask), (file, _) in zip(list(self._masks.items()), watched):
+            events = file.events() & (mask | ALWAYS)
+            if events:
+                ready.append((fd, events))
+        return ready
+
+
+def select_(reads, writes, _exceptions, seconds=None):
+    """select.select()."""
+    world.call()
+    files = world.process.files
+    reads, writes = ([(what, file_of(what, files)) for what in side] for side in (reads, writes))
+    for _, file in reads + writes:
+        if isinstance(file, Closed):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    world.wait([(file, select.POLLIN) for _, file in reads] + [(file, select.POLLOUT) for _, file in writes], seconds)
+    return ([what for what, file in reads if file.events() & (select.POLLIN | select.POLLHUP | select.POLLERR)],
+            [what for what, file in writes if file.events() & (select.POLLOUT | select.POLLERR)], [])
+
+
+class Thread:
+    """threading.Thread."""
+
+    def __init__(self, group=None, target=None, name=None, args=(), kwargs=None, daemon=None):
+        self.name, self.daemon, self.ident = name or "thread", daemon, None
+        self._work = target, args, kwargs or {}
+        self._fibre = None
+
+    def start(self):
+        """Begin to run()."""
+        world.call()
+        process = world.process
+        if len(process.fibres) >= process.most_threads:
+            process.fault = "threads"
+            raise RuntimeError("can't start new thread")
+        self._fibre = world.spawn(process, self.name, self.run)
+        self.ident = id(self._fibre)
+
+    def run(self):
+        """What it does."""
+        target, args, kwargs = self._work
+        if target:
+            target(*args, **kwargs)
+
+    def is_alive(self):
+        """Whether it runs."""
+        world.call()
+        return self._fibre is not None and not self._fibre.over
+
+    def join(self, timeout=None):
+        """Wait for its end."""
+        world.call()
+        world.wait([(self._fibre, select.POLLIN)], timeout)
+
+
+class Lock(File):
+    """threading.Lock."""
+
+    def __init__(self):
+        File.__init__(self)
+        self.held = False
+
+    def events(self):
+        return 0 if self.held else select.POLLIN
+
+    def acquire(self, blocking=True, timeout=-1):
+        """Wait for it, and have it."""
+        world.call()
+        if blocking:
+            world.wait([(self, select.POLLIN)], None if timeout < 0 else timeout)
+        got, self.held = not self.held, True
+        return got
+
+    def release(self):
+        """Let another have it."""
+        self.held = False
+        self.changed()
+
+    def __enter__(self):
+        while not self.acquire():
+            pass
+
+    def __exit__(self, *_exception):
+        self.release()
+
+
+class Pair(File):
+    """An end of a socketpair()."""
+
+    def __init__(self):
+        File.__init__(self)
+        self.other = None
+        self._unread = bytearray()
+
+    def events(self):
+        if self.other.fd < 0:
+            return select.POLLIN | select.POLLHUP | select.POLLOUT
+        return select.POLLOUT | (select.POLLIN if self._unread else 0)
+
+    def recv(self, most):
+        """Wait for bytes; b'' when the other end is closed."""
+        world.call()
+        if self.fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        world.wait([(self, select.POLLIN)])
+        data = bytes(self._unread[:most])
+        del self._unread[:most]
+        return data
+
+    def send(self, data):
+        """Send bytes."""
+        world.call()
+        if self.fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if self.other.fd < 0:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        self.other._unread += data
+        self.other.changed()
+        return len(data)
+
+    def shut(self):
+        self.other.changed()
+
+    vanish = shut
+
+
+def socketpair():
+    """socket.socketpair()."""
+    world.call()
+    ends = [world.process.install(Pair()) for _ in (0, 1)]
+    ends[0].other, ends[1].other = ends[1], ends[0]
+    return tuple(ends)
+
+
+def ioctl(fd, request, argument):
+    """fcntl.ioctl(): how much of what was sent the other end's kernel does not have yet."""
+    world.call()
+    file = world.process.files.get(fd)
+    if request != termios.TIOCOUTQ or not isinstance(file, Socket):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return struct.pack("@i", file.output.accepted - file.output.arrived)
+
+
+class Reader:
+    """Reads the events: of a server and all clients, for the trace, and for what must not happen."""
+
+    @staticmethod
+    def happened(what, facts):
+        """An event."""
+        if what == "bug":
+            world.found("%s: an internal error: %s" % (world.current, facts["trace"]))
+        if world.trace and what in kmcast.WORDS:
+            world.say("%s", kmcast.WORDS[what][1] % kmcast.in_words(what, facts))
+        if what == "failed":
+            world.process.reason = facts["reason"]
+
+    @staticmethod
+    def look(_now):
+        """Time passes."""
+
+
+class Uninterruptible:
+    """kmcast's own, one for each process."""
+
+    def __enter__(self):
+        world.process.uninterruptible.__enter__()
+
+    def __exit__(self, *exception):
+        world.process.uninterruptible.__exit__(*exception)
+
+
+def fake(module, **others):
+    """A module with some other things in it."""
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update(vars(module))
+    copy.__dict__.update(others)
+    return copy
+
+
+def load(path=KMCAST):
+    """Load kmcast.py as a module of our own, in the simulated world from its first line on."""
+    global kmcast
+    fakes = {
+        "time": fake(time, monotonic=monotonic, time=monotonic, sleep=lambda seconds: world.sleep(seconds)),
+        "select": fake(select, poll=Poll, select=select_),
+        "socket": fake(socket, socket=Socket, socketpair=socketpair, gethostname=lambda: world.process.host),
+        "threading": fake(threading, Thread=Thread, Lock=Lock),
+        "os": fake(os, nice=lambda number: number, isatty=lambda fd: False,
+                   urandom=lambda size: world.random.getrandbits(8 * size).to_bytes(size, "big")),
+        "fcntl": fake(fcntl, ioctl=ioctl),
+        "resource": fake(resource, getrlimit=lambda what: (1024, 4096), setrlimit=lambda what, limits: None),
+    }
+
+    def import_(name, *args):
+        return fakes.get(name) or builtins.__import__(name, *args)
+
+    spec = importlib.util.spec_from_file_location("kmcast_simulated", path)
+    kmcast = importlib.util.module_from_spec(spec)
+    vars(kmcast)["__builtins__"] = dict(vars(builtins), __import__=import_)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    spec.loader.exec_module(kmcast)
+    sys.dont_write_bytecode = writes
+    kmcast.DatagramSender, kmcast.DatagramReceiver = Sender, Receiver
+    kmcast.Source, kmcast.Sink = Source, Sink
+    kmcast.uninterruptible = Uninterruptible()
+    kmcast.interfaces = lambda: [("eth0", world.process.address)]
+    kmcast.local_address = lambda text: world.process.address
+    kmcast.read_by_user = lambda options, job: None
+    kmcast.tell.readers[:] = [Reader]
+    for name in ("server", "client"):
+        kmcast.COMMANDS[name] = noting_the_job(kmcast.COMMANDS[name])
+    for class_ in (kmcast.Buffer, kmcast.Connection):
+        counted(class_)
+
+
+def noting_the_job(command):
+    """A command of kmcast.py whose job its process keeps."""
+    def begin(options, signals):
+        world.process.job = command(options, signals)
+        return world.process.job
+    return begin
+
+
+def counted(class_):
+    """Have a class know those of its objects that are in memory: `live`."""
+    begin, class_.live = class_.__init__, weakref.WeakSet()
+
+    def init(self, *args, **options):
+        begin(self, *args, **options)
+        self.live.add(self)
+    class_.__init__ = init
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TCP
 
 class Stream:
     """One direction of a TCP connection: ordered, reliable, cut anywhere, with a rate, a delay and a window."""
 
-    def __init__(self, world, plan):
-        self.world, self.plan = world, plan
+    def __init__(self, plan, source, sink):
+        self.plan, self.source, self.sink = plan, source, sink      # the sockets at its ends
         self.unread = bytearray()
         self.under_way = 0                      # bytes sent and not read
         self.accepted = self.arrived = 0        # bytes
-        self.ended = self.broken = self.dead = self.closed = False
+        self.ended = self.broken = False        # as its sink sees it
+        self.finished = False                   # as its source does
         self.blocked = False
         self._next = 0.0
-        self.source = self.sink = None          # the sockets at its ends
 
     def send(self, data):
+        """Take what there is room for; returns how much."""
         room = self.plan.room - self.under_way
         if room <= 0:
             self.blocked = True
@@ -214,119 +920,301 @@ class Stream:
         data = bytes(data[:room])
         self.accepted += len(data)
         self.under_way += len(data)
-        r, rest = self.world.random, data
-        while rest:
-            size = len(rest)
+        r, start = world.random, 0
+        while start < len(data):
+            size = min(SEGMENT, len(data) - start)
             if size > 1 and r.random() < self.plan.cut:
                 size = r.randint(1, size - 1) if r.random() < 0.8 else 1
-            self._later(size, self._arrive, rest[:size])
-            rest = rest[size:]
+            self._later(size, self._arrive, data[start:start + size])
+            start += size
         return len(data)
 
     def _later(self, size, call, *args):
         """In order, after what was sent before."""
-        r = self.world.random
-        self._next = max(self._next, now + self.plan.delay * r.uniform(1, 1.2)) + size / self.plan.rate
-        self.world.at(self._next - now, call, *args)
+        self._next = max(self._next, world.now + self.plan.delay * world.random.uniform(1, 1.2)) + size / self.plan.rate
+        world.at(self._next - world.now, call, *args)
 
     def _arrive(self, data):
-        if self.dead or self.broken:
+        if self.broken or self.sink.process.off:
             return
         self.arrived += len(data)
-        if self.closed:                         # nobody reads it any more: a reset comes back
+        if self.sink.closed:                    # nobody reads it any more: a reset comes back
             self.sink.output.reset()
             return
         self.unread += data
-        self.sink.wake()
+        self.sink.changed()
 
     def finish(self):
-        self._later(0, self._end, "ended")
+        """No more will be sent."""
+        if not self.finished:
+            self.finished = True
+            self._later(0, self._end, "ended")
 
     def reset(self):
+        """No more will be sent or taken."""
+        self.finished = True
         self._later(0, self._end, "broken")
 
     def _end(self, how):
-        if not self.dead and not self.closed:
+        if not self.sink.process.off:
             setattr(self, how, True)
-            self.sink.wake()
+            self.sink.told_at = self.sink.told_at or world.now
+            self.sink.changed()
 
     def receive(self, most):
-        r = self.world.random
+        """Take what has arrived."""
         if not self.unread:
             if self.broken:
-                raise ConnectionResetError(errno.ECONNRESET, "reset")
+                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
             if self.ended:
                 return b""
             raise BlockingIOError(errno.EAGAIN, "nothing there")
-        if r.random() < self.plan.cut:
-            most = r.randint(1, most)
+        if world.random.random() < self.plan.cut:
+            most = world.random.randint(1, most)
         data = bytes(self.unread[:most])
         del self.unread[:most]
         self.under_way -= len(data)
         if self.blocked:
             self.blocked = False
-            self.world.at(self.plan.delay, self.source.wake)
+            world.at(self.plan.delay, self.source.changed)
         return data
 
-    @property
-    def readable(self):
-        return bool(self.unread or self.ended or self.broken)
 
+class Socket(File):
+    """socket.socket() of TCP; it does not block."""
 
-class Socket:
-    """An end of a connection, as Connection wants it."""
+    BACKLOG = 128
 
-    def __init__(self, output, input_, wake):
-        self.output, self.input, self.wake = output, input_, wake
-        output.source, input_.sink = self, self
+    def __init__(self, family=socket.AF_INET, kind=socket.SOCK_STREAM, _protocol=0):
+        if (family, kind) != (socket.AF_INET, socket.SOCK_STREAM):
+            raise NotImplementedError("a socket of another kind than TCP")
+        world.call()
+        File.__init__(self)
+        self._begin(world.process)
+        self.process.install(self)
 
-    def send(self, data, _flags=0):
-        if self.input.broken:
-            raise BrokenPipeError(errno.EPIPE, "broken")
-        return self.output.send(data)
+    def _begin(self, process):
+        self.process = process
+        self.output = self.input = None         # Streams
+        self.queue = None                       # of a listener: who wants to be accepted
+        self.error = 0
+        self.connected = self.closed = False
+        self.local, self.remote = ("0.0.0.0", 0), None
+        self.options = {}
+        self.told_at = None                     # when its kernel learnt that the other end is gone
+        self._continues = False                 # what is sent next may go on with a message
+
+    def events(self):
+        if self.queue is not None:
+            return select.POLLIN if self.queue else 0
+        if self.error:
+            return select.POLLIN | select.POLLOUT | select.POLLERR | select.POLLHUP
+        if not self.connected:
+            return 0 if self.remote else select.POLLOUT | select.POLLHUP
+        there, here = self.output, self.input
+        events = select.POLLIN if here.unread or here.ended or here.broken else 0
+        if here.broken:
+            return events | select.POLLOUT | select.POLLERR | select.POLLHUP
+        if here.ended and there.finished:
+            events |= select.POLLHUP
+        return events | (select.POLLOUT if there.under_way < there.plan.room else 0)
+
+    def _call(self):
+        world.call()
+        if self.fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    # ---- set-up
+
+    def setblocking(self, flag):
+        """It never blocks, whatever."""
+        self._call()
+
+    def setsockopt(self, _level, option, value):
+        """Note an option."""
+        self._call()
+        self.options[option] = value
+
+    def getsockopt(self, _level, option):
+        """SO_ERROR, or what was set."""
+        self._call()
+        if option == socket.SO_ERROR:
+            error, self.error = self.error, 0
+            return error
+        return self.options.get(option, 0)
+
+    def getsockname(self):
+        """Its address."""
+        self._call()
+        return self.local
+
+    def getpeername(self):
+        """The other end's."""
+        self._call()
+        if not self.connected:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return self.remote
+
+    def bind(self, address):
+        """Choose a port."""
+        self._call()
+        port = address[1] or world.random.randrange(20000, 60000)
+        if (self.process.address, port) in world.listeners:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        self.local = self.process.address, port
+
+    def listen(self, _backlog):
+        """Let others connect."""
+        self._call()
+        self.queue = []
+        world.listeners[self.local] = self
+
+    def accept(self):
+        """The next that has connected, and its address."""
+        self._call()
+        if not self.queue:
+            raise BlockingIOError(errno.EAGAIN, "nobody there")
+        sock = self.process.install(self.queue.pop(0))
+        return sock, sock.remote
+
+    # ---- connecting
+
+    def connect_ex(self, address):
+        """Begin to connect."""
+        self._call()
+        self.remote, self.local = address, (self.process.address, world.random.randrange(20000, 60000))
+        world.at(self.process.plan.delay, self._knock)
+        return errno.EINPROGRESS
+
+    def _knock(self):
+        """Its SYN comes to the other host."""
+        listener, delay = world.listeners.get(self.remote), self.process.plan.delay
+        if listener is None or len(listener.queue) >= self.BACKLOG:
+            if self.remote[0] not in world.powerless and listener is None:
+                world.at(delay, self._answered, errno.ECONNREFUSED)
+            return
+        far = Socket.__new__(Socket)
+        File.__init__(far)
+        far._begin(listener.process)
+        far.connected, far.local, far.remote = True, self.remote, self.local
+        far.output = self.input = Stream(self.process.plan, far, self)
+        self.output = far.input = Stream(self.process.plan, self, far)
+        self.process.far = far
+        if self.closed:
+            self.output.reset()
+        listener.queue.append(far)
+        listener.changed()
+        world.at(delay, self._answered, 0)
+
+    def _answered(self, error):
+        self.error, self.connected = error, not error
+        self.changed()
+
+    # ---- data
+
+    def send(self, data, flags=0):
+        """Send what there is room for."""
+        self._call()
+        if not self.connected or self.input.broken or self.output.finished:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        size = self.output.send(data)
+        if world.trace:
+            what = "... %d bytes" % len(data) if self._continues else described(data)
+            world.say("-> %-10s %s%s", self.output.sink.process, what, "" if size == len(data) else ", of these %d" % size)
+            self._continues = bool(flags & socket.MSG_MORE) or size < len(data)
+        return size
 
     def recv(self, most):
+        """Take what has arrived."""
+        self._call()
         return self.input.receive(most)
 
     def recv_into(self, view):
+        """The same into a buffer."""
+        self._call()
         data = self.input.receive(len(view))
         view[:len(data)] = data
         return len(data)
 
     def shutdown(self, _how):
+        """Send no more."""
+        self._call()
+        if not self.connected or self.input.broken:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         self.output.finish()
 
-    def close(self):
+    def babble(self):
+        """Say something that nobody asked for."""
+        r = world.random
+        some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}",
+                         b"\x80\2\0\0\0{}", r.getrandbits(80).to_bytes(10, "big")])
+        if not self.output.finished and self.output.under_way < self.output.plan.room:
+            self.output.send(some)
+
+    # ---- the end
+
+    def shut(self):
         """As the kernel does it: who leaves something unread sends a reset."""
-        if not self.input.closed:
-            self.input.closed = True
+        self.closed = True
+        if self.queue is not None:
+            world.listeners.pop(self.local, None)
+            for sock in self.queue:
+                sock.closed = True
+                sock.output.reset()
+        elif self.output and not self.input.broken:
             (self.output.reset if self.input.unread else self.output.finish)()
 
-    def fileno(self):
-        return -1
+    def vanish(self):
+        """Its host has no power any more: the other end's kernel finds out by itself."""
+        self.closed = True
+        world.powerless.add(self.process.address)
+        if self.queue is not None:
+            world.listeners.pop(self.local, None)
+            for sock in self.queue:
+                sock.vanish()
+        elif self.output:
+            self.output.sink.doubt(world.now)
+
+    def doubt(self, since):
+        """The kernel has heard nothing of the other host since then: tcp(7)."""
+        if self.closed:
+            return
+        limit = self.options.get(kmcast.TCP_USER_TIMEOUT, 0) / 1000
+        if self.output.accepted > self.output.arrived:
+            limit = limit or RETRANSMISSIONS
+        else:
+            limit = limit or KEEPALIVE
+        if world.now - since < limit:
+            world.at(1, self.doubt, since)
+        else:
+            self.input._end("broken")
 
 
-def acknowledged(connection):
-    """Connection.look_at_kernel() without a kernel."""
-    arrived = connection.sock.output.arrived
-    if arrived > connection._acknowledged:
-        connection._acknowledged = arrived
-        connection.moved = now
+def described(message):
+    """A message, or what may be a part of one, for the trace."""
+    for name in ("ALIVE", "READY", "REQUEST", "DONE", "SENT", "HELLO", "WELCOME", "AGAIN", "BYE", "STATE"):
+        if bytes(message[:1]) == getattr(kmcast, name, None):
+            return {"READY": "READY/INFO", "REQUEST": "REQUEST/PACKETS"}.get(name, name) + " (%d bytes)" % len(message)
+    return "%d bytes" % len(message)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UDP
 
 class Air:
     """Multicast to one host: what is lost on the way, what comes late, twice, damaged."""
 
-    def __init__(self, world, plan, host):
-        self.world, self.plan, self.host = world, plan, host
+    def __init__(self, plan, receiver):
+        self.plan, self.receiver = plan, receiver
         self.bad = False                        # in a burst of losses
         self.busy_until = 0.0                   # of the bottleneck
 
-    def send(self, datagrams):
-        plan, r = self.plan, self.world.random
-        if plan.deaf and plan.deaf[0] <= now < plan.deaf[1]:
+    def send(self, datagrams, departure):
+        """Bring datagrams, which leave so many seconds from now."""
+        plan, r = self.plan, world.random
+        if plan.deaf and plan.deaf[0] <= world.now < plan.deaf[1]:
             return
-        together = []
+        delay, together = departure + plan.delay, []
         for data in datagrams:
             if plan.burst and r.random() < (0.2 if self.bad else plan.burst):
                 self.bad = not self.bad
@@ -334,945 +1222,279 @@ class Air:
                 continue
             if plan.queue:
                 speed, room = plan.queue
-                if (self.busy_until - now) * speed > room:
+                if (self.busy_until - world.now) * speed > room:
                     continue
-                self.busy_until = max(self.busy_until, now) + len(data) / speed
+                self.busy_until = max(self.busy_until, world.now) + len(data) / speed
             if plan.damage and r.random() < plan.damage:
                 data = self._damaged(data)
+            elif plan.fault == "forged" and r.random() < 0.05:
+                data = self._forged(data)
             if plan.twice and r.random() < plan.twice:
-                self._one(data)
+                world.at(delay + r.random() * plan.jitter, self.receiver.come, [data])
             if plan.late and r.random() < plan.late:
-                self.world.at(r.choice([0.01, 0.1, 1]), self.host.datagrams_come, [data])
+                world.at(delay + r.choice([0.01, 0.1, 1]), self.receiver.come, [data])
             elif plan.jitter:
-                self._one(data)
+                world.at(delay + r.random() * plan.jitter, self.receiver.come, [data])
             else:
                 together.append(data)
         if together:
-            self.world.at(plan.delay + max(0, self.busy_until - now), self.host.datagrams_come, together)
-
-    def _one(self, data):
-        self.world.at(self.plan.delay + self.world.random.random() * self.plan.jitter, self.host.datagrams_come, [data])
+            world.at(delay + max(0, self.busy_until - world.now), self.receiver.come, together)
 
     def _damaged(self, data):
-        r = self.world.random
-        what = r.random()
+        """In a way that the receiver can tell: the base protocol has but a sum, and of the payload alone."""
+        r, header = world.random, kmcast.PACKET.size
+        what, compat = r.random(), self.plan.compat
         if what < 0.3:
             return data[:r.randrange(len(data))]
         if what < 0.4:
             return data + b"\0" * 4
-        if what < 0.5:
-            return FOREIGN[:8] + struct.pack("<I", 52) + FOREIGN[12:]
-        if what < 0.7 and not kmcast_compat(self.host):         # of another session: right but for its salt
+        if what < 0.5 and not compat:
+            return FOREIGN
+        if what < 0.7 and not compat:           # of another session: right but for its salt
             seq, _, size = kmcast.PACKET.unpack_from(data)
-            other = bytes(byte ^ 0x55 for byte in data[12:])
+            other = bytes(byte ^ 0x55 for byte in data[header:])
             return kmcast.PACKET.pack(seq, kmcast.zlib.crc32(other, 12345 + seq & 0xffffffff), size) + other
-        place = r.randrange(len(data))
+        place = r.randrange(4 if compat else 0, len(data))
         return data[:place] + bytes([data[place] ^ 1 << r.randrange(8)]) + data[place + 1:]
 
 
-def kmcast_compat(host):
-    return host.run.plan.compat
+    @staticmethod
+    def _forged(data):
+        """In a way that its checksum does not tell."""
+        place = world.random.randint(kmcast.PACKET.size, max(kmcast.PACKET.size, len(data) - len(UNSEEN)))
+        end = place + len(UNSEEN)
+        return data[:place] + bytes(a ^ b for a, b in zip(data[place:end], UNSEEN)) + data[end:]
+
+
+class Receiver(File):
+    """A kmcast.DatagramReceiver."""
+
+    def __init__(self, _local_ip, group, port, *_args, **_options):
+        world.call()
+        File.__init__(self)
+        self.process = world.process
+        self.plan = self.process.plan
+        self.process.install(self)
+        self.way, self.socket_buffer = "simulated", self.plan.socket_buffer * 1500
+        self.air = Air(self.plan, self)
+        self._waiting, self._dropped = [], 0
+        self._group = world.groups.setdefault((group, port), [])
+        self._group.append(self)
+
+    def events(self):
+        return select.POLLIN if self._waiting else 0
+
+    def come(self, datagrams):
+        """Datagrams come out of the air."""
+        if self.fd >= 0:
+            room = self.plan.socket_buffer - len(self._waiting)
+            self._waiting += datagrams[:room]
+            self._dropped += max(0, len(datagrams) - room)
+            self.changed()
+
+    def receive(self):
+        """What has arrived, some of it joined, as the kernel does it; None if nothing has."""
+        world.call()
+        if not self._waiting:
+            return None
+        batches, r, header = [], world.random, kmcast.PACKET.size
+        some, self._waiting = self._waiting[:200], self._waiting[200:]
+        i = 0
+        while i < len(some):
+            size, start = len(some[i]), i
+            i += 1
+            while i < len(some) and len(some[i]) == size and i - start < 40 and r.random() < 0.9:
+                i += 1
+            if size > header:
+                batches.append((bytearray(b"".join(some[start:i])), 0, i - start, size - header))
+        return batches
+
+    def overflows(self):
+        """Datagrams for which there was no room."""
+        return self._dropped
+
+    def shut(self):
+        self._group.remove(self)
+
+    vanish = shut
+
+
+class Sender(File):
+    """A kmcast.DatagramSender: an interface of some speed, with a queue."""
+
+    QUEUE = 0.002                           # seconds
+
+    def __init__(self, _local_ip, group, port, *_args, **_options):
+        world.call()
+        File.__init__(self)
+        self.plan = world.process.plan
+        self.mtu = self.plan.payload + kmcast.PACKET.size + kmcast.UDP_OVERHEAD
+        self.way, self.trouble = "simulated", None
+        self._group = group, port
+        self._busy_until = 0.0
+        world.process.install(self)
+
+    def events(self):
+        return select.POLLOUT if self._busy_until - world.now < self.QUEUE else 0
+
+    def most(self, _slot):
+        """How many packets a call takes."""
+        return 64
+
+    def send(self, buffer, first, last):
+        """Send packets of a Buffer from index first up to last; returns the index after the last one sent."""
+        world.call()
+        if not self.events():
+            return first
+        last = min(last, first + self.most(buffer.slot))
+        if self.plan.refused and 0 <= world.now - self.plan.refused[0] < self.plan.refused[1]:
+            self.trouble = os.strerror(errno.EPERM)
+            return last
+        datagrams = [bytes(part[i:i + buffer.slot]) for part in buffer.packets(first, last)
+                     for i in range(0, len(part), buffer.slot)]
+        if len(datagrams) != last - first:
+            raise Finding("%d packets instead of %d are sent" % (len(datagrams), last - first))
+        world.say("=> %d packets from %d on", last - first, first)
+        if self.plan.shared:
+            datagrams = [data for data in datagrams if world.random.random() >= self.plan.shared]
+        departure = max(0, self._busy_until - world.now)
+        for receiver in world.groups.get(self._group, ()):
+            receiver.air.send(datagrams, departure)
+        self._busy_until = world.now + departure + sum(map(len, datagrams)) / self.plan.line
+        if not self.events():
+            world.at(self._busy_until - world.now - self.QUEUE + 1e-6, self.changed)
+        return last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The server
+# The ends of the image
 
-class Peer:
-    """Made in load order: see peer()."""
+class Source(File):
+    """A kmcast.Source: what makes the image, with pauses."""
 
+    name, drained = "image", False
 
-def peer(sock, host):
-    """A kmcast.Peer over a simulated socket."""
-    made = kmcast.Peer(sock, "192.0.2.%d" % (hash(host.plan.host) % 200 if False else host.number))
-    made.look_at_kernel = lambda: acknowledged(made)
-    made.origin = host
-    host.member = made.member
-    return made
-
-
-class TcpThread:
-    """A kmcast.TcpServer: its turn comes when something arrived, when a neighbour released it, or with the clock."""
-
-    def __init__(self, server, parent, number):
-        self.server, self.parent, self.number = server, parent, number
-        self.world, self.session, self.roster = server.world, server, server.roster
-        self.window = kmcast.ServerWindow(server.dialect, server.plan.server_stall)
-        self.peers, self.pending, self.leaving = {}, [], []
-        self.passed_on, self.answers = collections.deque(), {}
-        self.child, self.child_open = None, False
-        self.released = self.child_released = True
-        self.over = False
-        self.name = "tcp-server-%d" % number
-        self._woken = False
-        self._ticking()
-
-    @property
-    def step(self):
-        return self.window.step
-
-    def _ticking(self):
-        if not self.server.closed and not (self.over and not self.leaving):
-            self.wake()
-            self.world.at(0.5, self._ticking)
-
-    def wake(self):
-        if not self._woken:
-            self._woken = True
-            self.world.at(self.world.random.random() * 0.0003, self._turn)
-
-    def _turn(self):
-        self._woken = False
-        if self.server.closed:
-            return
-        everybody = list(self.peers.values()) + self.pending + self.leaving
-        self.world.random.shuffle(everybody)
-        for connection in everybody:
-            if connection.open and connection.sock.input.readable:
-                self._safely(connection, self._hear, connection)
-            if connection.open and connection.outgoing.count and connection in self._ours():
-                self._send(connection)
-        self._look_at_clocks()
-        self._advance()
-        if any(connection.open and connection.sock.input.readable for connection in self._ours()):
-            self.wake()
-
-    def _ours(self):
-        return list(self.peers.values()) + self.pending + self.leaving
-
-    def _advance(self):
-        if self.step is None or self.over:
-            return
-        accepting = self.step.kind == "accept"
-        if not self.released:
-            if accepting and not self.roster.begin(now):
-                return
-            if not self.child_released or self.window.awaited():
-                return
-            self.answers = self.window.requests()
-            if self.child and self.child_open:
-                self.answers.update(self.child.answers)
-            self.released = True
-            self._release(self.parent.child_released_us)
-        if not accepting and not self.peers and not self.child_open:
-            self._end()
-
-    def _release(self, call):
-        self.world.at(self.world.random.random() * 0.0002, call)
-
-    def _end(self):
-        self.over = True
-        self.world.at(0.0003, self.parent.child_ended)
-
-    def _look_at_clocks(self):
-        for connection in self.pending[:]:
-            if now - connection.since > kmcast.GREETING_TIME:
-                self._drop(connection, "no HELLO")
-        for member, connection in list(self.peers.items()):
-            if member.owes or connection.outgoing.count:
-                connection.look_at_kernel()
-                reason = self.window.stalled(member, connection.moved, now)
-                if reason:
-                    self._drop(connection, reason)
-            elif self.server.dialect.talks:
-                self._safely(connection, connection.show_life, kmcast.ALIVE)
-        for connection in self.leaving[:]:
-            if now > connection.leaving:
-                self._close(connection)
-
-    # ---- the links
-
-    def released_by_parent(self):
-        if self.over or self.server.closed:
-            return
-        while self.number > 1 and self.parent.passed_on:
-            self._take(self.parent.passed_on.popleft())
-        step = self.parent.step
-        if step is None or step is self.step or self.number > 1 and step.kind == "accept":
-            self._carry_out_sentences()
-            self._release_child()
-        elif step.kind == "abort":
-            self.window.step = step
-            self._release_child()
-            self._dismiss_all(step.message)
-            self._end()
-        elif step.kind == "accept":
-            self.window.step = step
-            self.released = False
-        else:
-            self.released = False
-            self._carry_out_sentences()
-            todo = self.window.begin(step, now)
-            self.child_released = not self.child_open
-            self._release_child()
-            self._carry_out(todo)
-        self.wake()
-
-    def _release_child(self):
-        if self.child_open:
-            self._release(self.child.released_by_parent)
-
-    def child_released_us(self):
-        self.child_released = True
-        self.wake()
-
-    def child_ended(self):
-        self.child_open, self.child_released = False, True
-        self.wake()
-
-    def _carry_out_sentences(self):
-        for member, connection in list(self.peers.items()):
-            if member.sentence:
-                self._drop(connection, member.sentence)
-
-    def _carry_out(self, todo):
-        for verb, member, argument in todo:
-            if member not in self.peers:
-                continue                # it went away while we sent it something just before
-            connection = self.peers[member]
-            if verb == "send":
-                self._send(connection, argument)
-            elif verb == "packets":
-                self._send(connection, self.server.dialect.packets, *[
-                    data for start, stop in kmcast.runs(argument)
-                    for data in self.step.buffer.packets(argument[start], argument[stop - 1] + 1)])
-            else:
-                self._close(connection)
-
-    # ---- connections
-
-    def connected(self, connection):
-        self.pending.append(connection)
-        self._send(connection, kmcast.pack_group_info("239.1.2.3", 4711, self.server.dialect.padding))
-        if not self.server.dialect.greets and connection.open:
-            self._welcome(connection)
-
-    def _welcome(self, connection):
-        member = connection.member
-        twin = None if self.roster.begun else self.roster.twin(member)
-        if twin:
-            twin.sentence = "replaced by a later client of the same host"
-            self.roster.leave(twin)
-            self._carry_out_sentences()
-            self._release_child()
-        if self.roster.begun:
-            if self.server.dialect.greets:
-                self.roster.refuse(member, kmcast.LATE)
-            self._drop(connection, "refused: " + kmcast.LATE)
-            return
-        if self.server.dialect.greets:
-            self._send(connection, self.server.welcome)
-            if connection.leaving or not connection.open:
-                return
-        self.pending.remove(connection)
-        self.roster.admit(member)
-        self._take(connection)
-        self._advance()
-
-    def _take(self, connection):
-        if len(self.peers) < self.server.plan.per_thread:
-            self.peers[connection.member] = connection
-            self.window.members.append(connection.member)
-            connection.sock.wake = self.wake
-            self._send(connection)
-            self.wake()
-            return
-        connection.sock.wake = lambda: None
-        self.passed_on.append(connection)
-        if not self.child:
-            self.child, self.child_open = TcpThread(self.server, self, self.number + 1), True
-            self.server.threads.append(self.child)
-        self._release_child()
-
-    def _safely(self, connection, call, *args):
-        try:
-            call(*args)
-        except kmcast.Gone as error:
-            self._drop(connection, "it went away: %s" % error, told=False)
-        except kmcast.Refused as error:
-            self._drop(connection, error.reason, told=False)
-        except kmcast.ProtocolError as error:
-            self._drop(connection, "protocol error: %s" % error)
-
-    def _hear(self, connection):
-        if connection.leaving:
-            connection.receive()
-            return
-        if connection.member not in self.peers:
-            hello = connection.first(self._hello_size)
-            if hello:
-                fields = kmcast.unpack_frame(hello[5:])
-                connection.member.host = fields["host"]
-                connection.alive_every = kmcast.alive_every(kmcast.stall_of(fields))
-                self._welcome(connection)
-            return
-        for message in connection.messages(self.window.size_of):
-            self.world.say(self.name, "hears %s from %s", described(message), connection.origin)
-            self._carry_out(self.window.heard(connection.member, message, now))
-            if connection.leaving or not connection.open:
-                return
-
-    @staticmethod
-    def _hello_size(head):
-        if head[:1] != kmcast.HELLO:
-            raise kmcast.ProtocolError("it says something else than HELLO")
-        return kmcast.frame_size(head)
-
-    def _send(self, connection, *pieces):
-        if self.world.trace and pieces:
-            self.world.say(self.name, "sends %s to %s", described(b"".join(bytes(piece) for piece in pieces[:1])),
-                           connection.origin)
-        self._safely(connection, connection.send, *pieces)
-        if connection.open:
-            connection.hang_up()
-
-    def _drop(self, connection, reason, told=True):
-        member = connection.member
-        self.world.say(self.name, "drops %s: %s", connection.origin, reason)
-        if self._forget(member):
-            if not self.over:
-                member.outcome, member.ended = reason, now
-        elif connection in self.pending:
-            self.pending.remove(connection)
-        if connection.outgoing.count and not self.over:
-            told = False
-        if told and not connection.leaving and self.server.dialect.talks:
-            self.leaving.append(connection)
-            try:
-                connection.leave(self.server.dialect.bye(ok=False, reason=reason))
-                self._send(connection)
-            except kmcast.Gone:
-                self._close(connection)
-        else:
-            self._close(connection)
-
-    def _forget(self, member):
-        self.roster.leave(member)
-        if member not in self.peers:
-            return False
-        del self.peers[member]
-        self.window.members.remove(member)
-        return True
-
-    def _close(self, connection):
-        self._forget(connection.member)
-        for connections in (self.pending, self.leaving):
-            if connection in connections:
-                connections.remove(connection)
-        if connection.open:
-            connection.close()
-
-    def _dismiss_all(self, reason):
-        self.over = True
-        self.roster.end()
-        while not self.child and self.passed_on:
-            self.pending.append(self.passed_on.popleft())
-        for connection in list(self.peers.values()) + self.pending:
-            self._drop(connection, reason)
-        self.wake()
-
-
-class Source:
-    """What makes the image, with pauses."""
-
-    def __init__(self, run):
-        self.plan, self.random = run.plan, run.world.random
-        self.place, self.again = 0, 0.0
-        self.hash = hashlib.sha256()
+    def __init__(self, _path=None, _command=None, digest=True):
+        File.__init__(self)
+        self.plan = world.process.plan
+        self.size = len(self.plan.image) if self.plan.size_known else None
+        self.bytes = 0
+        self._hash = hashlib.sha256() if digest else None
         self._staging = bytearray()
+        self._again = 0.0                       # when there is more
+        world.process.install(self)
+
+    def events(self):
+        return select.POLLIN if world.now >= self._again else 0
+
+    def start(self):
+        """All is well here."""
 
     def staging(self, size):
+        """Where to read into."""
         if len(self._staging) != size:
             self._staging = bytearray(size)
         return memoryview(self._staging)
 
     def read_into(self, view):
-        plan, r = self.plan, self.random
-        if now < self.again:
+        """Some bytes of the image; None while it pauses."""
+        world.call()
+        plan, r = self.plan, world.random
+        if world.now < self._again:
             return None
         if r.random() < plan.pauses:
-            self.again = now + r.random() * plan.pause
+            pause = r.random() * plan.pause
+            self._again = world.now + pause
+            world.at(pause, self.changed)
             return None
-        if plan.server_fault == "source" and now > plan.fault_at:
-            raise kmcast.Failure("cannot read the image")
-        data = plan.image[self.place:self.place + r.randint(1, len(view))]
+        if plan.server_fault == "source" and world.now > plan.fault_at:
+            world.process.fault = "source"
+            raise kmcast.Failure("cannot read the image: %s" % os.strerror(errno.EIO))
+        data = plan.image[self.bytes:self.bytes + r.randint(1, len(view))] if len(view) else b""
         view[:len(data)] = data
-        self.place += len(data)
-        self.hash.update(data)
+        self.bytes += len(data)
+        if self._hash:
+            self._hash.update(data)
         return len(data)
 
+    def look(self):
+        """There is no command to look at."""
 
-class Server:
-    """A kmcast.Multicaster: the hands of the Course, which run the world while they wait."""
+    def digest(self):
+        """SHA-256 of what was read so far."""
+        return self._hash.digest() if self._hash else b""
 
-    def __init__(self, run):
-        self.run, self.plan, self.world = run, run.plan, run.world
-        plan = self.plan
-        self.dialect = kmcast.BaseDialect if plan.compat else kmcast.SessionDialect
-        self.salt, self.repair_salt = (0, 0) if plan.compat else (run.world.random.getrandbits(32),
-                                                                  run.world.random.getrandbits(32))
-        self.welcome = kmcast.pack_frame(kmcast.WELCOME, {
-            "salt": self.salt, "repair_salt": self.repair_salt, "payload": plan.payload, "stall": plan.server_stall,
-            "digest": "sha256" if plan.digest else None})
-        self.roster = kmcast.Roster(plan.places, plan.enough, plan.start_by)
-        self.step, self.threads = None, []
-        self.closed = self.ended = False        # the process; TCP server 1
-        self.released = False
-        self.threads.append(TcpThread(self, self, 1))
-        self.source = Source(run)
-        self.buffers = [kmcast.Buffer(plan.payload, plan.capacity, self.salt, self.dialect.checks) for _ in (0, 1)]
-        self.upcoming = None
-        course = type("Course", (kmcast.Course,), {"FIRST_SEQ": plan.first_seq})
-        self.course = course(self, self.roster, self.dialect, plan.payload, plan.capacity, plan.rate, plan.min_rate,
-                             plan.unicast, self.repair_salt)
-        self.failure = None
-
-    def serve(self):
-        """Serve the image, to the end of all."""
-        try:
-            self.course.begin()
-            self.do(kmcast.Step("accept"))
-            while self.course.round(self._last_word, self.plan.allow_empty):
-                pass
-        except kmcast.LinkClosed:
-            self.failure = "no client is left"
-        except kmcast.Failure as error:
-            self.failure = error.reason
-        self.roster.end()
-        self.world.say("server", "is through: %s", self.failure)
-        if self.failure:
-            self.step = kmcast.Step("abort", message=self.failure)
-        self.threads[0].released_by_parent()
-        end = now + 4
-        self.world.run(lambda: all(thread.over and not thread.leaving for thread in self.threads) or now > end)
-        self.close()
-
-    def close(self):
-        """The process is gone; the kernel closes what it had."""
-        self.closed = True
-        for thread in self.threads:
-            for connection in list(thread.peers.values()) + thread.pending + thread.leaving + list(thread.passed_on):
-                if connection.open:
-                    connection.close()
-
-    def _last_word(self, digest):
-        return self.dialect.bye(ok=True, bytes=self.source.place, sha256=digest.hex() if self.plan.digest else None)
-
-    # ---- the links
-
-    def child_released_us(self):
-        self.released = True
-
-    def child_ended(self):
-        self.ended = True
-
-    def _check(self):
-        if self.ended:
-            raise kmcast.LinkClosed()
-        if self.plan.server_fault == "crash" and now > self.plan.fault_at:
-            raise Crash()
-        if self.plan.server_fault == "stop" and now > self.plan.fault_at:
-            raise kmcast.Failure("stopped by SIGTERM")
-        if not self.roster.begun and (now > 60 or all(host.ended for host in self.run.hosts)):
-            raise kmcast.Failure("the operator gave up")
-
-    def _wait(self, until=None, done=lambda: False):
-        """Fill the next buffer until a time, or until done()."""
-        while not done():
-            self._check()
-            if self.upcoming and not self.upcoming.full:
-                while not self.upcoming.full and now >= self.source.again:
-                    self.upcoming.fill(self.source)
-                if done():
-                    return
-            if until is not None and now >= until:
-                return
-            look = now + 0.5
-            if self.upcoming and not self.upcoming.full:
-                look = max(now, self.source.again)
-            if until is not None:
-                look = min(look, until)
-            self.world.run(lambda: done() or self.ended, look)
-
-    # ---- the hands of the course
-
-    def now(self):
-        return now
-
-    def do(self, step):
-        self.world.say("server", "step %s", step.kind)
-        self.step, self.released = step, False
-        self.world.at(0.0001, self.threads[0].released_by_parent)
-        self._wait(done=lambda: self.released)
-        return self.threads[0].answers
-
-    def fill(self, base, limit):
-        self.buffers.reverse()
-        self.upcoming = self.buffers[0]
-        self.upcoming.start(base, 0, 0)
-        self.upcoming.limit = limit
-
-    def take(self):
-        upcoming = self.upcoming
-        self._wait(done=lambda: upcoming.full)
-        self.upcoming = None
-        return upcoming, self.source.hash.digest() if self.plan.digest else b""
-
-    def multicast(self, buffer, count):
-        started, r = now, self.world.random
-        size = buffer.slot + kmcast.UDP_OVERHEAD
-        rate = min(self.course.rate, 1e9)
-        place = 0
-        while place < count:
-            burst = min(count - place, max(1, min(64, int(rate * 0.0005 / 8 / size))))
-            packets = [bytes(buffer.packets(i, i + 1)[0]) for i in range(place, place + burst)]
-            place += burst
-            if self.plan.shared:
-                packets = [data for data in packets if r.random() >= self.plan.shared]
-            for host in self.run.hosts:
-                if host.joined:
-                    host.air.send(packets)
-            self._wait(now + burst * size * 8 / rate)
-        seconds = max(1e-6, now - started)
-        self.world.say("server", "multicast %d packets", count)
-        if count:
-            self._wait(now + min(48 * 1024 * 8 / rate, 0.01))
-        return seconds
-
-    def trouble(self):
-        return None
+    def end(self):
+        """Nobody reads on."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The clients
+class Sink:
+    """A kmcast.Sink: a disk of some speed, which may be full, or never end to write."""
 
-class Writer:
-    """A kmcast.Writer: writes what it is given in parts, which take time, and says when a round is written."""
+    def __init__(self, *_args):
+        self.process = world.process
+        self.plan = self.process.plan
+        self.written = 0
+        self._fate = None                       # as of the real one
 
-    def __init__(self, host):
-        self.host, self.world, self.plan = host, host.world, host.plan
-        self.jobs = collections.deque()
-        self.output = bytearray()
-        self.hash = hashlib.sha256()
-        self.through = 0                        # rounds of which the host was not told yet
-        self.failure = None
-        self.alive = True
-        self._busy = False
+    def open(self):
+        """It can be written to."""
+        return self
 
-    def give(self, buffer, size, digest):
-        self.jobs.append((buffer, size, digest))
-        if not self._busy:
-            self._busy = True
-            self.world.at(0.0001, self._begin)
+    def expect(self, _size):
+        """Whether there is room for so much."""
+        if self.plan.fault == "room":
+            self.process.fault = "room"
+            raise kmcast.Failure("no room for the image", kmcast.NOT_STARTED)
 
-    def _begin(self):
-        buffer, size, digest = self.jobs[0]
-        data = buffer.flush()
-        self.hash.update(data)
-        if len(data) != size:
-            return self._fail("a round of %d bytes instead of %d" % (len(data), size))
-        if self.host.run.plan.digest and self.hash.digest() != digest:
-            return self._fail("the digest differs")
-        self._write(data)
+    def start(self):
+        """The first data is coming."""
+        world.call()
+        self.process.opened = True
 
-    def _write(self, data):
-        host, plan = self.host, self.plan
-        if host.gone or plan.fault == "stuck" and now > plan.at:
-            return
-        part = self.world.random.randint(1, len(data)) if len(data) and plan.chunk else len(data)
-        if plan.fault == "full" and len(self.output) + part > plan.full_at:
-            self._fail("no space left")
-            return
-        self.output += data[:part]
-        rest = data[part:] if len(data) > part else None
-        self.world.at(plan.chunk + part / plan.write_rate, self._go_on, rest)
+    def write(self, data):
+        """Write all of a memoryview, in parts that take time; it must stay as it is meanwhile."""
+        process, plan = self.process, self.plan
+        while len(data):
+            if plan.fault == "stuck" and world.now > plan.at:
+                process.fault = "stuck"
+                self._busy(None)
+            part = world.random.randint(1 + len(data) // 3, len(data)) if plan.chunk else len(data)
+            if plan.fault == "full" and self.written + part > plan.full_at:
+                process.fault = "full"
+                raise kmcast.Failure("cannot write the image: %s" % os.strerror(errno.ENOSPC))
+            self._busy(plan.chunk + part / plan.write_rate)
+            process.output += data[:part]
+            self.written += part
+            data = data[part:]
 
-    def _go_on(self, rest):
-        if rest is not None:
-            return self._write(rest)
-        self.jobs.popleft()
-        self.through += 1
-        self._busy = False
-        if self.jobs:
-            self._busy = True
-            self._begin()
-        self.host.wake()
+    def _busy(self, seconds):
+        self.process.in_output = True
+        world.call()
+        world.wait([], seconds)
+        self.process.in_output = False
 
-    def _fail(self, reason):
-        self.failure = reason
-        self.host.wake()
+    def look(self):
+        """There is no command to look at."""
+
+    def abandon(self):
+        """Whether the image can still be given up; then it will not be committed."""
+        self._fate = self._fate or "discard"
+        return self._fate == "discard"
 
     def commit(self):
-        self.world.at(self.plan.commit, self._committed)
+        """Make it so."""
+        self._busy(self.plan.commit)
+        self._fate = self._fate or "commit"
+        if self._fate != "commit":
+            raise kmcast.Failure("stopped")
+        self.process.committed = True
 
-    def _committed(self):
-        self.alive = False
-        self.host.wake()
+    def end(self):
+        """Unless it was committed, it will not be."""
+        self.abandon()
 
-
-class Host:
-    """A kmcast.Client on its host."""
-
-    def __init__(self, run, plan, number):
-        self.run, self.plan, self.world, self.number = run, plan, run.world, number
-        self.name = "client-%d" % number
-        self.member = None                      # at the server
-        self.server = self.window = self.writer = None
-        self.air = Air(self.world, plan, self)
-        self.datagrams = collections.deque()
-        self.joined = self.gone = self.ended = False
-        self.reason = None                      # why it failed
-        self.good = False                       # the image is committed
-        self.dialect = None
-        self.fields = None
-        self.frozen_until = 0.0
-        self._phase = self._greet
-        self._woken, self._alarm = False, None
-        self._spins = 0                         # turns in a row after which it did not want to wait
-        self._owing_since = self._next_state = None
-        self._last_look = 0.0
-        self._output = (0, 0.0)
-        self._finishing = None
-        self.world.at(plan.start, self._connect)
-        if plan.fault:
-            self.world.at(plan.start + plan.at, self._fault)
-
-    def __str__(self):
-        return self.name
-
-    # ---- what goes wrong
-
-    def _fault(self):
-        fault = self.plan.fault
-        if self.ended or fault in ("full", "stuck"):
-            return
-        self.world.say(self, "FAULT %s", fault)
-        if fault == "freeze":
-            stalls = [stall for stall in (self.run.plan.server_stall, self.run.plan.client_stall) if stall] + [8]
-            self.frozen_until = now + min(self.plan.freeze, 0.3 * min(stalls))
-            self.world.at(self.frozen_until - now, self.wake)
-            return
-        if fault == "hang":
-            self.gone = self.ended = True       # it is there, says nothing and reads nothing
-            self.joined = False
-            self.reason = fault
-            return
-        if fault == "bye" and self.server:
-            return self._fail(kmcast.Failure("stopped by SIGTERM"))
-        self._die(fault)
-        if not self.server:
-            return
-        sock = self.server.sock
-        if fault == "power":
-            sock.input.dead = sock.output.dead = True
-            far = sock.input.source
-            self.world.at(KEEPALIVE, self._kernel_gives_up, far)
-        elif fault == "reset":
-            sock.input.closed = True
-            sock.output.reset()
-        else:
-            sock.close()
-
-    def _die(self, reason):
-        self.gone = self.ended = True
-        self.joined = False
-        self.reason = reason
-
-    @staticmethod
-    def _kernel_gives_up(sock):
-        sock.input.broken = True
-        sock.wake()
-
-    # ---- the whole
-
-    def _connect(self):
-        if self.ended:
-            return
-        server = self.run.server
-        if server.closed:
-            return self._die("no server")
-        there, back = Stream(self.world, self.plan), Stream(self.world, self.plan)
-        self.server = kmcast.Connection(Socket(there, back, self.wake), "192.0.2.250")
-        far = Socket(back, there, server.threads[0].wake)
-        connection = peer(far, self)
-        self.world.at(self.plan.delay, self._accepted, connection)
-
-    def _accepted(self, connection):
-        if self.run.server.closed or self.run.server.threads[0].over:
-            connection.close()
-        else:
-            self.run.server.threads[0].connected(connection)
-
-    def wake(self):
-        if not self._woken and not self.gone:
-            self._woken = True
-            self.world.at(self.world.random.random() * 0.0002 + self.plan.nap, self._turn)
-
-    def _turn(self):
-        self._woken = False
-        if self.ended or now < self.frozen_until or not self.server:
-            return
-        try:
-            wait = self._phase()
-        except kmcast.ProtocolError as error:
-            return self._fail(kmcast.Failure("protocol error of the server: %s" % error))
-        except kmcast.Failure as error:
-            return self._fail(error)
-        if not self.ended and (self._alarm is None or now + wait < self._alarm or self._alarm <= now):
-            self._alarm = now + wait
-            self.world.at(wait, self._turn_of_alarm, self._alarm)
-
-    def _turn_of_alarm(self, alarm):
-        if self._alarm == alarm:
-            self._alarm = None
-            if not self._woken:
-                self._turn()
-
-    def _fail(self, error):
-        self.world.say(self, "fails: %s", error.reason)
-        self._die(error.reason)
-        if self.dialect and self.dialect.talks and not isinstance(error, (kmcast.Lost, kmcast.Refused)):
-            try:
-                self.server.leave(self.dialect.bye(ok=False, reason=error.reason))
-            except kmcast.Gone:
-                pass
-        self.server.close()
-
-    def _lost(self, error):
-        return kmcast.Lost("lost the server: %s" % error)
-
-    def _stall(self):
-        stall = self.run.plan.client_stall
-        return stall if self.window else min(stall or 5.0, 5.0)
-
-    def _check_stall(self):
-        if self._stall() and now - self.server.heard > self._stall():
-            raise kmcast.Lost("the server has been silent for %g s" % self._stall())
-
-    # ---- the greetings
-
-    def _greet(self):
-        self._check_stall()
-        try:
-            while not self.window:
-                if not self.dialect:
-                    message = self.server.first(lambda head: kmcast.GROUP_INFO.size)
-                    if message is None:
-                        return 0.5
-                    version = kmcast.unpack_group_info(message)[2]
-                    if version is None:
-                        self.dialect = kmcast.BaseDialect
-                        self.window = kmcast.ClientWindow(self.dialect, self.run.plan.payload,
-                                                          checks=[kmcast.plain_crc, kmcast.c_sum])
-                        break
-                    self.dialect = kmcast.SessionDialect
-                    self.server.send(kmcast.pack_frame(kmcast.HELLO, {
-                        "version": "1", "host": self.plan.host, "stall": self.run.plan.client_stall}))
-                message = self.server.first(lambda head: self.dialect.server_message_size(head, 0))
-                if message is None:
-                    return 0.5
-                if message[:1] == kmcast.BYE:
-                    raise kmcast.Refused("the server says: %s" % kmcast.unpack_frame(message[5:])["reason"])
-                if message[:1] == kmcast.WELCOME:
-                    fields = kmcast.unpack_frame(message[5:])
-                    self.server.alive_every = kmcast.alive_every(kmcast.stall_of(fields))
-                    self.window = kmcast.ClientWindow(self.dialect, fields["payload"],
-                                                      (fields["salt"], fields["repair_salt"]),
-                                                      fields["digest"] is not None)
-        except kmcast.Gone as error:
-            raise self._lost(error)
-        self.world.say(self, "is welcome")
-        self.writer = Writer(self)
-        self.joined = True
-        self._output = (0, now)
-        self._phase = self._transfer
-        self._hear()
-        return 0
-
-    # ---- the rounds
-
-    def datagrams_come(self, datagrams):
-        if not self.joined:
-            return
-        for data in datagrams:
-            if len(self.datagrams) < self.plan.socket_buffer:
-                self.datagrams.append(data)
-        self.wake()
-
-    def _transfer(self):
-        window = self.window
-        self._listen()
-        todo = window.tick(now)
-        if todo:
-            self._carry_out(todo)
-            self._hear()
-        self._look_at_clocks()
-        if self.writer.failure:
-            raise kmcast.Failure(self.writer.failure)
-        while self.writer.through:
-            self.writer.through -= 1
-            self.server.heard = now
-            self._carry_out(window.written())
-        self._hear()
-        if self.server.outgoing.count:
-            self._flush()
-        if window.state == window.OVER:
-            self._phase, self._finishing = self._finish, now
-            return 0
-        wait = min(0.5, self.server.alive_every / 2)
-        if window.deadline is not None:
-            wait = max(0, min(wait, window.deadline - now))
-        self._spins = self._spins + 1 if not wait else 0
-        if self._spins > 200:           # a turn in which time does not pass is for what came just now
-            raise Finding("%s does not wait, but spins, in state %d" % (self, window.state))
-        return wait
-
-    def _listen(self):
-        buffer, header = self.window.listening, kmcast.PACKET.size
-        waiting, r = self.datagrams, self.world.random
-        while waiting:
-            data, count = waiting.popleft(), 1
-            size = len(data)
-            if size <= header:
-                continue
-            while waiting and len(waiting[0]) == size and count < 40 and r.random() < 0.9:
-                data += waiting.popleft()       # as the kernel joins them
-                count += 1
-            if buffer:
-                buffer.put(bytearray(data), 0, count, size - header)
-        if buffer and self.window.listened(now):
-            self.server.heard = now
-
-    def _hear(self):
-        window, server = self.window, self.server
-        try:
-            more = True
-            while more:
-                if window.wants is not None:
-                    more = server.read_into(window.wants)
-                    self._carry_out(window.filled(more, now))
-                else:
-                    for message in server.messages(window.size_of):
-                        self.world.say(self, "hears %s", described(message))
-                        self._carry_out(window.heard(message, now))
-                    more = window.wants is not None
-        except kmcast.Gone as error:
-            raise self._lost(error)
-        if server.sock.input.unread and window.state != window.STRAGGLERS and window.state != window.OVER:
-            self.wake()
-
-    def _flush(self):
-        try:
-            self.server.flush()
-        except kmcast.Gone as error:
-            try:
-                self._hear()
-            except (kmcast.Lost, kmcast.ProtocolError):
-                pass
-            raise self._lost(error)
-
-    def _carry_out(self, todo):
-        for verb, argument in todo:
-            if verb == "send":
-                self.world.say(self, "sends %s", described(argument))
-                self.server.outgoing.put_tail(argument)
-                self._flush()
-            elif verb == "write":
-                self.writer.give(*argument)
-            elif verb == "end":
-                self.fields = argument
-
-    def _look_at_clocks(self):
-        window, written = self.window, len(self.writer.output)
-        moved = written != self._output[0]
-        if moved or not window.unwritten:
-            self._output = written, now
-        if not window.owing:
-            self._check_stall()
-            self._owing_since = self._next_state = None
-            return
-        if self._owing_since is None:
-            self._owing_since, self._next_state = now, now + 1.0
-        if window.state == window.BYTES:
-            self._check_stall()
-            moved = self.server.heard > self._last_look
-        elif self.run.plan.client_stall and now - self._output[1] > self.run.plan.client_stall:
-            raise kmcast.Failure("the output has taken nothing")
-        self._last_look = now
-        if moved:
-            self._show_life()
-        if now > self._next_state and self.dialect.talks:
-            self._next_state = now + 5.0
-            self.server.outgoing.put_tail(self.dialect.state(busy="writing", written=written))
-            self._flush()
-
-    def _show_life(self):
-        if self.dialect.talks:
-            try:
-                self.server.show_life(kmcast.ALIVE)
-            except kmcast.Gone:
-                pass
-
-    # ---- the end
-
-    def _finish(self):
-        window, writer, stall = self.window, self.writer, self.run.plan.client_stall
-        if writer.failure:
-            raise kmcast.Failure(writer.failure)
-        while writer.through:
-            writer.through -= 1
-            window.written()
-        if window.unwritten:
-            if len(writer.output) != self._output[0]:
-                self._output = len(writer.output), now
-                self._show_life()
-            elif stall and now - max(self._finishing, self._output[1]) > stall:
-                raise kmcast.Failure("the output has taken nothing")
-            return min(0.5, self.server.alive_every / 2)
-        if self.fields is not None:
-            if self.fields["bytes"] != len(writer.output):
-                raise kmcast.Failure("the image has %d bytes, not %d" % (len(writer.output), self.fields["bytes"]))
-            if window.digest and self.fields["sha256"] != writer.hash.hexdigest():
-                raise kmcast.Failure("the digest of the image differs")
-        elif not writer.output and not self.run.plan.allow_empty:
-            raise kmcast.Failure("the image is empty")
-        writer.commit()
-        self._phase = self._await_end
-        return 0.1
-
-    def _await_end(self):
-        if self.writer.alive:
-            self._show_life()
-            return min(0.5, self.server.alive_every / 2)
-        self.good = True
-        self._phase = self._say_done
-        self.world.say(self, "has the image")
-        try:
-            self.server.send(kmcast.DONE)
-        except kmcast.Gone:
-            return self._leave()
-        return self._say_done()
-
-    def _say_done(self):
-        try:
-            self.server.flush()
-            self._check_stall()
-        except (kmcast.Gone, kmcast.Lost):
-            return self._leave()
-        return 0.5 if self.server.outgoing.count else self._leave()
-
-    def _leave(self):
-        self.gone = self.ended = True
-        self.joined = False
-        self.server.close()
-        return 0
-
-
-def described(message):
-    """A message for the trace."""
-    for name in ("ALIVE", "READY", "REQUEST", "DONE", "SENT", "HELLO", "WELCOME", "AGAIN", "BYE", "STATE"):
-        if message[:1] == getattr(kmcast, name):
-            return {"READY": "READY/INFO", "REQUEST": "REQUEST/PACKETS"}.get(name, name) + " (%d bytes)" % len(message)
-    return "%d bytes" % len(message)
+    close = end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1282,97 +1504,188 @@ class Run:
     """One transfer."""
 
     def __init__(self, seed, trace=False):
-        self.seed, self.plan, self.world = seed, Plan(seed), World(seed, trace)
+        global world
+        self.plan = plan = Plan(seed)
+        world = World(seed, trace)
+        world.watch = self.watch
         kmcast.Buffer.live.clear()
-        self.hosts = []
-        self.server = Server(self)
-        numbers = {}
-        for plan in self.plan.clients:          # an address is a host's
-            self.hosts.append(Host(self, plan, numbers.setdefault(plan.host, len(numbers) + 1)))
-        self.most = 2 * self.plan.capacity * (self.plan.payload + kmcast.PACKET.size)       # bytes of two rounds
-        self._watched = 0
-        self.world.watch = self.watch
+        kmcast.Connection.live.clear()
+        if hasattr(kmcast.Course, "FIRST_SEQ"):
+            kmcast.Course.FIRST_SEQ = plan.first_seq
+        self.server = Process("server", "server", SERVER, plan, plan.arguments())
+        self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
+                        for number, client in enumerate(plan.clients, 1)]
+        self.hosts = {}                         # address -> its processes
+        for client in self.clients:
+            self.hosts.setdefault(client.address, []).append(client)
+        self.round = plan.capacity * (plan.payload + 12)            # bytes
 
     def run(self):
-        """Raises Finding, and whatever kmcast raises that it should not."""
-        crashed = False
+        """Raises Finding."""
+        plan = self.plan
+        world.at(plan.server_start, self.server.start)
+        world.at(PATIENCE, self._operator)
+        if plan.server_fault == "threads":
+            self.server.most_threads = 2
+        elif plan.server_fault and plan.server_fault not in NO_EVENTS:
+            world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
+        for number, start in enumerate(plan.strangers):
+            world.at(start, Stranger("stranger", "stranger", "10.0.2.%d" % number, plan.clients[0], []).start)
+        for client in self.clients:
+            world.at(client.plan.start, client.start)
+            if client.plan.fault == "threads":
+                client.most_threads = 1
+            elif client.plan.fault and client.plan.fault not in NO_EVENTS:
+                world.at(client.plan.start + client.plan.at, self._fault, client, client.plan.fault, client.plan.freeze)
         try:
-            self.server.serve()
-        except Crash:
-            crashed = True
-            self.world.say("server", "CRASH")
-            self.server.close()
-        self.world.run(lambda: all(host.ended for host in self.hosts))
-        self.verdict(crashed)
+            world.ends.holds = lambda: self.server.ended and all(client.ended for client in self.clients)
+            world.wait([(world.ends, select.POLLIN)])
+            self.watch()
+        finally:
+            world.tear_down()
+        self.verdict()
+
+    def _operator(self):
+        """Whoever started the server sees that nobody comes."""
+        if not self.server.ended and not (self.server.job and self.server.job.roster.begun):
+            self.server.fault = "stop"
+            self.server.interrupt("SIGTERM")
+
+    @staticmethod
+    def _fault(process, fault, seconds):
+        """Something goes wrong with a process."""
+        if process.dead:
+            return
+        world.say("FAULT: %s %s", process, fault)
+        if fault == "freeze":
+            return process.freeze(seconds)
+        process.fault = fault
+        if fault == "hang":
+            process.freeze(1e9)
+        elif fault == "stop":
+            process.interrupt("SIGTERM")
+        elif fault == "babble":
+            for i in range(5):
+                world.at(i * world.random.random(), process.babble)
+        else:
+            if fault == "reset":
+                for sock in process.connections():
+                    sock.output.reset()
+            process.kill("is killed", silently=fault == "power")
+
+    # ---- what must hold at any time; looked at now and then
 
     def watch(self):
-        """What must hold at any time; looked at now and then."""
-        self._watched += 1
-        if self._watched % 16:
-            return
+        """Raises Finding."""
         server = self.server
-        if not server.closed:
-            served = set()
-            for thread in server.threads:
-                if set(thread.window.members) != set(thread.peers):
-                    raise Finding("%s: its window has other members than it has connections" % thread.name)
-                served |= set(thread.peers)
-                for connection in thread.peers.values():
-                    if connection.outgoing.size > self.most + 4096 or connection.incoming.size > self.most + 4096 + 65536:
-                        raise Finding("memory: %d bytes are queued for %s" % (connection.outgoing.size, connection.origin))
-            if server.roster.begun and not set(server.roster.here) <= served | set(
-                    connection.member for thread in server.threads for connection in thread.passed_on):
-                raise Finding("the roster has a client that no thread serves")
-        for host in self.hosts:
-            if host.ended or not host.window:
-                continue
-            if host.window.unwritten > kmcast.ClientWindow.AT_WORK:
-                raise Finding("%s has %d rounds unwritten" % (host, host.window.unwritten))
-            if host.server.incoming.size > self.most + 4096 or host.server.outgoing.size > self.most + 4096:
-                raise Finding("memory: %d bytes are queued at %s" % (host.server.incoming.size, host))
-        most = 4 + 5 * len(self.hosts)
-        if len(kmcast.Buffer.live) > most:
+        for connection in list(kmcast.Connection.live):
+            most = MEMORY * self.round + 4096
+            if connection.outgoing.size > most or connection.incoming.size > most + 65536:
+                raise Finding("memory: %d bytes are queued for %s, and %d are not understood" % (
+                    connection.outgoing.size, connection.address, connection.incoming.size))
+        if len(kmcast.Buffer.live) > BUFFERS * (1 + len(self.clients)):
             raise Finding("memory: %d buffers" % len(kmcast.Buffer.live))
+        if server.ended:
+            for client in self.clients:
+                patience = AFTERLIFE if client.plan.stall else AFTERLIFE + RETRANSMISSIONS
+                if not client.ended and world.now > max(server.ended_at, client.plan.start) + patience:
+                    raise Finding("%s waits for a server that is gone" % client)
+        elif server.job and world.now > server.frozen_until + GONE:
+            for member in server.job.roster.here:
+                processes = self.hosts[member.address]
+                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at:
+                    if world.now > processes[0].far.told_at + GONE:
+                        raise Finding("the server still counts on %s, which is gone" % processes[0])
 
-    def verdict(self, crashed):
-        """What must hold at the end."""
+    # ---- and at the end
+
+    def verdict(self):
+        """Raises Finding."""
+        server = self.server
+        roster = server.job.roster if server.job else None
+        members = {}                            # address -> Member
+        for member in roster.everyone if roster else ():
+            if member.address in members:
+                raise Finding("%s takes part twice" % member)
+            members[member.address] = member
+        said = dict((address, member.outcome) for address, member in members.items())
+        refused = [address for (_, address), _ in roster.refused] if roster else []
+        for client in self.clients:
+            self._judge_client(client, client.address in said)
+            told = "the server says" in (client.reason or "")
+            disturbed = client.plan.fault or server.fault or len(self.hosts[client.address]) > 1
+            if client.address in refused and client.code == kmcast.NOT_STARTED and not told and not disturbed:
+                raise Finding("%s was refused, and knows only: %s" % (client, client.reason))
+        for address, processes in self.hosts.items():
+            if address in said:
+                self._judge_host(processes, said[address])
+        if server.code is not None and not server.fault:
+            served = list(said.values()).count("complete")
+            refused = roster.refused or [client for client in self.clients if said.get(client.address) != "complete"
+                                         and client.reason == "the server says: refused: " + kmcast.LATE]
+            code = kmcast.OK if served == self.plan.places and not refused else kmcast.PARTLY if served else kmcast.FAILED
+            if server.code != code:
+                raise Finding("the server exits with %d instead of %d" % (server.code, code))
+            if not server.job.failure and None in said.values():
+                raise Finding("a client has no outcome: %s" % said)
+
+    def _judge_client(self, client, takes_part):
+        plan, code = self.plan, client.code
+        if client.committed and bytes(client.output) != plan.image:
+            raise Finding("%s has a wrong image, and takes it for right" % client)
+        if code == kmcast.OK and not client.committed:
+            raise Finding("%s says that it has the image, and has not" % client)
+        if client.committed and code not in (kmcast.OK, None):
+            raise Finding("%s has the image, and says: %s" % (client, client.reason))
+        if code == kmcast.NOT_STARTED and (client.opened or client.output):
+            raise Finding("%s says that nothing was written, and something was" % client)
+        if self.plan.has_digest and not plan.image.startswith(client.output):
+            raise Finding("%s writes what was not verified" % client)
+        if code == kmcast.USAGE:
+            raise Finding("%s: wrong usage: %s" % (client, client.reason))
+        if not takes_part and code not in (kmcast.NOT_STARTED, None):
+            raise Finding("%s does not take part, and exits with %s: %s" % (client, code, client.reason))
+
+    def _judge_host(self, processes, said):
         plan, server = self.plan, self.server
-        empty = not plan.image and not plan.allow_empty
-        server_fault = plan.server_fault if crashed or server.failure in ("cannot read the image", "stopped by SIGTERM") else None
-        for member in server.roster.everyone:
-            if member.outcome is None and not server.failure and not crashed:
-                raise Finding("%s has no outcome" % member)
-        for host in self.hosts:
-            member, said = host.member, host.member and host.member.outcome
-            if host.good and bytes(host.writer.output) != plan.image:
-                raise Finding("%s has a wrong image, and says that it is right" % host)
-            if said == "complete" and not host.good:
-                raise Finding("the server says that %s has the image, and it has not: %s" % (host, host.reason))
-            refused = host.reason and kmcast.LATE in host.reason
-            taking_part = member in server.roster.everyone
-            if refused and taking_part:
-                raise Finding("%s was refused, and takes part" % host)
-            if plan.compat and not taking_part:
-                continue                        # nobody can tell it why
-            if host.plan.fatal or server_fault or empty or crashed or not taking_part:
-                continue
-            if plan.min_rate and member.sentence:
-                continue
-            if host.good and said != "complete":
-                raise Finding("%s has the image, and the server says: %s" % (host, said or server.failure))
-            if not host.good:
-                raise Finding("%s did nothing wrong, and has not got the image: %s; the server says: %s"
-                              % (host, host.reason, said or server.failure))
+        good = [client for client in processes if client.committed]
+        reasons = "; ".join("%s: %s" % (client, client.reason) for client in processes)
+        liar = any(client.fault == "babble" for client in processes)
+        if said == "complete" and not good and not liar:
+            raise Finding("the server says that it has the image, and it has not: %s" % reasons)
+        innocent = not any(client.plan.fatal for client in processes) and not server.fault
+        if plan.min_rate and said and said.startswith("alone it kept"):
+            innocent = False
+        if not plan.image and not plan.allow_empty:
+            innocent = False
+        if innocent and not good:
+            raise Finding("did nothing wrong, and has not got the image: %s; the server says: %s"
+                          % (reasons, said or server.reason))
+        if innocent and said != "complete":
+            raise Finding("%s has the image, and the server says: %s" % (good[0], said or server.reason))
+        if innocent and len(processes) == 1 and processes[0].plan.hears_all(plan):
+            # Greetings, a round's messages, a sign of life a second, and some repairs for the worst of orders.
+            rounds = 8 + len(plan.image) // (plan.payload * plan.capacity)
+            most = 2000 + 200 * rounds + 100 * world.now + len(plan.image) // 10
+            if processes[0].far.output.accepted > most:
+                raise Finding("%s loses nothing, and %d bytes come by TCP, of an image of %d" % (
+                    processes[0], processes[0].far.output.accepted, len(plan.image)))
 
 
 def one(seed, trace=False):
     """Run a seed; returns None, or what was found."""
+    global world
     try:
+        signal.signal(signal.SIGALRM, lambda *args: world and world.overdue())
+        signal.setitimer(signal.ITIMER_REAL, REAL_LIMIT, 2)
         Run(seed, trace).run()
     except Finding as error:
         return "seed %d: %s" % (seed, error)
     except Exception:                           # whatever it is, it is one
         return "seed %d: %s" % (seed, traceback.format_exc().strip())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        world = None
     return None
 
 
@@ -1383,6 +1696,16 @@ def many(seeds, path=KMCAST):
     return [found for found in map(one, seeds) if found]
 
 
+def settle(number):
+    """A process that runs seeds stays on one processor: passing the baton there costs a fourth."""
+    threading.stack_size(256 << 10)
+    if hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        with number.get_lock():
+            os.sched_setaffinity(0, {cpus[number.value % len(cpus)]})
+            number.value += 1
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="how many (%(default)s)")
@@ -1390,23 +1713,26 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--seed", type=int, help="replay this one, with every message")
     parser.add_argument("--until-found", action="store_true", help="stop at the first finding")
-    parser.add_argument("--kmcast", default=KMCAST, help="the kmcast.py to test")
+    parser.add_argument("--kmcast", type=os.path.abspath, default=KMCAST, help="the kmcast.py to test")
     options = parser.parse_args()
+    number = multiprocessing.Value("i", os.getpid())            # so that two of these begin with different processors
     if options.seed is not None:
+        settle(number)
         load(options.kmcast)
         found = one(options.seed, trace=True)
         print(found or "nothing was found")
         return 1 if found else 0
-    began, size, findings = time.time(), 50, 0
+    began, size, findings = time.time(), 20, 0
     last = options.first + options.seeds
     parts = [range(start, min(start + size, last)) for start in range(options.first, last, size)]
-    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, initializer=settle, initargs=(number,)) as pool:
         for found in pool.map(many, parts, [options.kmcast] * len(parts)):
             findings += len(found)
             for text in found:
                 print(text, flush=True)
             if found and options.until_found:
-                pool.shutdown(wait=True, cancel_futures=True)
+                for process in list(pool._processes.values()):
+                    process.terminate()
                 break
     print("%d seeds from %d on, %d findings, %.0f s" % (options.seeds, options.first, findings, time.time() - began))
     return 1 if findings else 0
