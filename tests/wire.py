@@ -487,6 +487,9 @@ class Client(End):
 
     host     what HELLO calls it
     address  that it comes from
+
+    `round` is the one that was taken last. With a window of more than one round buffer infos come at any time; they are
+    kept until they are asked for.
     """
 
     def __init__(self, port, host="peer", address=LOOPBACK, dialect=SESSION):
@@ -495,13 +498,26 @@ class Client(End):
         sock.bind((address, 0))
         sock.connect((LOOPBACK, port))
         End.__init__(self, sock, dialect, hears_a_server=True)
-        self.host, self.welcome = host, None
+        self.host, self.welcome, self.window = host, None, 1
+        self._kept = []                 # buffer infos
         self.group_info = self.read(16)
 
     def hello(self, **fields):
         """Say HELLO; see hello_fields()."""
+        self.window = fields.get("window", 1)
         self.say(hello(**dict({"host": self.host}, **fields)))
         return self
+
+    def expect(self, *kinds):
+        if self.window == 1:
+            return End.expect(self, *kinds)
+        while True:
+            if INFO in kinds and self._kept:
+                return self._kept.pop(0)
+            message = End.expect(self, INFO, *kinds)
+            if message.kind != INFO:
+                return message
+            self._kept.append(message)
 
     def take_welcome(self):
         """Take WELCOME; `welcome` is what it says."""
@@ -513,9 +529,16 @@ class Client(End):
         """HELLO and WELCOME."""
         return self.hello(**fields).take_welcome()
 
+    def note(self, what):
+        before = self.round
+        End.note(self, what)
+        if self.window > 1:
+            self.round = before
+
     def announced(self):
-        """Take a buffer info: a Round."""
-        return self.expect(INFO).round
+        """Take a buffer info; returns the Round."""
+        self.round = self.expect(INFO).round
+        return self.round
 
     def ready(self):
         """Take a buffer info and say READY; returns the Round."""

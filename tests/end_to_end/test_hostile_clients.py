@@ -11,7 +11,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import all_receive, DELAY, IMAGE, MEMORY_KIB, orderly, undisturbed
-from wire import ALIVE, BYE, PACKETS, REQUEST, SESSION
+from wire import ALIVE, BYE, PACKETS, SENT, SESSION
 
 
 def until_refused(member, data):
@@ -45,6 +45,12 @@ def hostile_done_too_early(member):
     return member.reason()
 
 
+def hostile_done_for_the_image_too_early(member):
+    member.take_round()
+    member.say(SESSION.done(wire.IMAGE))
+    return member.reason()
+
+
 def hostile_request_too_early(member):
     what = member.announced()
     member.say(SESSION.ready(what), SESSION.request(what, [0]))
@@ -52,13 +58,10 @@ def hostile_request_too_early(member):
 
 
 def hostile_request_outside_the_round(member):
-    member.ask([member.take_round().count])
-    return member.reason()
-
-
-def hostile_request_before_the_round(member):
-    member.take_round()
-    member.ask([-1])
+    """A bit in the last byte of the map, behind those of the round."""
+    what = member.take_round()
+    assert what.count % 8, "each bit of the map is one of the round"
+    member.ask([what.count])
     return member.reason()
 
 
@@ -68,15 +71,29 @@ def hostile_request_for_nothing(member):
     return member.reason()
 
 
-def hostile_request_for_too_many(member):
-    member.ask([0] * (member.take_round().count + 1))
+def hostile_request_for_a_round_not_in_flight(member):
+    member.say(SESSION.request(member.take_round()._replace(number=4000000000), [0]))
     return member.reason()
 
 
-def hostile_request_for_four_billion(member):
+def hostile_ready_for_a_round_not_in_flight(member):
+    member.say(SESSION.ready(member.announced()._replace(number=9)))
+    return member.reason()
+
+
+def hostile_done_for_a_round_not_in_flight(member):
+    member.say(SESSION.done(member.take_round()._replace(number=9)))
+    return member.reason()
+
+
+def hostile_request_again_and_again(member):
+    """One more than twenty times for the same packet, which it got each time."""
     member.take_round()
-    member.say(REQUEST + b"\xff\xff\xff\xff")
-    return member.reason()
+    for _ in range(25):
+        member.ask([0])
+        if member.expect(PACKETS, BYE).kind == BYE:
+            return None
+        member.packet()
 
 
 def hostile_second_request(member):
@@ -147,10 +164,11 @@ def hostile_reader(member):
 
 HOSTILE = {
     hostile_alive: "far too many signs of life", hostile_ready: "out of turn", hostile_ready_too_often: "out of turn",
-    hostile_done_too_early: "out of turn", hostile_request_too_early: "out of turn",
-    hostile_request_outside_the_round: "outside the round", hostile_request_before_the_round: "outside the round",
-    hostile_request_for_nothing: "a request for 0 packets", hostile_request_for_too_many: "a request for",
-    hostile_request_for_four_billion: "a request for 4294967295 packets", hostile_second_request: "out of turn",
+    hostile_done_too_early: "out of turn", hostile_done_for_the_image_too_early: "out of turn",
+    hostile_request_too_early: "out of turn", hostile_request_outside_the_round: "outside the round",
+    hostile_request_for_nothing: "outside the round, or for none", hostile_request_for_a_round_not_in_flight: "not under way",
+    hostile_ready_for_a_round_not_in_flight: "out of turn", hostile_done_for_a_round_not_in_flight: "out of turn",
+    hostile_request_again_and_again: "again and again", hostile_second_request: "out of turn",
     hostile_hello: "out of turn", hostile_unknown_signal: "unknown signal", hostile_bye_without_reason: "protocol error",
     hostile_bye_that_is_nested: "not JSON", hostile_bye_of_four_gib: "a frame of 4294967295 bytes",
     hostile_bye_for_a_terminal: "it says: ?[2J?[31m??kmcast server",
@@ -162,11 +180,12 @@ HOSTILE = {
 def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(hostile):
     port = helpers.free_port()
     data = IMAGE[:1000000]
-    server = helpers.start_server(["--rate", "40M", "--stall-timeout", 3, LOOPBACK, 3, port], stdin=data)
+    server = helpers.start_server(["--rate", "40M", "--stall-timeout", 3, "--buffer-packets", 50, LOOPBACK, 3, port],
+                                  stdin=data)
     server.wait_stderr("waiting for")
     began = time.time()
     clients = [helpers.start_client([LOOPBACK, LOOPBACK, port]) for _ in range(2)]
-    member = wire.Client(port, "hostile").greet()
+    member = wire.Client(port, "hostile").greet(window=4)
     told = hostile(member)
     if told:
         member.close()                  # as who has heard a BYE does; the others stay as they are
@@ -184,20 +203,19 @@ def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(ho
     member.close()
 
 
-def test_requests_for_a_packet_over_and_over_are_answered_as_asked():
-    """Odd, but allowed: exactly req_count packets, in the order asked."""
+def test_packets_come_as_they_were_asked_for():
+    """All of them, ascending, and no other; again, if they are asked for again."""
     port = helpers.free_port()
     data = IMAGE[:100000]
-    server = helpers.start_server([LOOPBACK, 1, port], stdin=data)
+    server = helpers.start_server(["--unicast", LOOPBACK, 1, port], stdin=data)
     server.wait_stderr("waiting for")
     member = wire.Client(port).greet()
     what, payload = member.take_round(), member.welcome["payload"]
-    places = [what.count - 1] * (what.count // 2) + [0] * (what.count - what.count // 2)
-    member.ask(places)
-    member.expect(PACKETS)
-    for place in places:
-        seq, _, piece = member.packet()
-        assert seq == what.base + place
-        assert piece == data[place * payload:place * payload + len(piece)]
+    for places in (range(0, what.count, 3), [what.count - 1], range(what.count)):
+        member.ask(places)
+        assert member.expect(PACKETS).round == what
+        for place in places:
+            piece = data[place * payload:(place + 1) * payload]
+            assert member.packet() == (what.base + place, wire.salted(piece, member.welcome["salt"] + what.base + place), piece)
     member.reset()
     assert server.finish(10)[0] == 1

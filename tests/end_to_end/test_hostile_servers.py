@@ -55,7 +55,6 @@ def until_the_end(script):
     script.greet()
     for data in ROUNDS:
         script.whole_round(data)
-    script.last_round()
 
 
 def good(script):
@@ -85,20 +84,19 @@ def up_to(point):
             server.send_round(ROUNDS[0], lost=(1,))
             server.asked()
             return server.say(server.again(0, 1, 1))
+        if point == "while two rounds are under way":
+            first = server.start_round(ROUNDS[0])
+            server.start_round(ROUNDS[1])
+            server.multicast(first, lost=(1,))
+            server.say(server.sent(first))
+            return server.asked(first)
         for data in ROUNDS:
             server.whole_round(data)
-        if point == "instead of the last buffer info":
-            return
-        server.last_round()
-        if point == "instead of the last SENT":
-            return
-        server.say(server.sent())
     return script
 
 
 POINTS = ("instead of the group info", "instead of WELCOME", "instead of the first buffer info", "while the first buffer comes",
-          "instead of the packets asked for", "while a repair comes", "instead of the last buffer info",
-          "instead of the last SENT", "instead of the last BYE")
+          "instead of the packets asked for", "while a repair comes", "while two rounds are under way", "instead of the last BYE")
 #: Points from which on the image had begun to arrive: then a client that fails exits with 1, else with 3.
 BEGUN = POINTS[3:]
 
@@ -110,8 +108,11 @@ MESSAGES = {
     "WELCOME": wire.welcome(payload=PAYLOAD, salt=SALT, repair_salt=REPAIR_SALT),
     "buffer info": SESSION.info(SOME),
     "SENT": SESSION.sent(SOME, hashlib.sha256(b"another image").digest()),
+    "SENT for a round not in flight": SESSION.sent(SOME._replace(number=7), hashlib.sha256(ROUNDS[0]).digest()),
     "packets": SESSION.packets(SOME, [packet(0, b"x" * PAYLOAD, SALT)]),
+    "packets of a round not in flight": SESSION.packets(SOME._replace(number=7), [packet(0, b"x" * PAYLOAD, SALT)]),
     "AGAIN": SESSION.again(SOME, 0, 1, 1),
+    "AGAIN for a round not in flight": SESSION.again(SOME._replace(number=7), 0, 1, 1),
     "DONE": SESSION.done(SOME),
     "unknown signal": b"\x03",
     "signal with all bits": b"\xff" * 100,
@@ -128,8 +129,9 @@ MESSAGES = {
 #: What is right at that point.
 ALLOWED = {
     "instead of WELCOME": ("WELCOME",),
-    "instead of the first buffer info": ("buffer info",),
+    "instead of the first buffer info": ("buffer info", "BYE that is fine"),
     "instead of the packets asked for": ("AGAIN",),
+    "while two rounds are under way": ("AGAIN",),
 }
 
 
@@ -186,7 +188,7 @@ def test_the_connection_ends(tmp_path, end):
             if end == "half a message":
                 server.say(server.group_info()[:10] if point == POINTS[0] else
                            (server.last_bye(bytes=450, sha256="0" * 64) if "BYE" in point else
-                            server.sent() if "SENT" in point or "comes" in point else
+                            server.sent() if "comes" in point or "under way" in point else
                             SESSION.packets(SOME, [b"\0" * 50]) if "packets" in point else
                             SESSION.info(SOME) if "info" in point else server.welcome())[:12])
             if end == "RST":
@@ -260,7 +262,9 @@ WELCOMES = [(key, value) for key, values in (
     ("payload", (None, "100", 0, 12, -100, 99, 100.0, True, 8964, 1 << 31, 1 << 64, 10 ** 400, 10 ** 4000, ABSENT)),
     ("name", (7, [], {"a": 1}, ABSENT)),
     ("size", ("450", -1, 4.5, True, ABSENT)),
-    ("digest", ("md5", "", 256, True, "\x1b[31msha", ABSENT))) for value in values]
+    ("digest", ("md5", "", 256, True, "\x1b[31msha", ABSENT)),
+    ("source", (None, "127.0.0.1", [], ["127.0.0.1"], ["127.0.0.1", 0], ["127.0.0.1", 65536], ["127.0.0.1", "9"], [9, 9],
+                ["127.0.0.1", 9, 9], ["no.address.invalid", 9], ABSENT))) for value in values]
 
 
 def test_a_welcome_with_a_wrong_value(tmp_path):
@@ -288,7 +292,6 @@ def test_a_welcome_with_something_odd_that_does_no_harm(fields, python):
         server.greet(**fields)
         for data in ROUNDS:
             server.whole_round(data)
-        server.last_round()
         server.end()
     code, stderr, received = Script(script, ["-v"], python=python).finish()
     orderly(stderr)
@@ -305,6 +308,12 @@ INFOS = {
     "a round that begins elsewhere": {"base": 4},
     "a round that begins again": {"base": 0},
     "a count that is a size": {"count": 300, "size": 3},
+    "no packets": {"count": 0, "size": 0},
+    "the number of the round before": {"number": 0},
+    "the number of a later round": {"number": 2},
+    "the place of the round before": {"place": 0},
+    "a place behind a gap": {"place": 400},
+    "a place that is no place": {"place": 2**64 - 1},
 }
 
 
@@ -318,6 +327,25 @@ def test_a_buffer_info_that_cannot_be(tmp_path, what):
     judge(code, stderr, tmp_path, says="protocol error")
 
 
+def test_rounds_that_are_announced_without_end(tmp_path):
+    """Far more than the window has room for, and none of them is sent."""
+    def script(server):
+        server.greet()
+        for _ in range(100):
+            server.announce(ROUNDS[0])
+    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
+    judge(code, stderr, tmp_path, says="more rounds under way than agreed")
+
+
+def test_a_round_that_goes_beyond_the_last_seq(tmp_path):
+    """The seqs behind it are those of repair passes."""
+    def script(server):
+        server.greet()
+        server.announce(ROUNDS[0], base=wire.SEQS - 2)
+    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
+    judge(code, stderr, tmp_path, says="protocol error")
+
+
 @BOTH
 def test_sent_with_a_wrong_digest(tmp_path, python):
     """Nothing of that round reaches the output, only the rounds before."""
@@ -326,7 +354,6 @@ def test_sent_with_a_wrong_digest(tmp_path, python):
         server.whole_round(ROUNDS[0])
         server.hash.update(b"x")
         server.whole_round(ROUNDS[1])
-        server.last_round()
     server = Script(script, python=python)
     code, stderr, received = server.finish()
     judge(code, stderr, says="digest")
@@ -360,7 +387,7 @@ def test_a_packet_by_tcp_that_is(tmp_path, what):
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 0), (0, 0xffffffff, 1), (0, 1, 0xffffffff), (0, 65536, 1), (0, 0x80000000, 0x80000000),
-                                     (5, 0xffffffff, 0xffffffff)], ids=str)
+                                     (5, 0xffffffff, 0xffffffff), (2**31, 1, 1), (2**31 - 1, 1, 1)], ids=str)
 def test_again_with_absurd_numbers(tmp_path, numbers):
     def script(server):
         server.greet()
@@ -412,15 +439,14 @@ def test_a_recipe_that_says(what, python):
         server.give([1])
         server.done()
         server.whole_round(ROUNDS[1])
-        server.last_round()
         server.end()
     server = Script(script, python=python)
     code, stderr, received = server.finish()
     assert code == 0 and received == b"".join(ROUNDS), "%s\n%r" % (stderr, server.error)
 
 
-def test_a_recipe_that_lies(tmp_path):
-    """The XOR of other packets than it says: what is solved for is wrong, and the digest tells."""
+def test_a_recipe_that_lies():
+    """The XOR of other packets than it says: what is solved for is wrong. The digest tells, and it is asked for again."""
     def script(server):
         server.greet()
         server.send_round(ROUNDS[0], lost=(1,))
@@ -428,10 +454,14 @@ def test_a_recipe_that_lies(tmp_path):
         server.say(server.again(0, 1, 1))
         server.cast(server.repair(0, recipe_of([0, 1])), server.repair(1, b"x" * PAYLOAD))
         server.say(server.sent())
+        assert server.asked() == [1]
+        server.give([1])
         server.done()
-        server.last_round()
-    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
-    judge(code, stderr, tmp_path, says="digest")
+        server.whole_round(ROUNDS[1])
+        server.end()
+    server = Script(script)
+    code, stderr, received = server.finish()
+    assert code == 0 and received == b"".join(ROUNDS), "%s\n%r" % (stderr, server.error)
 
 
 def test_again_and_again():
@@ -446,7 +476,6 @@ def test_again_and_again():
         server.give([1])
         server.done()
         server.whole_round(ROUNDS[1])
-        server.last_round()
         server.end()
     code, stderr, received = Script(script).finish(40)
     assert code == 0 and received == b"".join(ROUNDS), stderr
@@ -462,7 +491,6 @@ def test_the_last_bye_with(tmp_path, fields, python):
         server.greet()
         for data in ROUNDS:
             server.whole_round(data)
-        server.last_round()
         server.end(**fields)
     code, stderr, _ = Script(script, to_file=tmp_path / "image", python=python).finish()
     judge(code, stderr, tmp_path)
@@ -493,7 +521,6 @@ def test_a_server_that_trickles():
         server.give([0, 2])
         server.done()
         server.whole_round(ROUNDS[1])
-        server.last_round()
         server.end()
     code, stderr, received = Script(script, ["--stall-timeout", 3]).finish(60)
     assert code == 0 and received == b"".join(ROUNDS), stderr
@@ -511,7 +538,6 @@ def test_alive_everywhere_does_no_harm():
         server.give([0])
         server.done()
         server.whole_round(ROUNDS[1])
-        server.last_round()
         server.end()
     code, stderr, received = Script(script).finish()
     assert code == 0 and received == b"".join(ROUNDS), stderr
@@ -540,8 +566,7 @@ def test_a_base_server_whose_packets_do_not_make_up_the_size_that_it_announced(t
         server.cast(*server.packets())
         server.say(server.sent())
         server.done()
-        server.last_round()
-        server.say(server.sent())
+        server.last_words()
     code, stderr, _ = Script(script, to_file=tmp_path / "image", dialect=BASE).finish()
     judge(code, stderr, tmp_path)
 
@@ -601,7 +626,6 @@ def test_a_flood_does_not_keep_a_client_from_asking_for_what_it_lost(lost):
             waits.append(time.time() - began)
             server.give(lost)
             server.done()
-        server.last_round()
         server.end()
     started = Script(lambda server: _flood_then(server, script))
     code, stderr, received = started.finish(60)

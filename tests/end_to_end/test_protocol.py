@@ -54,18 +54,14 @@ def test_a_session_to_the_letter(python):
     assert (welcome["payload"], welcome["name"], welcome["size"], welcome["digest"]) == (PAYLOAD, "image", None, "sha256")
     for number, (base, size) in enumerate(((0, 2 * PAYLOAD), (2, PAYLOAD - 100))):
         count, start = -(-size // PAYLOAD), base * PAYLOAD
-        what = client.ready()
-        assert what[1:] == (size, base, count, start) and what.number in (number, number + 1)
+        assert client.ready() == (number, size, base, count, start)
         assert client.sent() == hashlib.sha256(data[:start + size]).digest()
-        places = list(range(count))[::-1]
-        client.ask(places)
+        client.ask(range(count))
         client.expect(PACKETS)
-        for place in places:
+        for place in range(count):
             payload = data[(base + place) * PAYLOAD:][:min(PAYLOAD, size - place * PAYLOAD)]
             assert client.packet() == (base + place, zlib.crc32(payload, (welcome["salt"] + base + place) % 2**32), payload)
         client.done()
-    assert client.ready()[1:4] == (0, 3, 0)
-    assert client.sent() == hashlib.sha256(data).digest()
     bye = client.end()
     assert (bye["ok"], bye["bytes"], bye["sha256"]) == (True, len(data), helpers.sha256(data))
     client.ended()
@@ -138,18 +134,21 @@ def test_silence_is_closed_and_a_waiting_client_is_kept_alive():
 # What a server does not put up with
 
 FIRST = Round(0, 10 * PAYLOAD, 0, 10, 0)        # what the server announces below
+LATER = FIRST._replace(number=3)                # and what it does not
 IN_GREETING = [
     b"\xff", b"GET / HTTP/1.0\r\n\r\n", SESSION.ready(FIRST), SESSION.done(FIRST), SESSION.request(FIRST, [0]),
     wire.bye(False, reason="x"), HELLO + U32.pack(65537), HELLO + U32.pack(2**32 - 1), wire.frame(HELLO, "not JSON"),
     wire.frame(HELLO, b"\xff\xfe"), wire.frame(HELLO, "[]"), wire.frame(HELLO, "1"), wire.frame(HELLO, {}),
-    wire.hello(host=ABSENT), wire.hello(version=1), wire.hello(host=None), wire.frame(HELLO, "[" * 60000), wire.frame(HELLO, ""),
+    wire.hello(host=ABSENT), wire.hello(version=1), wire.hello(host=None), wire.hello(window=ABSENT), wire.hello(window=0),
+    wire.hello(window="4"), wire.hello(stall=-1), wire.hello(stall="30"), wire.frame(HELLO, "[" * 60000), wire.frame(HELLO, ""),
 ]
-BEFORE_READY = [b"\xff", SESSION.done(FIRST), SESSION.request(FIRST, [0]), wire.hello(), wire.bye(False, reason=7),
+BEFORE_READY = [b"\xff", SESSION.done(FIRST), SESSION.request(FIRST, [0]), SESSION.ready(LATER), SESSION.done(wire.IMAGE), wire.hello(), wire.bye(False, reason=7),
                 wire.frame(BYE, "x"), WELCOME]
 WHILE_SENDING = [2 * SESSION.ready(FIRST), SESSION.ready(FIRST) + b"\x08", SESSION.ready(FIRST) + b"\x40"]
 AFTER_SENT = [
-    b"\xff", SESSION.ready(FIRST), SESSION.request(FIRST, []), SESSION.request(FIRST, range(11)), REQUEST + U32.pack(2**32 - 1),
-    SESSION.request(FIRST, [10]), SESSION.request(FIRST, [-1]), 2 * SESSION.request(FIRST, [0]),
+    b"\xff", SESSION.ready(FIRST), SESSION.request(FIRST, []), SESSION.request(FIRST, [10]), SESSION.request(FIRST, range(16)),
+    SESSION.request(LATER, [0]), SESSION.done(LATER), SESSION.done(wire.IMAGE), REQUEST + U32.pack(2**32 - 1),
+    2 * SESSION.request(FIRST, [0]),
 ]
 
 
@@ -179,7 +178,7 @@ def test_members_that_break_the_protocol_are_told_and_dropped(python):
     clients = [wire.Client(port).greet() for _ in faults]
     real = helpers.start_client([LOOPBACK, LOOPBACK, port], python=python)
     for client, (when, fault) in zip(clients, faults):
-        assert client.announced()[1:] == FIRST[1:]
+        assert client.announced() == FIRST
         if when == "after":
             client.say(SESSION.ready(client.round))
         else:
@@ -205,7 +204,7 @@ def test_a_done_is_not_believed_before_it_is_owed(python):
     server = start_server([LOOPBACK, 1], port, stdin=b"data", python=python)
     client = wire.Client(port).greet()
     some = Round(0, 4, 0, 1, 0)
-    client.say(2 * (SESSION.ready(some) + SESSION.done(some)))
+    client.say(SESSION.ready(some) + SESSION.done(some) + SESSION.done(wire.IMAGE))
     why_dropped(client)
     client.close()
     assert server.finish(10)[0] == 1
@@ -228,7 +227,7 @@ def test_what_a_client_says_cannot_change_the_terminal(python):
 # What a client does not put up with
 
 DATA = b"x" * 100
-ONE, NONE = Round(0, 100, 0, 1, 0), Round(1, 0, 1, 0, 100)      # the rounds of an image of 100 bytes
+ONE, TWO = Round(0, 100, 0, 1, 0), Round(1, 100, 1, 1, 100)     # the round of an image of 100 bytes, and what comes after it
 PACKET = wire.packet(0, DATA, salt=1)
 
 
@@ -242,30 +241,47 @@ def last_bye(**changes):
     return wire.frame(BYE, wire.changed({"ok": True, "bytes": 100, "sha256": None}, changes))
 
 
-TO_REQUEST = welcome() + SESSION.info(ONE) + SESSION.sent(ONE)
-TO_DONE = TO_REQUEST + SESSION.packets(ONE, [PACKET])
-TO_BYE = TO_DONE + SESSION.info(NONE) + SESSION.sent(NONE)
+#: Scripts for RawServer: bytes to say, and in tuples a signal to wait for.
+TO_REQUEST = [welcome() + SESSION.info(ONE) + SESSION.sent(ONE), (REQUEST,)]
+TO_DONE = TO_REQUEST + [SESSION.packets(ONE, [PACKET]), (DONE,)]
 
 
 class RawServer(wire.Server):
     """Serves one real client after the other with bytes that are fixed beforehand."""
 
-    def serve(self, data, info=None, **options):
-        """Send `data` behind the group info to a new client; return its exit code, stderr, output, and what it said."""
+    def serve(self, script, info=None, **options):
+        """Follow a script with a new client, behind the group info; return its exit code, stderr, output, and what it said:
+        a list of Messages without those that are just signs of life."""
         client = helpers.start_client(["--wait", 0, LOOPBACK, LOOPBACK, self.port], **options)
         self.accept()
-        self.say((info or self.group_info()) + data)
+        for what in (ONE, TWO):
+            self.note(what)
+        self.said = []
+        try:
+            self.say(info or self.group_info())
+            for item in script:
+                if isinstance(item, tuple):
+                    self._listen_for(*item)
+                else:
+                    self.say(item)
+        except (wire.Unexpected, OSError):
+            pass                # it has ended before
         code, stderr, received = client.finish(20)
         assert "Traceback" not in stderr, stderr
         assert stderr.count("error: ") == 1 or code == 0, stderr
-        said = b""
         try:
-            for piece in iter(lambda: self.sock.recv(65536), b""):
-                said += piece
-        except ConnectionResetError:
-            pass                # it did not read all that we sent
+            self._listen_for(None)
+        except (wire.Unexpected, OSError):
+            pass                # its end; with RST if it did not read all that we sent
         self.sock.close()
-        return code, stderr, received, said
+        return code, stderr, received, self.said
+
+    def _listen_for(self, kind):
+        """Hear messages up to one of that kind."""
+        while not self.said or self.said[-1].kind != kind:
+            message = self.hear()
+            if message.kind not in (ALIVE, STATE):
+                self.said.append(message)
 
 
 @pytest.fixture
@@ -275,36 +291,17 @@ def raw_server():
     server.close()
 
 
-class Said(wire.End):
-    """Reads messages of a client out of bytes."""
-
-    def __init__(self, data, what):
-        wire.End.__init__(self, None)
-        self.data, self.round = data, what
-
-    def read(self, size):
-        piece, self.data = self.data[:size], self.data[size:]
-        return piece
-
-    def messages(self):
-        """All of them but the signs of life."""
-        while self.data:
-            message = self.hear()
-            if message.kind not in (ALIVE, STATE):
-                yield message
-
-
 @EVERY
 def test_a_session_from_a_server_to_the_letter(raw_server, python):
     """The client takes what PROTOCOL.md describes, with keys that a later version may add, and ALIVEs anywhere."""
-    stream = (ALIVE + welcome(later=1) + ALIVE + SESSION.info(ONE) + ALIVE + SESSION.sent(ONE) + ALIVE
-              + SESSION.packets(ONE, [PACKET]) + ALIVE * 2 + SESSION.info(NONE) + ALIVE + SESSION.sent(NONE) + ALIVE
-              + last_bye(later=[]))
-    code, stderr, received, said = raw_server.serve(stream, python=python)
+    code, stderr, received, said = raw_server.serve([
+        ALIVE + welcome(later=1) + ALIVE + SESSION.info(ONE) + ALIVE + SESSION.sent(ONE) + ALIVE, (REQUEST,),
+        ALIVE + SESSION.packets(ONE, [PACKET]) + ALIVE * 2, (DONE,),
+        wire.state(waiting=None, later={}) + ALIVE + last_bye(later=[])], python=python)
     assert (code, received) == (0, DATA), stderr
-    said = list(Said(said, ONE).messages())
-    assert [message.kind for message in said] == [HELLO, READY, REQUEST, DONE, READY, DONE]
-    assert said[0].fields.keys() >= wire.hello_fields().keys() and said[2].places == [0]
+    assert [message.kind for message in said] == [HELLO, READY, REQUEST, DONE, DONE]
+    assert said[0].fields.keys() >= wire.hello_fields().keys() and said[0].fields["window"] >= 1
+    assert [message.round for message in said[1:]] == [ONE, ONE, ONE, wire.IMAGE] and said[2].places == [0]
 
 
 @BOTH
@@ -312,13 +309,13 @@ def test_a_session_from_a_server_to_the_letter(raw_server, python):
     dict(group="10.0.0.1"), dict(family=10)] + [
         dict(padding=wire.MAGIC + bytes([version, 0])) for version in (0, wire.VERSION + 1)])
 def test_a_group_info_that_is_none(raw_server, python, info):
-    code, _, received, _ = raw_server.serve(b"", raw_server.group_info(**info), python=python)
+    code, _, received, _ = raw_server.serve([], raw_server.group_info(**info), python=python)
     assert (code, received) == (3, b"")
 
 
 @BOTH
 def test_something_else_that_listens_there(raw_server, python):
-    code, _, received, _ = raw_server.serve(b"", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", python=python)
+    code, _, received, _ = raw_server.serve([], b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", python=python)
     assert (code, received) == (3, b"")
 
 
@@ -329,44 +326,51 @@ def test_greetings_that_a_client_does_not_take(raw_server):
             welcome(salt=1.5), welcome(repair_salt=None), welcome(payload=0), welcome(payload=1461), welcome(payload=2**31),
             welcome(payload=ABSENT), welcome(name=ABSENT), welcome(name=1), welcome(size=ABSENT), welcome(size="1"), welcome(digest=ABSENT),
             welcome(digest="md5"), welcome(digest=7), wire.bye(False, reason="go away"), wire.bye(True)]):
-        code, stderr, received, _ = raw_server.serve(greeting, python=(OLDEST, NEWEST)[number % 2])
+        code, stderr, received, _ = raw_server.serve([greeting], python=(OLDEST, NEWEST)[number % 2])
         assert (code, received) == (3, b""), (greeting, stderr)
 
 
 @BOTH
 def test_rounds_that_a_client_does_not_take(raw_server, python):
-    for number, stream in enumerate([
-            welcome() + SESSION.sent(ONE),
-            welcome() + SESSION.done(ONE),
-            welcome() + last_bye(bytes=0),
-            welcome() + SESSION.info(ONE._replace(count=65537)),
-            welcome() + SESSION.info(ONE._replace(size=0)),
-            welcome() + SESSION.info(ONE._replace(size=PAYLOAD + 1)),
-            welcome() + SESSION.info(ONE._replace(size=PAYLOAD, count=2)),
-            welcome() + SESSION.info(ONE._replace(size=2**32 - 1, count=2**32 - 1)),
-            welcome() + SESSION.info(ONE) + SESSION.packets(ONE),
-            welcome() + 2 * SESSION.info(ONE),
-            TO_REQUEST + SESSION.packets(ONE, [PACKET[:-1] + b"y"]),
-            TO_REQUEST + SESSION.packets(ONE, [b"\1" + PACKET[1:]]),
-            TO_REQUEST + SESSION.sent(ONE),
-            TO_REQUEST + SESSION.again(ONE, 0, 0, 0),
-            TO_REQUEST + SESSION.again(ONE, 0, 65536, 65536),
-            TO_REQUEST + SESSION.again(ONE, 0, 2**32 - 1, 1),
-            TO_DONE + SESSION.info(ONE._replace(number=1, base=2)),
-            TO_DONE + SESSION.info(NONE._replace(base=2)),
-            TO_DONE + last_bye(),
-            TO_BYE + last_bye(bytes=99),
-            TO_BYE + last_bye(bytes=ABSENT, sha256=ABSENT),
-            TO_BYE + last_bye(ok=ABSENT),
-            TO_BYE + last_bye(ok=1),
+    for number, script in enumerate([
+            [welcome() + SESSION.sent(ONE)],
+            [welcome() + SESSION.done(ONE)],
+            [welcome() + last_bye(bytes=1)],
+            [welcome() + SESSION.info(ONE._replace(count=65537))],
+            [welcome() + SESSION.info(ONE._replace(size=0))],
+            [welcome() + SESSION.info(ONE._replace(size=PAYLOAD + 1))],
+            [welcome() + SESSION.info(ONE._replace(size=PAYLOAD, count=2))],
+            [welcome() + SESSION.info(ONE._replace(size=2**32 - 1, count=2**32 - 1))],
+            [welcome() + SESSION.info(ONE) + SESSION.packets(ONE)],
+            [welcome() + 2 * SESSION.info(ONE)],
+            TO_REQUEST + [SESSION.packets(ONE, [PACKET[:-1] + b"y"])],
+            TO_REQUEST + [SESSION.packets(ONE, [b"\1" + PACKET[1:]])],
+            TO_REQUEST + [SESSION.sent(ONE)],
+            TO_REQUEST + [SESSION.again(ONE, 0, 0, 0)],
+            TO_REQUEST + [SESSION.again(ONE, 0, 65536, 65536)],
+            TO_REQUEST + [SESSION.again(ONE, 0, 2**32 - 1, 1)],
+            TO_REQUEST + [SESSION.packets(TWO, [PACKET])],
+            TO_REQUEST + [SESSION.again(TWO, 0, 1, 1)],
+            TO_REQUEST + [last_bye()],
+            TO_DONE + [SESSION.info(TWO._replace(base=2))],
+            TO_DONE + [SESSION.info(TWO._replace(number=2))],
+            TO_DONE + [SESSION.info(TWO._replace(place=99))],
+            TO_DONE + [SESSION.info(TWO._replace(count=0, size=0))],
+            TO_DONE + [SESSION.info(TWO) + SESSION.sent(ONE)],
+            TO_DONE + [SESSION.sent(ONE)],
+            TO_DONE + [SESSION.info(TWO) + last_bye()],
+            TO_DONE + [last_bye(bytes=99)],
+            TO_DONE + [last_bye(bytes=ABSENT, sha256=ABSENT)],
+            TO_DONE + [last_bye(ok=ABSENT)],
+            TO_DONE + [last_bye(ok=1)],
     ]):
-        code, stderr, received, said = raw_server.serve(stream, python=python)
+        code, stderr, received, said = raw_server.serve(script, python=python)
         assert code in (1, 3) and received in (b"", DATA), (number, stderr)
         assert code == 1 or received == b"", "exit code 3 says that nothing was written, in case %d" % number
-        assert BYE in said, "no BYE in case %d" % number
+        assert said[-1].kind == BYE, "no BYE in case %d" % number
 
 
 def test_what_a_server_says_cannot_change_the_terminal(raw_server):
-    code, stderr, _, _ = raw_server.serve(wire.bye(False, reason=u"\x1b[2J\n\u20ac"))
+    code, stderr, _, _ = raw_server.serve([wire.bye(False, reason=u"\x1b[2J\n\u20ac")])
     assert code == 3
     assert "\x1b" not in stderr and all(line.startswith("kmcast client: ") for line in stderr.splitlines())
