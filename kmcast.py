@@ -38,17 +38,22 @@ The protocol in a page (a session; the base protocol lacks the greetings):
       | -- group info -------------------------> |  joins the group
       | <-------------------------- HELLO ------ |
       | -- WELCOME ----------------------------> |
-      |                                          |     for each buffer:
-      | -- buffer info ------------------------> |
-      | <-------------------------- READY ------ |
+      |                                          |     for each round:
+      | -- BUFFER INFO ------------------------> |
+      | <-------------------------- READY ------ |  there is room for it
       | == the packets, by UDP multicast ======> |
       | -- SERVER_SENT, digest so far ---------> |
       | <-------- CLIENT_REQ, what it lost ----- |     if it lost any:
       | -- the packets, or AGAIN and coded ----> |       TCP, or multicast
       | <-------------------------- DONE ------- |  verified, to the output
-      |                                          |     a buffer of 0 packets
-      | -- BYE, size and digest of it all -----> |     ends the image
-      | <-------------------------- DONE ------- |
+      |                                          |     and at the end:
+      | -- BYE, size and digest of it all -----> |
+      | <-------------------------- DONE ------- |  the image is in place
+
+Up to four rounds are under way at once: while one is multicast, the answers for the
+one before come in and it is repaired, and the next is filled and announced.  The base
+protocol, which has no greetings, is the window of one round, whose end is a round of
+0 packets.
 
 On the server the Multicaster is the parent of TCP server 1, which is the
 parent of TCP server 2, and so on, each with up to 64 clients.  The parent
@@ -493,13 +498,23 @@ def how_many(gaps):
 
 def runs(gaps):
     """Where set bits stand next to each other: (start, stop) of each run, ascending."""
-    digits = bin(gaps)[:1:-1]
-    return [found.span() for found in re.finditer('1+', digits)]
+    digits = bin(gaps)[:1:-1] + '0'
+    found, start = [], digits.find('1')
+    while start >= 0:
+        stop = digits.find('0', start)
+        found.append((start, stop))
+        start = digits.find('1', stop)
+    return found
 
 
 def places(gaps):
     """The places of the bits that are set, ascending."""
-    return [place for start, stop in runs(gaps) for place in range(start, stop)]
+    digits, found = bin(gaps)[:1:-1], []
+    place = digits.find('1')
+    while place >= 0:
+        found.append(place)
+        place = digits.find('1', place + 1)
+    return found
 
 
 class SessionDialect(object):
@@ -747,6 +762,9 @@ def frame_size(head):
 # Queues and links
 # ---------------------------------------------------------------------------
 
+MSG_DONTWAIT = 0x40                     # Linux's number; socket.MSG_DONTWAIT
+
+
 class TcpQueue(object):
     """Pieces of data in order: the spec's tcpq and its seven operations.
 
@@ -871,9 +889,9 @@ class SemLink(object):
     def _release(end):
         if end:
             try:
-                uninterrupted(end.send, b'V')
+                uninterrupted(end.send, b'V', MSG_DONTWAIT)
             except OS_ERRORS:
-                pass                    # it ended; the next wait will say so
+                pass                    # it ended: the next wait will say so; or has enough of them to look at
 
 
 # ---------------------------------------------------------------------------
@@ -991,7 +1009,7 @@ class Buffer(object):
         self.size = size
         self.ended = False
         self.limit = self.capacity
-        self._rest = 0                  # bytes read that are no packet yet
+        self._area, self._read = None, 0            # bytes of the image as they are read, and how many
         self._short = {}                # size of the packets that are short
         self._any_size = size is None
         self._full_sized = count        # so many packets may be, or must be
@@ -1015,20 +1033,22 @@ class Buffer(object):
     def fill(self, source):
         """Read once from the image and make packets of it: buffer_fill.
 
-        source.read_into(view) -> bytes read, 0 at the image's end, None if there
-        is nothing yet.  Only the last packet of the image is short.  Sets
-        `ended` at the image's end.
+        source.area(size) -> a memoryview for the round's bytes; source.read_into(view) -> bytes
+        read, 0 at the image's end, None if there is nothing yet; source.hash(view): they are
+        all there.  Only the last packet of the image is short.  Sets `ended` at the image's end.
         """
         payload, first = self.payload, self.count
-        staging = source.staging(Batch.MOST * payload)
-        room = min(len(staging), (self.limit - first) * payload)
-        got = source.read_into(staging[self._rest:room])
+        if self._area is None:
+            self._area = source.area(self.limit * payload)
+        area = self._area
+        room = min(first + Batch.MOST, self.limit) * payload
+        got = source.read_into(area[self._read:room])
         if got is None:
             return
-        self._rest += got
-        count = self._rest // payload
+        self._read += got
+        count = self._read // payload - first
         if count:
-            pieces = self._batch.payloads(count).unpack_from(staging)
+            pieces = self._batch.payloads(count).unpack_from(area, first * payload)
             seq = (self.base + first) & MASK
             fields = [payload] * (4 * count)
             fields[0::4] = consecutive(seq, count)
@@ -1039,12 +1059,13 @@ class Buffer(object):
                 self._bytes, first * self.slot, *fields)
             self.count += count
             self.size += count * payload
-            self._rest -= count * payload
-            staging[:self._rest] = staging[count * payload:][:self._rest]
         if not got:
-            if self._rest:
-                self.add(staging[:self._rest].tobytes())
+            if self._read > self.size:
+                self.add(area[self.size:self._read].tobytes())
             self.ended = True
+        if self.full:
+            source.hash(area[:self.size])
+            self._area = None
 
     full = property(lambda self: self.ended or self.count >= self.limit)
 
@@ -1228,7 +1249,8 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
-MOST_COLLISIONS = 64                    # in a row, until a group is closed
+MOST_COLLISIONS = 200                   # in a row, until a group is closed
+AT_A_TIME = 200                         # packets, between two moments for others
 
 
 def combine(requests, most=MOST_MEMBERS):
@@ -1238,18 +1260,28 @@ def combine(requests, most=MOST_MEMBERS):
     first, each into the first group in which it collides with no client.  A group
     that has collided with a set of clients always will, so it is not tried again for
     the same set; and one that collides MOST_COLLISIONS times in a row is as good as
-    full.  So the time is linear in what was lost.  Returns lists of places.
+    full.  So the time is linear in what was lost.
+
+    Yields lists of places as far as they are found, now and then, so that others get
+    their turn; the last ones are complete.
     """
     wanted = collections.defaultdict(int)           # place -> clients, as bits
+    popular = collections.defaultdict(int)          # place -> how many they are
+    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
+    work = 0
     for number, gaps in enumerate(requests):
         client = 1 << number
         for place in places(gaps):
             wanted[place] |= client
+            popular[place] += 1
+            work += 1
+        if work > 10 * AT_A_TIME:
+            work = 0
+            yield groups
     everybody = (1 << len(requests)) - 1
-    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
     tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
     closed = 0                                      # so many groups at the front are full
-    for place in sorted(wanted, key=lambda place: (-how_many(wanted[place]), place)):
+    for done, place in enumerate(sorted(wanted, key=lambda place: (-popular[place], place))):
         mask = wanted[place]
         while closed < len(groups) and taken[closed] == everybody:
             closed += 1
@@ -1267,7 +1299,9 @@ def combine(requests, most=MOST_MEMBERS):
         taken[at] |= mask
         collisions[at] = 0
         tried[mask] = at + 1
-    return groups
+        if not (done + 1) % AT_A_TIME:
+            yield groups
+    yield groups
 
 
 def recipes(groups, number, room):
@@ -1300,18 +1334,26 @@ def most_members(payload):
 
 
 def encode_repair(buffer, groups, number, salt):
-    """The datagrams of a repair pass, as a Buffer, and how many are recipes."""
+    """The datagrams of a repair pass, as a Buffer, and how many are recipes.
+
+    Yields them as far as they are made, as combine() does.
+    """
     first = recipes(groups, number, buffer.payload)
     coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT)
     coded.start(REPAIR_BIT + number, 0, 0)
     for payload in first:
         coded.add(payload)
+    work = 0
     for members in groups:
         total = 0
         for index in members:
             total ^= to_int(buffer.payload_of(index))
         coded.add(to_bytes(total, buffer.payload))
-    return coded, len(first)
+        work += len(members)
+        if work > AT_A_TIME:
+            work = 0
+            yield coded, len(first)
+    yield coded, len(first)
 
 
 def read_recipe(payload):
@@ -1377,7 +1419,6 @@ SOL_UDP = 17
 UDP_SEGMENT = 103
 UDP_GRO = 104
 SO_TIMESTAMPNS = 35
-MSG_DONTWAIT = 0x40
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
 SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
@@ -1812,6 +1853,7 @@ class RateControl(object):
     HEADS = 3                           # times in a row
     LOOK_EVERY = 4.0                    # seconds between two such heads
     STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
+    FASTER = 1.5                        # times what we ever sent at: no rate above matters
     NOISE = 0.001                       # share of loss that is nobody's
     YIELD, BACK = 0.7, 0.06             # times the rate for a rival; share of the line regained a second
     LEAST_SHARE = 0.35                  # of the line, whatever the rival takes
@@ -1823,8 +1865,10 @@ class RateControl(object):
         self.line = None                # bit/s, the slowest link's rate once it is known
         self._estimate = None           # bit/s, the last of what it may be
         self._step = 1.0                # how much faster next, as a share, while it is sought
+        self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
         self._slow = False              # the last round lagged, without losses
+        self._common = 0.0              # share of packets that all clients lose at any rate, on average
         self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
         self._found = 0                 # heads in a row that found more
         self._next_look = 0.0
@@ -1847,15 +1891,19 @@ class RateControl(object):
         elif speed.calm:
             member.medium += 0.25 * (min(lost, cls.MOST_MEDIUM) - member.medium)
 
-    def learn(self, speed, achieved, worst, count, now):
+    def learn(self, speed, achieved, worst, count, now, mean=0.0, clients=1):
         """Learn from a round.
 
         speed: at which it was to be sent; achieved: bit/s at which its second half was; worst: the
-        Reception with the least ratio; count: packets in the round; now: seconds.  Returns why
-        the rate changed, or None.
+        Reception with the least ratio; count: packets in the round; now: seconds; mean: the share that
+        a client lost on average, of so many.  Returns why the rate changed, or None.
         """
         passed, self._last = now - (self._last or now), now
-        lossy = self._unusual(worst.lost, worst.member.medium, count)
+        if achieved < speed.rate:       # else it went at once, and nobody knows
+            self._fastest = max(self._fastest, achieved)
+        if speed.trial or speed.calm:
+            self._common += (1.0 if speed.trial else 0.25) * (min(mean, self.MOST_MEDIUM) - self._common)
+        lossy = self._unusual(worst.lost, max(worst.member.medium, self._common), count, clients)
         steady = achieved >= self.STEADY * speed.rate
         lags = 1 - worst.ratio > max(self.SLOWER, worst.error) and (steady or lossy)
         if speed.trial and self._trial:
@@ -1864,7 +1912,8 @@ class RateControl(object):
                 return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
         was_slow, self._slow = self._slow, lags and not lossy
         if lags and (lossy or self.line is None or was_slow):
-            return self._slow_down(achieved if steady else speed.rate, worst, lossy)
+            sent = achieved if steady else min(speed.rate, self.FASTER * self._fastest)
+            return self._slow_down(sent, worst, lossy)
         if lags:
             return None
         if self.line is None:
@@ -1898,10 +1947,11 @@ class RateControl(object):
         self.rate *= self.OVER
         return 'there is more'
 
-    def _unusual(self, lost, medium, count):
-        """Whether such a share lost is more than the medium's own, noise, and chance."""
+    def _unusual(self, lost, medium, count, clients):
+        """Whether such a share lost is more than the medium's own, noise, and the chance of the worst of many."""
         usual = (medium + self.NOISE) * count
-        return lost * count > usual + 3 * math.sqrt(usual) + 1
+        sigmas = 3 + math.sqrt(2 * math.log(clients))
+        return lost * count > usual + sigmas * math.sqrt(usual) + sigmas / 3
 
     def _slow_down(self, sent, worst, lossy):
         """The line is slower than we sent.  It is known when two rounds agree."""
@@ -2086,6 +2136,57 @@ class Command(object):
             pass
 
 
+class Hasher(threading.Thread):
+    """Hashes an image, part by part, while others do something else: hashing releases the interpreter's lock."""
+
+    AHEAD = 2                           # parts that may wait, before give() waits
+
+    def __init__(self):
+        threading.Thread.__init__(self, name='hasher')
+        self.daemon = True
+        self._hash = hashlib.sha256()
+        self._digests = [self._hash.digest()]       # through each part
+        self._parts = collections.deque()
+        self._given = 0
+        self.link = SemLink()
+        self._own_link = self.link.spawn()
+
+    def give(self, view):
+        """Hash this next; `view` must not change until the next but one is given."""
+        self._parts.append(view)
+        self._given += 1
+        self.link.release_child()
+        self.digest(self._given + 1 - self.AHEAD)
+
+    def digest(self, parts=None):
+        """The digest through so many parts, of all if None; waits until they are hashed."""
+        parts = self._given if parts is None else parts
+        while len(self._digests) <= parts:
+            self.link.wait_child()
+        return self._digests[parts]
+
+    def close(self):
+        """Let it end."""
+        self.link.close()
+        if self.ident:
+            self.join()
+        else:
+            self._own_link.close()
+
+    def run(self):
+        """The thread."""
+        try:
+            while True:
+                self._own_link.wait_parent()
+                self._hash.update(self._parts.popleft())
+                self._digests.append(self._hash.digest())
+                self._own_link.release_parent()
+        except LinkClosed:
+            pass
+        finally:
+            self._own_link.close()
+
+
 class Source(object):
     """Where the server's image comes from: standard input, a file, a command.
 
@@ -2101,8 +2202,8 @@ class Source(object):
         self.size = None
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
-        self._hash = hashlib.sha256() if digest else None
-        self._staging = bytearray()
+        self._digest, self._hasher = digest, None
+        self._areas = [bytearray(), bytearray()]
         if command is not None:
             return
         called = 'standard input' if path is None else printable(path)
@@ -2134,6 +2235,10 @@ class Source(object):
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
+        if self._digest:
+            with uninterruptible:
+                self._hasher = Hasher()
+                start_thread(self._hasher)
         if self._text is not None:
             try:
                 with uninterruptible:
@@ -2151,11 +2256,18 @@ class Source(object):
         """For select(): readable when read_into() will not wait."""
         return self._file.fileno()
 
-    def staging(self, size):
-        """A memoryview of `size` bytes to read into, the same each time."""
-        if len(self._staging) != size:
-            self._staging = bytearray(size)
-        return memoryview(self._staging)
+    def area(self, size):
+        """A memoryview of `size` bytes to read into; the one before is still being hashed."""
+        if self._hasher:
+            self._areas.reverse()
+        if len(self._areas[0]) != size:
+            self._areas[0] = bytearray(size)
+        return memoryview(self._areas[0])
+
+    def hash(self, view):
+        """Hash the next bytes of the image, which stay where they are until the next but one."""
+        if self._hasher:
+            self._hasher.give(view)
 
     def read_into(self, view):
         """Read once; returns bytes read, 0 at the image's end, None if there is nothing yet.
@@ -2177,8 +2289,6 @@ class Source(object):
                 raise Failure('the image had %d bytes, and now has %d: is it still being '
                               'written?' % (self.size, self.bytes))
         self.bytes += got
-        if self._hash:
-            self._hash.update(view[:got])
         return got
 
     def look(self):
@@ -2186,9 +2296,9 @@ class Source(object):
         if self._command:
             self._command.look()
 
-    def digest(self):
-        """SHA-256 of all that was read so far; b'' without digests."""
-        return self._hash.digest() if self._hash else b''
+    def digest(self, parts=None):
+        """SHA-256 of what was given to hash(), of so many parts or all; b'' without digests."""
+        return self._hasher.digest(parts) if self._hasher else b''
 
     def end(self):
         """Ask the command to end: nobody reads on."""
@@ -2201,8 +2311,8 @@ class Source(object):
             self._command.close()
         if self._file:
             self._file.close()
-
-        # Not under a writer that hangs in it: another file would get its number.
+        if self._hasher:
+            self._hasher.close()
 
 
 def is_mount_point(path):
@@ -2815,13 +2925,18 @@ class Connection(object):
             self.moved = monotonic()
 
     def show_life(self, message):
-        """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone."""
+        """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone.
+
+        That the kernels take it is no move: that of a peer that hangs does so, too.
+        """
         if not self.outgoing.count and monotonic() - self.told >= self.alive_every:
+            moved, sent = self.moved, self._sent
             self.send(message)
+            self.moved, self._sent = moved, sent
 
     # ---- in
 
-    def receive(self, most=65536):
+    def receive(self, most=8192):
         """Queue what has arrived; returns whether anything has.  Raises Gone."""
         try:
             data = self.sock.recv(most)
@@ -2941,8 +3056,9 @@ class Round(object):
     head, tail      (bit/s, seconds) at which the packets of these trains were sent; None: not known
     """
 
-    def __init__(self, number, buffer, digest, place):
-        self.number, self.buffer, self.digest, self.place = number, buffer, digest, place
+    def __init__(self, number, buffer, place):
+        self.number, self.buffer, self.place = number, buffer, place
+        self.digest = b''
         self.multicast = 0
         self.speed = None               # Speed at which it was to be sent
         self.head = self.tail = None
@@ -2974,18 +3090,22 @@ class Step(object):
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
 
 
+Request = collections.namedtuple('Request', 'gaps count')    # packets of a round, as bits, and how many
+
+
 class Answers(object):
     """What came in for a step, from the clients of a thread and of those below it.
 
-    requests    member -> what it asks for, as bits
+    requests    member -> Request
     hearing     how many heard any multicast, `deaf` those who heard none
+    lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
     head        bit/s at which the head arrived at the slowest
     late        (when, member) of the last two that paid, the last first
     """
 
     def __init__(self):
-        self.requests, self.hearing, self.deaf = {}, 0, []
+        self.requests, self.hearing, self.deaf, self.lost = {}, 0, [], 0.0
         self.worst, self.head, self.late = [], None, []
 
     def paid(self, member, now):
@@ -2995,6 +3115,7 @@ class Answers(object):
     def heard(self, reception):
         """A member has heard some of the round."""
         self.hearing += 1
+        self.lost += reception.lost
         if len(self.worst) < 2 or reception.ratio < self.worst[1].ratio:
             self.worst = sorted(self.worst + [reception], key=lambda other: other.ratio)[:2]
 
@@ -3006,6 +3127,7 @@ class Answers(object):
         """Those of another thread, too."""
         self.requests.update(other.requests)
         self.hearing += other.hearing
+        self.lost += other.lost
         self.deaf += other.deaf
         self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
         self.late = sorted(self.late + other.late, key=lambda one: -one[0])[:2]
@@ -3029,9 +3151,10 @@ class Member(object):
     def __init__(self, address, now):
         self.address, self.host = address, None
         self.since = now                # when it came
+        self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
         self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
-        self.asked = {}                 # number -> what it asked for, as bits
+        self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
         self.moved = now                # when it last paid, or showed life
         self.signs = 0                  # of life
@@ -3125,14 +3248,14 @@ class ServerWindow(object):
     def _begin_repair(self, step, awaited, now):
         number, todo = step.round.number, []
         for member in self._those(number, ASKED):
-            gaps = member.asked.pop(number)
+            request = member.asked.pop(number)
             if member in step.coded:
                 member.stands(number, LISTENS, None, now)
                 todo.append(('send', member, step.message))
             else:
                 self._owe(member, number, ANSWER, awaited, now)
-                member.by_tcp += how_many(gaps)
-                todo.append(('packets', member, (step.round, gaps)))
+                member.by_tcp += request.count
+                todo.append(('packets', member, (step.round, request.gaps)))
         return todo
 
     def _begin_finish(self, step, awaited, now):
@@ -3246,10 +3369,11 @@ class ServerWindow(object):
         if member.times_asked[number] > member.MOST_REQUESTS:
             raise ProtocolError('it asks for the same round again and again')
         self._reception(member, number, message, awaited, gaps, now)
-        member.lost += how_many(gaps)
-        member.asked[number] = gaps
+        request = Request(gaps, how_many(gaps))
+        member.lost += request.count
+        member.asked[number] = request
         member.stands(number, ASKED, None, now)
-        awaited.answers.requests[member] = gaps
+        awaited.answers.requests[member] = request
         return []
 
     def _done(self, member, number, message, awaited, now):
@@ -3407,7 +3531,9 @@ class ClientWindow(object):
         self._staging = self._filled = None
         self._free = []                 # buffers
         self._lent = collections.deque()            # rounds that the writer has
-        self._early = []                # batches of a repair pass that is not announced yet
+        self._hears = True              # some of the last round that was answered for
+        # Batches of a repair pass that is not announced yet, or not for us.
+        self._early = collections.deque(maxlen=self.EARLY)
 
     @property
     def owing(self):
@@ -3421,6 +3547,11 @@ class ClientWindow(object):
     def unwritten(self):
         """Rounds that the writer has."""
         return len(self._lent)
+
+    @property
+    def writing(self):
+        """Whether the writer has something to do, and is not waiting for what came damaged."""
+        return bool(self._lent) and self._lent[0].given
 
     @property
     def deadline(self):
@@ -3537,7 +3668,7 @@ class ClientWindow(object):
         coded.start(REPAIR_BIT + number, count, None)
         for data, size, payload in self._early:     # multicast may overtake TCP
             coded.put(data, 0, size, payload)
-        self._early = []
+        self._early.clear()
         incoming.repair, incoming.how = (coded, recipe_count), Incoming.LISTENS
         return []
 
@@ -3581,16 +3712,16 @@ class ClientWindow(object):
                 before = incoming.target.received
                 incoming.target.put(data, offset, count, payload)
                 useful += incoming.target.received - before
-            if not now_for and seq & REPAIR_BIT and len(self._early) < self.EARLY:
+            if not now_for and seq & REPAIR_BIT:
                 self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                     count, payload))
         return bool(useful)
 
     def _may_come(self, incoming):
         """Whether stragglers may be on their way: the end of what was sent is
-        missing, though not all of it, and nothing later has come."""
+        missing, though we hear multicast, and nothing later has come."""
         target = incoming.target
-        return (target.received and not target.complete
+        return ((target.received or self._hears) and not target.complete
                 and not (target.has(0) and target.has(target.count - 1))
                 and not any(later.number > incoming.number and later.target and later.target.received
                             for later in self.rounds))
@@ -3612,6 +3743,7 @@ class ClientWindow(object):
             incoming.repair = None
         else:
             self.by_multicast += buffer.received
+            self._hears = bool(buffer.received)
         return self._complete(incoming) if buffer.complete else self._ask(incoming)
 
     def _ask(self, incoming):
@@ -3734,6 +3866,7 @@ class Roster(object):
         self.places, self.enough, self.start_by = places, enough, start_by
         self.begun = False
         self.waiting = None             # for whom else than a client all wait, in words
+        self.sentences = 0              # passed on clients so far
         self.everyone = []              # who was here at the start, whatever became of them
         self._here = []
         self._refused = {}              # (host, address) -> why
@@ -3749,6 +3882,11 @@ class Roster(object):
         served = set(member.identity for member in self.everyone
                      if member.outcome == 'complete' and not member.loopback)
         return sorted(item for item in self._refused.items() if item[0] not in served)
+
+    def condemn(self, member, why):
+        """Its thread, whichever that is, is to drop a client at its next look."""
+        member.sentence = why
+        self.sentences += 1
 
     def refuse(self, member, why):
         """Remember who was refused."""
@@ -3803,7 +3941,7 @@ class Underway(object):
         self.sent = False               # by multicast
         self.steps = 1                  # that are not complete
         self.heard = False              # all have answered once
-        self.requests = {}              # member -> what it still asks for, as bits
+        self.requests = {}              # member -> Request, of what it still asks for
         self.passes = 0                 # of coded repair
         self.began = None               # when it was announced, seconds
 
@@ -3826,6 +3964,7 @@ class Course(object):
 
         now()                       seconds on the monotonic clock
         fill(base, limit)           begin to fill a buffer, then call filled()
+        digest(number) -> bytes     of the image through that round
         do(Step)                    have the TCP servers do it; complete() is called when they have
         release(Buffer)             it is not needed any more
         leave_room(bytes)           so much goes by TCP on the same line
@@ -3869,9 +4008,10 @@ class Course(object):
         self._repair_salt = repair_salt
         self._farewell, self._allow_empty = farewell, allow_empty
         self._underway = collections.deque()
-        self._full = None               # (buffer, digest) that waits for room in the window
+        self._full = None               # a buffer that waits for room in the window
         self._filling = self._ended = self._finishing = False
         self._passes = collections.deque()          # Sendings of coded repair
+        self._work = collections.deque()            # what takes long, as generators
         self._answered = 0              # packets of rounds that all have answered for
         self._last_heard = None         # when a client last got any multicast
         self._warned = False            # that none gets any
@@ -3901,9 +4041,9 @@ class Course(object):
         self._through_at = self.hands.now()
         self._announce()
 
-    def filled(self, buffer, digest):
+    def filled(self, buffer):
         """The buffer is full, or the image has ended with it."""
-        self._filling, self._full, self._ended = False, (buffer, digest), buffer.ended
+        self._filling, self._full, self._ended = False, buffer, buffer.ended
         if self.roster.begun:
             self._announce()
 
@@ -3939,6 +4079,7 @@ class Course(object):
         underway.steps += 1
         if sending.buffer is underway.round.buffer:
             underway.sent, underway.round.multicast = True, sending.last
+            underway.round.digest = self.hands.digest(underway.round.number)
             self.sent_packets += sending.last
         else:
             underway.steps -= 1         # the one that it was counted for
@@ -3991,10 +4132,10 @@ class Course(object):
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
         if self._full and len(self._underway) < self.window and not self.over:
-            buffer, digest = self._full
+            buffer = self._full
             if buffer.count or self.dialect.ends and not self._underway:
                 self._full = None
-                self._begin_round(buffer, digest)
+                self._begin_round(buffer)
             elif not self.dialect.ends:
                 self._full = None
                 self.hands.release(buffer)
@@ -4003,8 +4144,8 @@ class Course(object):
             self._finish(None)
         self._fill()
 
-    def _begin_round(self, buffer, digest):
-        underway = Underway(Round(self.rounds, buffer, digest, self._place))
+    def _begin_round(self, buffer):
+        underway = Underway(Round(self.rounds, buffer, self._place))
         underway.began = self.hands.now()
         self._underway.append(underway)
         self.rounds += 1
@@ -4019,7 +4160,7 @@ class Course(object):
         """The round of 0 packets that ends the image in the base protocol."""
         end = Buffer(buffer.payload, 0)
         end.start(self._base, 0, 0)
-        return end, b''
+        return end
 
     def _check_empty(self):
         if not self._place and not self._allow_empty:
@@ -4038,21 +4179,36 @@ class Course(object):
             requests = dict(item for item in requests.items() if item[0] in here)
         if not requests:
             return self._through(underway)
+        self._work.append(self._repair(underway, requests))
+        self.work()
+
+    busy = property(lambda self: bool(self._work))
+
+    def work(self):
+        """Go on with what takes long, for some milliseconds."""
+        if self._work and next(self._work[0], self) is self:
+            self._work.popleft()
+
+    def _repair(self, underway, requests):
+        """Bring to members what they asked for; yields while that is still to be worked out."""
         buffer, number = underway.round.buffer, underway.round.number
-        groups, coded_for = self.plan(buffer, requests) if underway.passes < self.PASSES else ([], ())
-        by_tcp = dict((member, how_many(gaps)) for member, gaps in requests.items()
-                      if member not in coded_for)
-        self.by_tcp += sum(by_tcp.values())
-        partly = [count for count in by_tcp.values() if count < buffer.count]
+        groups, coded_for, message = [], (), b''
+        if underway.passes < self.PASSES:
+            for groups, coded_for in self.plan(buffer, requests):
+                yield
+        by_tcp = [request.count for member, request in requests.items() if member not in coded_for]
+        self.by_tcp += sum(by_tcp)
+        partly = [count for count in by_tcp if count < buffer.count]
         if partly and self.multicasting:
             self.hands.leave_room(max(partly) * buffer.slot)
-        message = b''
         if groups:
-            if self.repair_number + len(groups) + MAX_PACKETS > REPAIR_BIT:
-                self.repair_number = 0
-            coded, recipe_count = encode_repair(buffer, groups, self.repair_number, self._repair_salt)
-            message = self.dialect.again(number, self.repair_number, recipe_count, len(groups))
-            self.repair_number += coded.count
+            first = self.repair_number
+            if first + len(groups) + MAX_PACKETS > REPAIR_BIT:
+                first = 0
+            for coded, recipe_count in encode_repair(buffer, groups, first, self._repair_salt):
+                yield
+            message = self.dialect.again(number, first, recipe_count, len(groups))
+            self.repair_number = first + coded.count
             self.coded += coded.count
             underway.passes += 1
             underway.steps += 1         # until the pass is sent
@@ -4117,7 +4273,8 @@ class Course(object):
 
     def _set_rate(self, done, answers, now):
         before, worst, achieved = self.control.rate, answers.worst[0], done.tail[0]
-        why = self.control.learn(done.speed, achieved, worst, done.multicast, now)
+        why = self.control.learn(done.speed, achieved, worst, done.multicast, now,
+                                 answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
             why = self.control.learn_head(done.head[0], answers.head) or why
         self._settled += 1
@@ -4140,10 +4297,10 @@ class Course(object):
     def _look_for_the_deaf(self, answers, now):
         """Name the clients that hear no multicast while others do."""
         for member in answers.deaf if answers.hearing else ():
-            if now - member.deaf_since > self.PATIENCE and not member.deaf_told:
+            since = member.deaf_since   # None: it has heard some of another round meanwhile
+            if since is not None and now - since > self.PATIENCE and not member.deaf_told:
                 member.deaf_told = True
-                tell('member_deaf', member=member, seconds=now - member.deaf_since,
-                     payload=self.payload)
+                tell('member_deaf', member=member, seconds=now - since, payload=self.payload)
 
     # ---- the slowest
 
@@ -4184,7 +4341,7 @@ class Course(object):
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
         elif now - self._held_by[1] >= self.ENDURANCE:
-            culprit.sentence = ('alone it kept the transfer below %s, now at %s'
+            self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                                 % (bits(self.min_rate), bits(goodput)))
             self._held_by = self._brake = None
             if self.control:
@@ -4195,19 +4352,19 @@ class Course(object):
     def plan(self, buffer, requests):
         """What to repair by multicast, if that is cheaper than TCP.
 
-        Returns groups of places, and the members that they are for.
+        requests: member -> Request.  Yields groups of places, and the members that they are for, as combine() does.
         """
-        if not self.dialect.codes or not self.multicasting:
-            return [], ()
-        asked = dict((member, gaps) for member, gaps in requests.items()
-                     if how_many(gaps) <= buffer.count // 2)
-        by_tcp = sum(how_many(gaps) for gaps in asked.values())
-        if by_tcp <= self.WORTH_CODING:
-            return [], ()
-        groups = combine(list(asked.values()), most_members(buffer.payload))
+        asked = dict((member, request.gaps) for member, request in requests.items()
+                     if request.count <= buffer.count // 2)
+        by_tcp = sum(requests[member].count for member in asked)
+        if not self.dialect.codes or not self.multicasting or by_tcp <= self.WORTH_CODING:
+            return
+        for groups in combine(list(asked.values()), most_members(buffer.payload)):
+            yield groups, asked
         size = 2 * len(groups) + 2 * sum(len(members) for members in groups)
         by_multicast = len(groups) + 1 + size // buffer.payload
-        return (groups, asked) if by_multicast < by_tcp or len(asked) == 1 else ([], ())
+        if by_multicast >= by_tcp and len(asked) > 1:
+            yield [], ()
 
 
 # ---------------------------------------------------------------------------
@@ -4526,7 +4683,7 @@ def client_status(client, now):
     elif window.owing == 'writing':
         waits = 'the output'
     elif says.get('waiting'):
-        waits = printable(TEXT[0](says['waiting']))
+        waits = says['waiting']
     else:
         waits = 'the server, or its other clients'
     packets = max(1, window.by_multicast + window.by_tcp + window.coded)
@@ -4928,6 +5085,7 @@ class TcpServer(threading.Thread):
         self._pending = []              # connections that are still to say HELLO
         self._leaving = []              # those that were told BYE
         self._accepting = None          # the accept step, until it is complete
+        self._sentences = 0             # that were looked at
         self._here, self._below = {}, {}        # Step -> Answers: complete here only, or below only
         self._over = False
         self._tick = TICK
@@ -4997,9 +5155,9 @@ class TcpServer(threading.Thread):
                 if step in self._below:
                     answers.add(self._below.pop(step))
                 self._say(step, answers)
-        coming = self.number > 1 and self.parent.passed_on
-        if self.roster.begun and not self._peers and alone and not coming:
-            self._over = True           # nobody is left to serve
+        if (self.roster.begun and not self._peers and alone
+                and all(member.placed for member in self.roster.here)):
+            self._over = True           # nobody is left to serve, or on the way here
 
     def _say(self, step, answers):
         self.results.append((step, answers))
@@ -5081,6 +5239,9 @@ class TcpServer(threading.Thread):
             self._carry_out(self.window.begin(step, monotonic()))
 
     def _carry_out_sentences(self):
+        if self._sentences == self.roster.sentences:
+            return
+        self._sentences = self.roster.sentences
         for member, peer in list(self._peers.items()):
             if member.sentence:
                 self._drop(peer, member.sentence)
@@ -5159,7 +5320,7 @@ class TcpServer(threading.Thread):
         member = peer.member
         twin = None if self.roster.begun else self.roster.twin(member)
         if twin:                        # its thread may be another one
-            twin.sentence = 'replaced by a later client of the same host'
+            self.roster.condemn(twin, 'replaced by a later client of the same host')
             self.roster.leave(twin)
             self._carry_out_sentences()
             self.link.release_child()
@@ -5183,9 +5344,12 @@ class TcpServer(threading.Thread):
         if len(self._peers) < self.session.per_thread:
             self._tick = min(self._tick, peer.alive_every / 2)
             self._peers[peer.member] = peer
+            peer.member.placed = True
             self.window.members.append(peer.member)
             self._watch(peer.fileno(), self._on_peer, peer)
             self._send(peer)
+            if peer.member.sentence:    # passed on its way here
+                self._drop(peer, peer.member.sentence)
             return
         self._unwatch(peer.fileno())
         self.passed_on.append(peer)
@@ -5522,6 +5686,10 @@ class Multicaster(object):
         self._upcoming.limit = limit
         self._fed = None
 
+    def digest(self, number):
+        """The image's digest through a round; b'' without digests."""
+        return self.source.digest(number + 1)
+
     def release(self, buffer):
         """It is not in use any more."""
         if buffer.capacity:
@@ -5542,6 +5710,7 @@ class Multicaster(object):
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
             if done == place:
+                marks.pop()             # they leave later
                 stuck = stuck or monotonic() + (self.STUCK if self.course.multicasting else 0)
                 if monotonic() > stuck:
                     self.sender.trouble = 'the kernel takes no packets'
@@ -5604,6 +5773,9 @@ class Multicaster(object):
                 if looked and not timeout:
                     return
             looked = True
+            busy = self.course.busy
+            if busy:
+                timeout = 0
             reads = [self.link.child_fd]
             filling = bool(self._upcoming)
             if filling and self.source.drained:     # its command is to end; nothing tells but a look
@@ -5631,7 +5803,9 @@ class Multicaster(object):
                 self.source.look()
                 if filling and until is None and self.course.idle and not self._accepting:
                     self._look_at_producer(now)
-            if until is None and readable:
+            if busy:
+                self.course.work()
+            if until is None and (readable or busy):
                 return
 
     def _fill(self, now):
@@ -5641,7 +5815,7 @@ class Multicaster(object):
         self._fed, self.roster.waiting = now, None
         if buffer.full:
             self._upcoming = None
-            self.course.filled(buffer, self.source.digest() if self.session.digest else b'')
+            self.course.filled(buffer)
 
     def _look_at_producer(self, now):
         """Say, here and at the clients, that only what makes the image is waited for."""
@@ -5914,9 +6088,10 @@ class Client(object):
             raise ProtocolError('a salt that is no 32-bit number')
         source = fields.get('source')
         if not (isinstance(source, list) and len(source) == 2 and isinstance(source[0], TEXT)
+                and re.match(r'[0-9.]{7,15}$', source[0])
                 and isinstance(source[1], NUMBER) and 0 < source[1] < 65536):
             raise ProtocolError('a frame without a proper "source"')
-        self._source = printable(source[0]), source[1]
+        self._source = str(source[0]), source[1]
         self.unicast = fields.get('unicast') is True
         self.server.alive_every = alive_every(stall_of(fields))
         self.window = ClientWindow(SessionDialect, payload, salts, digest is not None)
@@ -6038,7 +6213,9 @@ class Client(object):
                 self._flowing = True
                 self.sink.start()
             elif verb == 'state':
-                self.says = argument
+                self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places')
+                                 if key in argument)
+                self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
             else:
                 self._fields = argument
 
@@ -6049,7 +6226,7 @@ class Client(object):
             self.started = self._heard_at = now
         tell.look(now)
         self.sink.look()
-        if self.sink.written != self._output[0] or not window.unwritten:
+        if self.sink.written != self._output[0] or not window.writing:
             self._output = self.sink.written, now
         owing = window.owing
         if self.dialect.talks or not owing:         # a server of the base protocol may be silent then
@@ -6306,8 +6483,8 @@ def command_line():
     server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
                         help='drop a client that alone keeps the transfer slower for 10 s')
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
-                        help='packets in a round at the most; memory is that of two rounds '
-                        '(as many as make 8 MB)')
+                        help='packets in a round at the most; memory is that of some seven rounds '
+                        '(as many as make 4 MB)')
     server.add_argument('--clients-per-thread', type=whole_number(1, 1000), default=64, metavar='N',
                         help='clients that one TCP thread serves (64)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
