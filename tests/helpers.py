@@ -615,7 +615,8 @@ class Network(object):
     """A bad network between a server and its clients on this host: no root, no laboratory, all in this process.
 
     A client gets a path of its own: it connects to the path's port, which passes TCP on to the server. On the way the
-    group info is changed to name a group of the path's own, to which the server's datagrams are passed on.
+    group info is changed to name a group of the path's own, to which the server's datagrams are passed on, and WELCOME to
+    name us as their source.
 
     server_port  the port of the server, for TCP and for its group
     """
@@ -628,6 +629,9 @@ class Network(object):
         self._from_server = self._keep(group_socket(group, server_port))
         self._to_clients = self._keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self._to_clients.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LOOPBACK))
+        self._to_clients.bind((LOOPBACK, 0))
+        self._port = b"%d" % self._to_clients.getsockname()[1] if str is not bytes else str(
+            self._to_clients.getsockname()[1])
         self._run(self._pass_datagrams)
         _networks.append(self)
 
@@ -701,7 +705,9 @@ class Network(object):
                 for i in range(4):
                     if 0 <= 4 + i - offset < len(data):
                         data[4 + i - offset] = address[i]
-                return bytes(data)
+                # As long as before, lest offsets change.
+                return re.sub(br'("source": \["127\.0\.0\.1", )(\d+)', lambda found: found.group(1) + self._port.rjust(
+                    len(found.group(2))), bytes(data))
             self._run(self._pump, server, client, from_server)
             self._run(self._pump, client, server, lambda data, offset: data)
 
