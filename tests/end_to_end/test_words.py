@@ -11,7 +11,7 @@ import wire
 from helpers import LOOPBACK
 from hostile import IMAGE
 from pythons import BOTH, NEWEST
-from wire import PACKETS
+from wire import BYE, PACKETS
 
 #: A rate at which the image of 3 MB takes six seconds, unless somebody ends it.
 SLOW = ["--rate", "4M"]
@@ -154,7 +154,7 @@ def test_a_client_that_stalled_is_said_in_words_to_have_failed_to_do_something(p
 
 @BOTH
 def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port, python):
-    """To be ready for a round, to say what it received of it, to say that it has the rest."""
+    """To be ready for a round, to say what it received of it, to say that it has everything."""
     server = helpers.start_server(["--stall-timeout", 1, LOOPBACK, 3, port], python=python, stdin=b"data")
     not_ready, no_answer, no_end = [wire.Client(port).greet() for _ in range(3)]
     not_ready.announced()
@@ -167,6 +167,8 @@ def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port,
     reasons.append(no_answer.reason())
     no_end.expect(PACKETS)
     no_end.packet()
+    no_end.done()
+    assert no_end.expect(BYE).fields["ok"] is True
     reasons.append(no_end.reason())
     for client in (not_ready, no_answer, no_end):
         client.close()
