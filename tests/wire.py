@@ -574,6 +574,18 @@ class Client(End):
         return fields
 
 
+def welcome_in(stream):
+    """Where the text of WELCOME is in the first bytes of a server: (start, stop). None: it may still come; False: it does not."""
+    rest = stream[16:].lstrip(ALIVE)
+    if len(stream) >= 16 and stream[8:14] != MAGIC or rest[:1] not in (b"", WELCOME):
+        return False
+    if len(rest) < 5:
+        return None
+    start = len(stream) - len(rest) + 5
+    stop = start + U32.unpack(rest[1:5])[0]
+    return (start, stop) if len(stream) >= stop else None
+
+
 class Server(End):
     """A server for one client at a time, with a multicast group of its own.
 

@@ -110,7 +110,7 @@ def test_a_killed_client_does_not_stall_the_others(victim):
     session.write_rest()
     code, stderr, _ = session.server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 3
+    assert helpers.summary(session.server).served == 3
     assert stderr.count("does not have the image") == 1
     for number, client in enumerate(session.clients):
         if number != victim:
@@ -132,7 +132,7 @@ def test_a_client_killed_while_it_receives_does_not_stall_the_others(python):
         assert code == 0 and received == data, stderr
     code, stderr, _ = server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 2
+    assert helpers.summary(server).served == 2
 
 
 @BOTH
@@ -149,7 +149,7 @@ def test_a_client_whose_output_does_not_take_the_end_is_not_served(python):
     slow.go_on.set()
     code, stderr, _ = server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 1
+    assert helpers.summary(server).served == 1
 
 
 @BOTH
@@ -163,7 +163,7 @@ def test_a_server_without_clients_stops_at_once(python, a_thread):
     assert code == 1, stderr
     assert "no client is left" in stderr and "Traceback" not in stderr
     assert stderr.count("does not have the image") == 3
-    assert helpers.summary(stderr).served == 0
+    assert helpers.summary(session.server).served == 0
 
 
 def test_a_hung_client_is_given_up_after_the_stall_timeout():
@@ -172,7 +172,7 @@ def test_a_hung_client_is_given_up_after_the_stall_timeout():
     session.write_rest()
     code, stderr, _ = session.server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 2 and "stalled" in stderr
+    assert helpers.summary(session.server).served == 2 and "stalled" in stderr
     assert [session.clients[number].finish(10)[0] for number in (0, 2)] == [0, 0]
     session.clients[1].signal(signal.SIGCONT)
     assert session.clients[1].finish(10)[0] == 1
@@ -543,7 +543,7 @@ def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
     assert code == 0, stderr
     assert (tmp_path / "image").read_bytes() == data
     code, stderr, _ = server.finish(20)
-    assert code == 3 and helpers.summary(stderr).served == 1, stderr
+    assert code == 3 and helpers.summary(server).served == 1, stderr
     assert stderr.count("warning: ") >= len(places) and "it says" in stderr, stderr
 
 
@@ -563,7 +563,7 @@ def test_a_digest_of_the_image_that_differs_fails_and_leaves_no_file(tmp_path):
         assert code == 1, stderr
     assert list(tmp_path.iterdir()) == []
     code, stderr, _ = server.finish(20)
-    assert code == 1 and helpers.summary(stderr).served == 0 and "it says" in stderr, stderr
+    assert code == 1 and helpers.summary(server).served == 0 and "it says" in stderr, stderr
 
 
 @pytest.mark.parametrize("place, code", [

@@ -213,7 +213,7 @@ def test_a_signal_when_all_clients_have_the_image_changes_nothing(python, words)
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python)
     assert client.finish(20)[::2] == (0, b"data"), client.stderr
     code, stderr, _ = server.finish(20)
-    assert code == 0 and helpers.summary(stderr).served == 1, stderr
+    assert code == 0 and helpers.summary(server).served == 1, stderr
     orderly(stderr)
 
 
@@ -231,7 +231,7 @@ def test_a_signal_during_the_servers_farewell_changes_nothing(python):
     session.server.signal(signal.SIGTERM)
     code, stderr, _ = session.server.finish(20)
     stranger.close()
-    assert code == 0 and helpers.summary(stderr).served == 1, stderr
+    assert code == 0 and helpers.summary(session.server).served == 1, stderr
     orderly(stderr)
 
 

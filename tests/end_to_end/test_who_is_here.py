@@ -160,7 +160,7 @@ def test_who_was_refused_is_named_at_the_end_and_in_the_exit_code(python, a_thre
     session.write_rest()
     assert [client.finish(10)[0] for client in session.clients] == [0, 0]
     code, stderr, _ = session.server.finish(10)
-    assert code == 3 and helpers.summary(stderr).served == 2, stderr
+    assert code == 3 and helpers.summary(session.server).served == 2, stderr
     named = [line for line in stderr.splitlines() if "node7 (127.0.0.7)" in line and "error" in line]
     assert len(named) == 1 and "refused" in named[0], stderr
 

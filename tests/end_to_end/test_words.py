@@ -11,7 +11,7 @@ import wire
 from helpers import LOOPBACK
 from hostile import IMAGE
 from pythons import BOTH, NEWEST
-from wire import BYE
+from wire import BYE, PACKETS
 
 #: A rate at which the image of 3 MB takes six seconds, unless somebody ends it.
 SLOW = ["--rate", "4M"]
@@ -154,7 +154,7 @@ def test_a_client_that_stalled_is_said_in_words_to_have_failed_to_do_something(p
 
 @BOTH
 def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port, python):
-    """To be ready for a round, to say what it received of it, to say that it has the image."""
+    """To be ready for a round, to say what it received of it, to say that it has everything."""
     server = helpers.start_server(["--stall-timeout", 1, LOOPBACK, 3, port], python=python, stdin=b"data")
     not_ready, no_answer, no_end = [wire.Client(port).greet() for _ in range(3)]
     not_ready.announced()
@@ -163,9 +163,12 @@ def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port,
     reasons = [not_ready.reason()]
     for client in (no_answer, no_end):
         client.sent()
-    no_end.done()
+    no_end.ask([0])
     reasons.append(no_answer.reason())
-    no_end.expect(BYE)
+    no_end.expect(PACKETS)
+    no_end.packet()
+    no_end.done()
+    assert no_end.expect(BYE).fields["ok"] is True
     reasons.append(no_end.reason())
     for client in (not_ready, no_answer, no_end):
         client.close()
@@ -184,7 +187,7 @@ def test_one_client_and_one_packet_are_no_plural(port):
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], NEWEST)
     of_client, of_server = client.finish(20)[1], server.finish(20)[1]
     assert "waiting for 1 client\n" in of_server
-    assert "data: 1 packet in 1 round, 1 byte in " in of_server
+    assert "data: 1 packet in 2 rounds, 1 byte in " in of_server
     assert "repair: 0 packets by multicast, 0 packets by TCP" in of_server
     assert "1 of 1 client has the image" in of_server
     assert "client: 1 byte in " in of_client and "repaired 0 packets by multicast" in of_client
