@@ -71,8 +71,7 @@ SLICE = 200                 # system calls in a row after which a thread that do
 MOMENT = 0.0001             # seconds: so much time passes then, as system calls take some
 SPIN = 1000                 # slices in a row after which it is taken to spin
 REAL_LIMIT = 20.0           # real seconds for a seed
-MEMORY = 2                  # rounds that may be queued for a connection
-BUFFERS = 5                 # Buffers that an end may have, of all kinds
+BUFFERS = 3                 # Buffers that an end may have, and two more for each round under way: it, and a pass for it
 
 # What a CRC-32 does not see, wherever it is added (XOR): its own polynomial, as zlib orders the bits.
 UNSEEN = bytes.fromhex("410671db01")
@@ -125,6 +124,7 @@ class Plan:
         self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
         self.unicast = r.random() < 0.07
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
+        self.window = r.choice([1, 2, 3, 4, 4, 4, 4, 8])         # rounds under way at once, in a session
         self.pauses = r.choice([0, 0, 0, 0.05, 0.3])             # how often the producer pauses
         self.pause = r.choice([0.01, 0.1, 2, 20])
         self.shared = r.choice([0, 0, 0.01, 0.1])                # loss that all clients share
@@ -1119,7 +1119,8 @@ class Socket(File):
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         size = self.output.send(data)
         if world.trace:
-            what = "... %d bytes" % len(data) if self._continues else described(data)
+            what = "... %d bytes" % len(data) if self._continues else described(
+                data, self.process.plan.compat, self.local[1] == PORT)
             world.say("-> %-10s %s%s", self.output.sink.process, what, "" if size == len(data) else ", of these %d" % size)
             self._continues = bool(flags & socket.MSG_MORE) or size < len(data)
         return size
@@ -1146,7 +1147,9 @@ class Socket(File):
     def babble(self):
         """Say something that nobody asked for."""
         r = world.random
+        number = struct.pack("<I", r.choice([0, 1, r.randrange(20), 2**32 - 1]))
         some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}",
+                         b"\x01" + number, b"\x04" + number + bytes(16), b"\x02" + number + bytes(r.randrange(16, 40)),
                          b"\x80\2\0\0\0{}", r.getrandbits(80).to_bytes(10, "big")])
         if not self.output.finished and self.output.under_way < self.output.plan.room:
             self.output.send(some)
@@ -1190,11 +1193,19 @@ class Socket(File):
             self.input._end("broken")
 
 
-def described(message):
+def described(message, compat, by_server):
     """A message, or what may be a part of one, for the trace."""
-    for name in ("ALIVE", "READY", "REQUEST", "DONE", "SENT", "HELLO", "WELCOME", "AGAIN", "BYE", "STATE"):
-        if bytes(message[:1]) == getattr(kmcast, name, None):
-            return {"READY": "READY/INFO", "REQUEST": "REQUEST/PACKETS"}.get(name, name) + " (%d bytes)" % len(message)
+    kind = bytes(message[:1])
+    if by_server:
+        names = {kmcast.BUFFER_INFO: "INFO", kmcast.PACKETS: "PACKETS", kmcast.SENT: "SENT", kmcast.AGAIN: "AGAIN"}
+    else:
+        names = {kmcast.READY: "READY", kmcast.REQUEST: "REQUEST", kmcast.DONE: "DONE"}
+    if kind in names:
+        number = " %d" % struct.unpack_from("<I", message, 1) if not compat and len(message) >= 5 else ""
+        return "%s%s (%d bytes)" % (names[kind], number, len(message))
+    for name in ("ALIVE", "HELLO", "WELCOME", "STATE", "BYE"):
+        if kind == getattr(kmcast, name) and not compat:
+            return "%s (%d bytes)%s" % (name, len(message), " " + bytes(message[5:]).decode() if name == "BYE" else "")
     return "%d bytes" % len(message)
 
 
@@ -1269,15 +1280,18 @@ class Air:
 class Receiver(File):
     """A kmcast.DatagramReceiver."""
 
-    def __init__(self, _local_ip, group, port, *_args, **_options):
+    def __init__(self, _local_ip, group, port, _payload, _way="auto", source=None):
         world.call()
         File.__init__(self)
+        self.source = source                    # from whom datagrams are taken; None: from anybody
+        self.first = self.last = 0.0            # when the first and the last message of a call came
+        self.in_first = 0                       # datagrams in the first
         self.process = world.process
         self.plan = self.process.plan
         self.process.install(self)
         self.way, self.socket_buffer = "simulated", self.plan.socket_buffer * 1500
         self.air = Air(self.plan, self)
-        self._waiting, self._dropped = [], 0
+        self._waiting, self._dropped = [], 0    # (datagram, when it came)
         self._group = world.groups.setdefault((group, port), [])
         self._group.append(self)
 
@@ -1288,7 +1302,7 @@ class Receiver(File):
         """Datagrams come out of the air."""
         if self.fd >= 0:
             room = self.plan.socket_buffer - len(self._waiting)
-            self._waiting += datagrams[:room]
+            self._waiting += [(data, world.now) for data in datagrams[:room]]
             self._dropped += max(0, len(datagrams) - room)
             self.changed()
 
@@ -1299,14 +1313,16 @@ class Receiver(File):
             return None
         batches, r, header = [], world.random, kmcast.PACKET.size
         some, self._waiting = self._waiting[:200], self._waiting[200:]
-        i = 0
+        self.first, self.in_first, i = some[0][1], 0, 0
         while i < len(some):
-            size, start = len(some[i]), i
+            size, start = len(some[i][0]), i
             i += 1
-            while i < len(some) and len(some[i]) == size and i - start < 40 and r.random() < 0.9:
+            while i < len(some) and len(some[i][0]) == size and i - start < 40 and r.random() < 0.9:
                 i += 1
+            self.last = some[start][1]
+            self.in_first = self.in_first or i
             if size > header:
-                batches.append((bytearray(b"".join(some[start:i])), 0, i - start, size - header))
+                batches.append((bytearray(b"".join(data for data, _ in some[start:i])), 0, i - start, size - header))
         return batches
 
     def overflows(self):
@@ -1330,12 +1346,18 @@ class Sender(File):
         self.plan = world.process.plan
         self.mtu = self.plan.payload + kmcast.PACKET.size + kmcast.UDP_OVERHEAD
         self.way, self.trouble = "simulated", None
+        self.sock = self
+        self._name = world.process.address, world.random.randrange(20000, 60000)
         self._group = group, port
         self._busy_until = 0.0
         world.process.install(self)
 
     def events(self):
         return select.POLLOUT if self._busy_until - world.now < self.QUEUE else 0
+
+    def getsockname(self):
+        """Where the datagrams come from."""
+        return self._name
 
     def most(self, _slot):
         """How many packets a call takes."""
@@ -1354,12 +1376,13 @@ class Sender(File):
                      for i in range(0, len(part), buffer.slot)]
         if len(datagrams) != last - first:
             raise Finding("%d packets instead of %d are sent" % (len(datagrams), last - first))
-        world.say("=> %d packets from %d on", last - first, first)
+        world.say("=> %d packets from %d on, seq 0x%x", last - first, first, buffer.base + first)
         if self.plan.shared:
             datagrams = [data for data in datagrams if world.random.random() >= self.plan.shared]
         departure = max(0, self._busy_until - world.now)
         for receiver in world.groups.get(self._group, ()):
-            receiver.air.send(datagrams, departure)
+            if receiver.source in (None, self._name):
+                receiver.air.send(datagrams, departure)
         self._busy_until = world.now + departure + sum(map(len, datagrams)) / self.plan.line
         if not self.events():
             world.at(self._busy_until - world.now - self.QUEUE + 1e-6, self.changed)
@@ -1370,7 +1393,7 @@ class Sender(File):
 # The ends of the image
 
 class Source(File):
-    """A kmcast.Source: what makes the image, with pauses."""
+    """A kmcast.Source: what makes the image, with pauses; it is hashed by the real Hasher, if there is one."""
 
     name, drained = "image", False
 
@@ -1379,22 +1402,28 @@ class Source(File):
         self.plan = world.process.plan
         self.size = len(self.plan.image) if self.plan.size_known else None
         self.bytes = 0
-        self._hash = hashlib.sha256() if digest else None
-        self._staging = bytearray()
+        self._hasher = kmcast.Hasher() if digest else None
+        self._areas = [bytearray(), bytearray()]
         self._again = 0.0                       # when there is more
         world.process.install(self)
 
     def events(self):
         return select.POLLIN if world.now >= self._again else 0
 
+    def image(self):
+        """What names it."""
+        return hashlib.sha256(self.plan.image).hexdigest()[:32]
+
     def start(self):
         """All is well here."""
+        if self._hasher:
+            kmcast.start_thread(self._hasher)
 
-    def staging(self, size):
-        """Where to read into."""
-        if len(self._staging) != size:
-            self._staging = bytearray(size)
-        return memoryview(self._staging)
+    def area(self, size):
+        """Where to read into; the one before is still being hashed."""
+        self._areas.reverse()
+        self._areas[0] = bytearray(size)
+        return memoryview(self._areas[0])
 
     def read_into(self, view):
         """Some bytes of the image; None while it pauses."""
@@ -1413,19 +1442,26 @@ class Source(File):
         data = plan.image[self.bytes:self.bytes + r.randint(1, len(view))] if len(view) else b""
         view[:len(data)] = data
         self.bytes += len(data)
-        if self._hash:
-            self._hash.update(data)
         return len(data)
+
+    def hash(self, view):
+        """The next bytes of the image are there."""
+        if self._hasher:
+            self._hasher.give(view)
 
     def look(self):
         """There is no command to look at."""
 
-    def digest(self):
-        """SHA-256 of what was read so far."""
-        return self._hash.digest() if self._hash else b""
+    def digest(self, parts=None):
+        """SHA-256 of so many parts that were hashed, or of all."""
+        return self._hasher.digest(parts) if self._hasher else b""
 
     def end(self):
         """Nobody reads on."""
+
+    def shut(self):
+        if self._hasher and not world.process.dead:
+            self._hasher.close()
 
 
 class Sink:
@@ -1510,8 +1546,9 @@ class Run:
         world.watch = self.watch
         kmcast.Buffer.live.clear()
         kmcast.Connection.live.clear()
-        if hasattr(kmcast.Course, "FIRST_SEQ"):
-            kmcast.Course.FIRST_SEQ = plan.first_seq
+        kmcast.Course.FIRST_SEQ = plan.first_seq
+        kmcast.SessionDialect.window = plan.window
+        self.window = 1 if plan.compat else plan.window             # rounds under way
         self.server = Process("server", "server", SERVER, plan, plan.arguments())
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
                         for number, client in enumerate(plan.clients, 1)]
@@ -1526,7 +1563,7 @@ class Run:
         world.at(plan.server_start, self.server.start)
         world.at(PATIENCE, self._operator)
         if plan.server_fault == "threads":
-            self.server.most_threads = 2
+            self.server.most_threads = 2 + plan.digest
         elif plan.server_fault and plan.server_fault not in NO_EVENTS:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
         for number, start in enumerate(plan.strangers):
@@ -1579,11 +1616,11 @@ class Run:
         """Raises Finding."""
         server = self.server
         for connection in list(kmcast.Connection.live):
-            most = MEMORY * self.round + 4096
+            most = (1 + self.window) * self.round + 4096
             if connection.outgoing.size > most or connection.incoming.size > most + 65536:
                 raise Finding("memory: %d bytes are queued for %s, and %d are not understood" % (
                     connection.outgoing.size, connection.address, connection.incoming.size))
-        if len(kmcast.Buffer.live) > BUFFERS * (1 + len(self.clients)):
+        if len(kmcast.Buffer.live) > (BUFFERS + 2 * self.window) * (1 + len(self.clients)):
             raise Finding("memory: %d buffers" % len(kmcast.Buffer.live))
         if server.ended:
             for client in self.clients:
