@@ -1196,6 +1196,8 @@ class Socket(File):
 def described(message, compat, by_server):
     """A message, or what may be a part of one, for the trace."""
     kind = bytes(message[:1])
+    if by_server and len(message) == kmcast.GROUP_INFO.size and kind == b"\2":
+        return "group info"
     if by_server:
         names = {kmcast.BUFFER_INFO: "INFO", kmcast.PACKETS: "PACKETS", kmcast.SENT: "SENT", kmcast.AGAIN: "AGAIN"}
     else:
@@ -1459,8 +1461,10 @@ class Source(File):
     def end(self):
         """Nobody reads on."""
 
-    def shut(self):
-        if self._hasher and not world.process.dead:
+    def close(self):
+        """Stop reading."""
+        File.close(self)
+        if self._hasher:
             self._hasher.close()
 
 
