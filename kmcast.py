@@ -747,6 +747,9 @@ def frame_size(head):
 # Queues and links
 # ---------------------------------------------------------------------------
 
+MSG_DONTWAIT = 0x40                     # Linux's number; socket.MSG_DONTWAIT
+
+
 class TcpQueue(object):
     """Pieces of data in order: the spec's tcpq and its seven operations.
 
@@ -871,9 +874,9 @@ class SemLink(object):
     def _release(end):
         if end:
             try:
-                uninterrupted(end.send, b'V')
+                uninterrupted(end.send, b'V', MSG_DONTWAIT)
             except OS_ERRORS:
-                pass                    # it ended; the next wait will say so
+                pass                    # it ended: the next wait will say so; or has enough of them to look at
 
 
 # ---------------------------------------------------------------------------
@@ -1380,7 +1383,6 @@ SOL_UDP = 17
 UDP_SEGMENT = 103
 UDP_GRO = 104
 SO_TIMESTAMPNS = 35
-MSG_DONTWAIT = 0x40
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
 SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
@@ -4210,10 +4212,10 @@ class Course(object):
     def _look_for_the_deaf(self, answers, now):
         """Name the clients that hear no multicast while others do."""
         for member in answers.deaf if answers.hearing else ():
-            if now - member.deaf_since > self.PATIENCE and not member.deaf_told:
+            since = member.deaf_since   # None: it has heard some of another round meanwhile
+            if since is not None and now - since > self.PATIENCE and not member.deaf_told:
                 member.deaf_told = True
-                tell('member_deaf', member=member, seconds=now - member.deaf_since,
-                     payload=self.payload)
+                tell('member_deaf', member=member, seconds=now - since, payload=self.payload)
 
     # ---- the slowest
 
@@ -5616,6 +5618,7 @@ class Multicaster(object):
             done = self.sender.send(buffer, place,
                                     min(last, place + self.pacer.burst(size)))
             if done == place:
+                marks.pop()             # they leave later
                 stuck = stuck or monotonic() + (self.STUCK if self.course.multicasting else 0)
                 if monotonic() > stuck:
                     self.sender.trouble = 'the kernel takes no packets'
