@@ -751,6 +751,8 @@ class Lock(File):
 class Pair(File):
     """An end of a socketpair()."""
 
+    ROOM = 30                               # bytes; a real one has ten times as much
+
     def __init__(self):
         File.__init__(self)
         self.other = None
@@ -759,7 +761,10 @@ class Pair(File):
     def events(self):
         if self.other.fd < 0:
             return select.POLLIN | select.POLLHUP | select.POLLOUT
-        return select.POLLOUT | (select.POLLIN if self._unread else 0)
+        return (select.POLLOUT if self._room() else 0) | (select.POLLIN if self._unread else 0)
+
+    def _room(self):
+        return self.ROOM - len(self.other._unread)
 
     def recv(self, most):
         """Wait for bytes; b'' when the other end is closed."""
@@ -769,15 +774,19 @@ class Pair(File):
         world.wait([(self, select.POLLIN)])
         data = bytes(self._unread[:most])
         del self._unread[:most]
+        self.other.changed()
         return data
 
-    def send(self, data):
-        """Send bytes."""
+    def send(self, data, flags=0):
+        """Send a byte."""
         world.call()
         if self.fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self.other.fd < 0:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if not self._room() and flags & socket.MSG_DONTWAIT:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        world.wait([(self, select.POLLOUT)])
         self.other._unread += data
         self.other.changed()
         return len(data)
@@ -1370,7 +1379,9 @@ class Sender(File):
         world.call()
         if not self.events():
             return first
-        last = min(last, first + self.most(buffer.slot))
+        queued = max(0, self._busy_until - world.now)
+        room = int((self.QUEUE - queued) * self.plan.line / buffer.slot)
+        last = min(last, first + max(1, min(self.most(buffer.slot), room)))
         if self.plan.refused and 0 <= world.now - self.plan.refused[0] < self.plan.refused[1]:
             self.trouble = os.strerror(errno.EPERM)
             return last
@@ -1381,11 +1392,10 @@ class Sender(File):
         world.say("=> %d packets from %d on, seq 0x%x", last - first, first, buffer.base + first)
         if self.plan.shared:
             datagrams = [data for data in datagrams if world.random.random() >= self.plan.shared]
-        departure = max(0, self._busy_until - world.now)
         for receiver in world.groups.get(self._group, ()):
             if receiver.source in (None, self._name):
-                receiver.air.send(datagrams, departure)
-        self._busy_until = world.now + departure + sum(map(len, datagrams)) / self.plan.line
+                receiver.air.send(datagrams, queued)
+        self._busy_until = world.now + queued + sum(map(len, datagrams)) / self.plan.line
         if not self.events():
             world.at(self._busy_until - world.now - self.QUEUE + 1e-6, self.changed)
         return last
