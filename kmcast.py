@@ -2884,9 +2884,14 @@ class Connection(object):
             self.moved = monotonic()
 
     def show_life(self, message):
-        """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone."""
+        """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone.
+
+        That the kernels take it is no move: that of a peer that hangs does so, too.
+        """
         if not self.outgoing.count and monotonic() - self.told >= self.alive_every:
+            moved, sent = self.moved, self._sent
             self.send(message)
+            self.moved, self._sent = moved, sent
 
     # ---- in
 
@@ -3491,6 +3496,11 @@ class ClientWindow(object):
     def unwritten(self):
         """Rounds that the writer has."""
         return len(self._lent)
+
+    @property
+    def writing(self):
+        """Whether the writer has something to do, and is not waiting for what came damaged."""
+        return bool(self._lent) and self._lent[0].given
 
     @property
     def deadline(self):
@@ -6126,7 +6136,7 @@ class Client(object):
             self.started = self._heard_at = now
         tell.look(now)
         self.sink.look()
-        if self.sink.written != self._output[0] or not window.unwritten:
+        if self.sink.written != self._output[0] or not window.writing:
             self._output = self.sink.written, now
         owing = window.owing
         if self.dialect.talks or not owing:         # a server of the base protocol may be silent then
