@@ -166,6 +166,7 @@ class ClientPlan:
     def __init__(self, r, plan, number):
         self.host, self.address = "node%d" % number, "10.0.1.%d" % number
         self.compat, self.allow_empty, self.stall = plan.compat, plan.allow_empty, plan.client_stall
+        self.window = plan.window if r.random() < 0.8 else r.choice([1, 2, 3, 8])       # rounds that it can hold
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
@@ -832,6 +833,12 @@ class Reader:
         """Time passes."""
 
 
+class EachItsWindow(type):
+    """Of the SessionDialect: each process has a window of its own."""
+
+    window = property(lambda cls: world.process.plan.window)
+
+
 class Uninterruptible:
     """kmcast's own, one for each process."""
 
@@ -876,6 +883,7 @@ def load(path=KMCAST):
     kmcast.DatagramSender, kmcast.DatagramReceiver = Sender, Receiver
     kmcast.Source, kmcast.Sink = Source, Sink
     kmcast.uninterruptible = Uninterruptible()
+    kmcast.SessionDialect = EachItsWindow("SessionDialect", (kmcast.SessionDialect,), {})
     kmcast.interfaces = lambda: [("eth0", world.process.address)]
     kmcast.local_address = lambda text: world.process.address
     kmcast.read_by_user = lambda options, job: None
@@ -1561,8 +1569,7 @@ class Run:
         kmcast.Buffer.live.clear()
         kmcast.Connection.live.clear()
         kmcast.Course.FIRST_SEQ = plan.first_seq
-        kmcast.SessionDialect.window = plan.window
-        self.window = 1 if plan.compat else plan.window             # rounds under way
+        self.window = 1 if plan.compat else max([plan.window] + [client.window for client in plan.clients])
         self.server = Process("server", "server", SERVER, plan, plan.arguments())
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
                         for number, client in enumerate(plan.clients, 1)]
