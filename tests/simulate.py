@@ -32,6 +32,7 @@ A finding is printed with its seed. Exit code: 0 nothing was found, 1 something 
 
 import argparse
 import builtins
+import collections
 import concurrent.futures
 import ctypes
 import errno
@@ -110,7 +111,9 @@ class Plan:
         self.compat = r.random() < 0.15
         self.payload = r.choice([16, 32, 64, 100, 200])
         self.capacity = r.choice([5, 17, 64, 70, 100, 130])
-        packets = min(r.choice([0, 1, 2, r.randrange(60), r.randrange(64, 300), r.randrange(600)]), 30 * self.capacity)
+        whole = min(64, self.capacity) + r.randrange(4) * self.capacity         # ends with a round
+        packets = r.choice([0, 1, 2, r.randrange(60), r.randrange(64, 300), r.randrange(600), whole])
+        packets = min(packets, 30 * self.capacity)
         size = max(0, packets * self.payload - r.choice([0, 0, 1, self.payload // 2]))
         self.image = r.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[1:]
         self.size_known = r.random() < 0.5
@@ -908,6 +911,7 @@ def counted(class_):
 
     def init(self, *args, **options):
         begin(self, *args, **options)
+        self.made_by = world.process
         self.live.add(self)
     class_.__init__ = init
 
@@ -1164,7 +1168,9 @@ class Socket(File):
     def babble(self):
         """Say something that nobody asked for."""
         r = world.random
-        number = struct.pack("<I", r.choice([0, 1, r.randrange(20), 2**32 - 1]))
+        window = self.process.job and self.process.job.window
+        number = r.choice([0, 1, 2**32 - 1] + [max(0, window.announced - r.randrange(4))] * 3 if window else [0])
+        number = struct.pack("<I", number)
         some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}",
                          b"\x01" + number, b"\x04" + number + bytes(16), b"\x02" + number + bytes(r.randrange(16, 40)),
                          b"\x80\2\0\0\0{}", r.getrandbits(80).to_bytes(10, "big")])
@@ -1641,8 +1647,10 @@ class Run:
             if connection.outgoing.size > most or connection.incoming.size > most + 65536:
                 raise Finding("memory: %d bytes are queued for %s, and %d are not understood" % (
                     connection.outgoing.size, connection.address, connection.incoming.size))
-        if len(kmcast.Buffer.live) > (BUFFERS + 2 * self.window) * (1 + len(self.clients)):
-            raise Finding("memory: %d buffers" % len(kmcast.Buffer.live))
+        buffers = collections.Counter(buffer.made_by for buffer in list(kmcast.Buffer.live))
+        for process, count in buffers.items():
+            if count > BUFFERS + 2 * (1 if self.plan.compat else process.plan.window):
+                raise Finding("memory: %d buffers of %s" % (count, process))
         if server.ended:
             for client in self.clients:
                 patience = AFTERLIFE if client.plan.stall else AFTERLIFE + RETRANSMISSIONS
