@@ -38,17 +38,22 @@ The protocol in a page (a session; the base protocol lacks the greetings):
       | -- group info -------------------------> |  joins the group
       | <-------------------------- HELLO ------ |
       | -- WELCOME ----------------------------> |
-      |                                          |     for each buffer:
-      | -- buffer info ------------------------> |
-      | <-------------------------- READY ------ |
+      |                                          |     for each round:
+      | -- BUFFER INFO ------------------------> |
+      | <-------------------------- READY ------ |  there is room for it
       | == the packets, by UDP multicast ======> |
       | -- SERVER_SENT, digest so far ---------> |
       | <-------- CLIENT_REQ, what it lost ----- |     if it lost any:
       | -- the packets, or AGAIN and coded ----> |       TCP, or multicast
       | <-------------------------- DONE ------- |  verified, to the output
-      |                                          |     a buffer of 0 packets
-      | -- BYE, size and digest of it all -----> |     ends the image
-      | <-------------------------- DONE ------- |
+      |                                          |     and at the end:
+      | -- BYE, size and digest of it all -----> |
+      | <-------------------------- DONE ------- |  the image is in place
+
+Up to four rounds are under way at once: while one is multicast, the answers for the
+one before come in and it is repaired, and the next is filled and announced.  The base
+protocol, which has no greetings, is the window of one round, whose end is a round of
+0 packets.
 
 On the server the Multicaster is the parent of TCP server 1, which is the
 parent of TCP server 2, and so on, each with up to 64 clients.  The parent
@@ -493,8 +498,13 @@ def how_many(gaps):
 
 def runs(gaps):
     """Where set bits stand next to each other: (start, stop) of each run, ascending."""
-    digits = bin(gaps)[:1:-1]
-    return [found.span() for found in re.finditer('1+', digits)]
+    digits = bin(gaps)[:1:-1] + '0'
+    found, start = [], digits.find('1')
+    while start >= 0:
+        stop = digits.find('0', start)
+        found.append((start, stop))
+        start = digits.find('1', stop)
+    return found
 
 
 def places(gaps):
@@ -1234,7 +1244,8 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
-MOST_COLLISIONS = 64                    # in a row, until a group is closed
+MOST_COLLISIONS = 200                   # in a row, until a group is closed
+AT_A_TIME = 200                         # packets, between two moments for others
 
 
 def combine(requests, most=MOST_MEMBERS):
@@ -1244,18 +1255,28 @@ def combine(requests, most=MOST_MEMBERS):
     first, each into the first group in which it collides with no client.  A group
     that has collided with a set of clients always will, so it is not tried again for
     the same set; and one that collides MOST_COLLISIONS times in a row is as good as
-    full.  So the time is linear in what was lost.  Returns lists of places.
+    full.  So the time is linear in what was lost.
+
+    Yields lists of places as far as they are found, now and then, so that others get
+    their turn; the last ones are complete.
     """
     wanted = collections.defaultdict(int)           # place -> clients, as bits
+    popular = collections.defaultdict(int)          # place -> how many they are
+    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
+    work = 0
     for number, gaps in enumerate(requests):
         client = 1 << number
         for place in places(gaps):
             wanted[place] |= client
+            popular[place] += 1
+            work += 1
+        if work > 10 * AT_A_TIME:
+            work = 0
+            yield groups
     everybody = (1 << len(requests)) - 1
-    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
     tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
     closed = 0                                      # so many groups at the front are full
-    for place in sorted(wanted, key=lambda place: (-how_many(wanted[place]), place)):
+    for done, place in enumerate(sorted(wanted, key=lambda place: (-popular[place], place))):
         mask = wanted[place]
         while closed < len(groups) and taken[closed] == everybody:
             closed += 1
@@ -1273,7 +1294,9 @@ def combine(requests, most=MOST_MEMBERS):
         taken[at] |= mask
         collisions[at] = 0
         tried[mask] = at + 1
-    return groups
+        if not (done + 1) % AT_A_TIME:
+            yield groups
+    yield groups
 
 
 def recipes(groups, number, room):
@@ -1306,18 +1329,26 @@ def most_members(payload):
 
 
 def encode_repair(buffer, groups, number, salt):
-    """The datagrams of a repair pass, as a Buffer, and how many are recipes."""
+    """The datagrams of a repair pass, as a Buffer, and how many are recipes.
+
+    Yields them as far as they are made, as combine() does.
+    """
     first = recipes(groups, number, buffer.payload)
     coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT)
     coded.start(REPAIR_BIT + number, 0, 0)
     for payload in first:
         coded.add(payload)
+    work = 0
     for members in groups:
         total = 0
         for index in members:
             total ^= to_int(buffer.payload_of(index))
         coded.add(to_bytes(total, buffer.payload))
-    return coded, len(first)
+        work += len(members)
+        if work > AT_A_TIME:
+            work = 0
+            yield coded, len(first)
+    yield coded, len(first)
 
 
 def read_recipe(payload):
@@ -1832,6 +1863,7 @@ class RateControl(object):
         self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
         self._slow = False              # the last round lagged, without losses
+        self._common = 0.0              # share of packets that all clients lose at any rate, on average
         self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
         self._found = 0                 # heads in a row that found more
         self._next_look = 0.0
@@ -1854,17 +1886,19 @@ class RateControl(object):
         elif speed.calm:
             member.medium += 0.25 * (min(lost, cls.MOST_MEDIUM) - member.medium)
 
-    def learn(self, speed, achieved, worst, count, now):
+    def learn(self, speed, achieved, worst, count, now, mean=0.0, clients=1):
         """Learn from a round.
 
         speed: at which it was to be sent; achieved: bit/s at which its second half was; worst: the
-        Reception with the least ratio; count: packets in the round; now: seconds.  Returns why
-        the rate changed, or None.
+        Reception with the least ratio; count: packets in the round; now: seconds; mean: the share that
+        a client lost on average, of so many.  Returns why the rate changed, or None.
         """
         passed, self._last = now - (self._last or now), now
         if achieved < speed.rate:       # else it went at once, and nobody knows
             self._fastest = max(self._fastest, achieved)
-        lossy = self._unusual(worst.lost, worst.member.medium, count)
+        if speed.trial or speed.calm:
+            self._common += (1.0 if speed.trial else 0.25) * (min(mean, self.MOST_MEDIUM) - self._common)
+        lossy = self._unusual(worst.lost, max(worst.member.medium, self._common), count, clients)
         steady = achieved >= self.STEADY * speed.rate
         lags = 1 - worst.ratio > max(self.SLOWER, worst.error) and (steady or lossy)
         if speed.trial and self._trial:
@@ -1908,10 +1942,11 @@ class RateControl(object):
         self.rate *= self.OVER
         return 'there is more'
 
-    def _unusual(self, lost, medium, count):
-        """Whether such a share lost is more than the medium's own, noise, and chance."""
+    def _unusual(self, lost, medium, count, clients):
+        """Whether such a share lost is more than the medium's own, noise, and the chance of the worst of many."""
         usual = (medium + self.NOISE) * count
-        return lost * count > usual + 3 * math.sqrt(usual) + 1
+        sigmas = 3 + math.sqrt(2 * math.log(clients))
+        return lost * count > usual + sigmas * math.sqrt(usual) + sigmas / 3
 
     def _slow_down(self, sent, worst, lossy):
         """The line is slower than we sent.  It is known when two rounds agree."""
@@ -2895,7 +2930,7 @@ class Connection(object):
 
     # ---- in
 
-    def receive(self, most=65536):
+    def receive(self, most=8192):
         """Queue what has arrived; returns whether anything has.  Raises Gone."""
         try:
             data = self.sock.recv(most)
@@ -3054,13 +3089,14 @@ class Answers(object):
 
     requests    member -> what it asks for, as bits
     hearing     how many heard any multicast, `deaf` those who heard none
+    lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
     head        bit/s at which the head arrived at the slowest
     late        (when, member) of the last two that paid, the last first
     """
 
     def __init__(self):
-        self.requests, self.hearing, self.deaf = {}, 0, []
+        self.requests, self.hearing, self.deaf, self.lost = {}, 0, [], 0.0
         self.worst, self.head, self.late = [], None, []
 
     def paid(self, member, now):
@@ -3070,6 +3106,7 @@ class Answers(object):
     def heard(self, reception):
         """A member has heard some of the round."""
         self.hearing += 1
+        self.lost += reception.lost
         if len(self.worst) < 2 or reception.ratio < self.worst[1].ratio:
             self.worst = sorted(self.worst + [reception], key=lambda other: other.ratio)[:2]
 
@@ -3081,6 +3118,7 @@ class Answers(object):
         """Those of another thread, too."""
         self.requests.update(other.requests)
         self.hearing += other.hearing
+        self.lost += other.lost
         self.deaf += other.deaf
         self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
         self.late = sorted(self.late + other.late, key=lambda one: -one[0])[:2]
@@ -3104,6 +3142,7 @@ class Member(object):
     def __init__(self, address, now):
         self.address, self.host = address, None
         self.since = now                # when it came
+        self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
         self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
         self.asked = {}                 # number -> what it asked for, as bits
@@ -3482,7 +3521,9 @@ class ClientWindow(object):
         self._staging = self._filled = None
         self._free = []                 # buffers
         self._lent = collections.deque()            # rounds that the writer has
-        self._early = []                # batches of a repair pass that is not announced yet
+        self._hears = True              # some of the last round that was answered for
+        # Batches of a repair pass that is not announced yet, or not for us.
+        self._early = collections.deque(maxlen=self.EARLY)
 
     @property
     def owing(self):
@@ -3617,7 +3658,7 @@ class ClientWindow(object):
         coded.start(REPAIR_BIT + number, count, None)
         for data, size, payload in self._early:     # multicast may overtake TCP
             coded.put(data, 0, size, payload)
-        self._early = []
+        self._early.clear()
         incoming.repair, incoming.how = (coded, recipe_count), Incoming.LISTENS
         return []
 
@@ -3661,16 +3702,16 @@ class ClientWindow(object):
                 before = incoming.target.received
                 incoming.target.put(data, offset, count, payload)
                 useful += incoming.target.received - before
-            if not now_for and seq & REPAIR_BIT and len(self._early) < self.EARLY:
+            if not now_for and seq & REPAIR_BIT:
                 self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                     count, payload))
         return bool(useful)
 
     def _may_come(self, incoming):
         """Whether stragglers may be on their way: the end of what was sent is
-        missing, though not all of it, and nothing later has come."""
+        missing, though we hear multicast, and nothing later has come."""
         target = incoming.target
-        return (target.received and not target.complete
+        return ((target.received or self._hears) and not target.complete
                 and not (target.has(0) and target.has(target.count - 1))
                 and not any(later.number > incoming.number and later.target and later.target.received
                             for later in self.rounds))
@@ -3692,6 +3733,7 @@ class ClientWindow(object):
             incoming.repair = None
         else:
             self.by_multicast += buffer.received
+            self._hears = bool(buffer.received)
         return self._complete(incoming) if buffer.complete else self._ask(incoming)
 
     def _ask(self, incoming):
@@ -3953,6 +3995,7 @@ class Course(object):
         self._full = None               # a buffer that waits for room in the window
         self._filling = self._ended = self._finishing = False
         self._passes = collections.deque()          # Sendings of coded repair
+        self._work = collections.deque()            # what takes long, as generators
         self._answered = 0              # packets of rounds that all have answered for
         self._last_heard = None         # when a client last got any multicast
         self._warned = False            # that none gets any
@@ -4120,21 +4163,37 @@ class Course(object):
             requests = dict(item for item in requests.items() if item[0] in here)
         if not requests:
             return self._through(underway)
+        self._work.append(self._repair(underway, requests))
+        self.work()
+
+    busy = property(lambda self: bool(self._work))
+
+    def work(self):
+        """Go on with what takes long, for some milliseconds."""
+        if self._work and next(self._work[0], self) is self:
+            self._work.popleft()
+
+    def _repair(self, underway, requests):
+        """Bring to members what they asked for; yields while that is still to be worked out."""
         buffer, number = underway.round.buffer, underway.round.number
-        groups, coded_for = self.plan(buffer, requests) if underway.passes < self.PASSES else ([], ())
-        by_tcp = dict((member, how_many(gaps)) for member, gaps in requests.items()
-                      if member not in coded_for)
+        counts = dict((member, how_many(gaps)) for member, gaps in requests.items())
+        groups, coded_for, message = [], (), b''
+        if underway.passes < self.PASSES:
+            for groups, coded_for in self.plan(buffer, requests, counts):
+                yield
+        by_tcp = dict(item for item in counts.items() if item[0] not in coded_for)
         self.by_tcp += sum(by_tcp.values())
         partly = [count for count in by_tcp.values() if count < buffer.count]
         if partly and self.multicasting:
             self.hands.leave_room(max(partly) * buffer.slot)
-        message = b''
         if groups:
-            if self.repair_number + len(groups) + MAX_PACKETS > REPAIR_BIT:
-                self.repair_number = 0
-            coded, recipe_count = encode_repair(buffer, groups, self.repair_number, self._repair_salt)
-            message = self.dialect.again(number, self.repair_number, recipe_count, len(groups))
-            self.repair_number += coded.count
+            first = self.repair_number
+            if first + len(groups) + MAX_PACKETS > REPAIR_BIT:
+                first = 0
+            for coded, recipe_count in encode_repair(buffer, groups, first, self._repair_salt):
+                yield
+            message = self.dialect.again(number, first, recipe_count, len(groups))
+            self.repair_number = first + coded.count
             self.coded += coded.count
             underway.passes += 1
             underway.steps += 1         # until the pass is sent
@@ -4199,7 +4258,8 @@ class Course(object):
 
     def _set_rate(self, done, answers, now):
         before, worst, achieved = self.control.rate, answers.worst[0], done.tail[0]
-        why = self.control.learn(done.speed, achieved, worst, done.multicast, now)
+        why = self.control.learn(done.speed, achieved, worst, done.multicast, now,
+                                 answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
             why = self.control.learn_head(done.head[0], answers.head) or why
         self._settled += 1
@@ -4274,22 +4334,23 @@ class Course(object):
 
     # ---- repair
 
-    def plan(self, buffer, requests):
+    def plan(self, buffer, requests, counts):
         """What to repair by multicast, if that is cheaper than TCP.
 
-        Returns groups of places, and the members that they are for.
+        requests: what members ask for, as bits; counts: how many packets that are.
+        Yields groups of places, and the members that they are for, as combine() does.
         """
-        if not self.dialect.codes or not self.multicasting:
-            return [], ()
         asked = dict((member, gaps) for member, gaps in requests.items()
-                     if how_many(gaps) <= buffer.count // 2)
-        by_tcp = sum(how_many(gaps) for gaps in asked.values())
-        if by_tcp <= self.WORTH_CODING:
-            return [], ()
-        groups = combine(list(asked.values()), most_members(buffer.payload))
+                     if counts[member] <= buffer.count // 2)
+        by_tcp = sum(counts[member] for member in asked)
+        if not self.dialect.codes or not self.multicasting or by_tcp <= self.WORTH_CODING:
+            return
+        for groups in combine(list(asked.values()), most_members(buffer.payload)):
+            yield groups, asked
         size = 2 * len(groups) + 2 * sum(len(members) for members in groups)
         by_multicast = len(groups) + 1 + size // buffer.payload
-        return (groups, asked) if by_multicast < by_tcp or len(asked) == 1 else ([], ())
+        if by_multicast >= by_tcp and len(asked) > 1:
+            yield [], ()
 
 
 # ---------------------------------------------------------------------------
@@ -4608,7 +4669,7 @@ def client_status(client, now):
     elif window.owing == 'writing':
         waits = 'the output'
     elif says.get('waiting'):
-        waits = printable(TEXT[0](says['waiting']))
+        waits = says['waiting']
     else:
         waits = 'the server, or its other clients'
     packets = max(1, window.by_multicast + window.by_tcp + window.coded)
@@ -5079,9 +5140,9 @@ class TcpServer(threading.Thread):
                 if step in self._below:
                     answers.add(self._below.pop(step))
                 self._say(step, answers)
-        coming = self.number > 1 and self.parent.passed_on
-        if self.roster.begun and not self._peers and alone and not coming:
-            self._over = True           # nobody is left to serve
+        if (self.roster.begun and not self._peers and alone
+                and all(member.placed for member in self.roster.here)):
+            self._over = True           # nobody is left to serve, or on the way here
 
     def _say(self, step, answers):
         self.results.append((step, answers))
@@ -5265,6 +5326,7 @@ class TcpServer(threading.Thread):
         if len(self._peers) < self.session.per_thread:
             self._tick = min(self._tick, peer.alive_every / 2)
             self._peers[peer.member] = peer
+            peer.member.placed = True
             self.window.members.append(peer.member)
             self._watch(peer.fileno(), self._on_peer, peer)
             self._send(peer)
@@ -5691,6 +5753,9 @@ class Multicaster(object):
                 if looked and not timeout:
                     return
             looked = True
+            busy = self.course.busy
+            if busy:
+                timeout = 0
             reads = [self.link.child_fd]
             filling = bool(self._upcoming)
             if filling and self.source.drained:     # its command is to end; nothing tells but a look
@@ -5718,7 +5783,9 @@ class Multicaster(object):
                 self.source.look()
                 if filling and until is None and self.course.idle and not self._accepting:
                     self._look_at_producer(now)
-            if until is None and readable:
+            if busy:
+                self.course.work()
+            if until is None and (readable or busy):
                 return
 
     def _fill(self, now):
@@ -6001,9 +6068,10 @@ class Client(object):
             raise ProtocolError('a salt that is no 32-bit number')
         source = fields.get('source')
         if not (isinstance(source, list) and len(source) == 2 and isinstance(source[0], TEXT)
+                and re.match(r'[0-9.]{7,15}$', source[0])
                 and isinstance(source[1], NUMBER) and 0 < source[1] < 65536):
             raise ProtocolError('a frame without a proper "source"')
-        self._source = printable(source[0]), source[1]
+        self._source = str(source[0]), source[1]
         self.unicast = fields.get('unicast') is True
         self.server.alive_every = alive_every(stall_of(fields))
         self.window = ClientWindow(SessionDialect, payload, salts, digest is not None)
@@ -6125,7 +6193,9 @@ class Client(object):
                 self._flowing = True
                 self.sink.start()
             elif verb == 'state':
-                self.says = argument
+                self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places')
+                                 if key in argument)
+                self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
             else:
                 self._fields = argument
 
@@ -6393,8 +6463,8 @@ def command_line():
     server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
                         help='drop a client that alone keeps the transfer slower for 10 s')
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
-                        help='packets in a round at the most; memory is that of two rounds '
-                        '(as many as make 8 MB)')
+                        help='packets in a round at the most; memory is that of some seven rounds '
+                        '(as many as make 4 MB)')
     server.add_argument('--clients-per-thread', type=whole_number(1, 1000), default=64, metavar='N',
                         help='clients that one TCP thread serves (64)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')

@@ -1,9 +1,17 @@
 """The benchmark: kmcast against the tools that a user would pick today, in the laboratory of lab.py. Needs root.
 
-    python3 tests/bench.py                                  # everything, about an hour on two cores
+    python3 tests/bench.py                                  # everything, some three hours on two cores
     python3 tests/bench.py --list
     python3 tests/bench.py --scenario wire-4 wire-4-loss1 --repeat 1 --size 256
+    python3 tests/bench.py --scenario line-8-64 --tool kmcast chain
     python3 tests/bench.py --tool kmcast --json figures.json
+
+There are four kinds of scenarios. Where the CPU is the limit (super, wire, core, blocked), kmcast is compared with the
+other tools. Where a line is (port, egress, line, gbit, rtt, rival; chain: without UDP), the line's payload is the
+measure, and a chain of socat and tee, which nearly fills it, is a peer. `loopback` and `thousand` are about many
+clients: of the thousand one process (crowd.py) plays all, so that the server is what is measured; `single`, `brief` and
+`least` are kmcast with one client, with a tiny image, and with both, to tell apart what a client costs for each round.
+`memory` is about memory.
 
 Each run has a fresh laboratory, the same image (random bytes in tmpfs) and receivers that wait already. The clock runs
 from the start of the sender to the exit of the sender and all receivers; of UFTP, whose receivers are daemons, to the
@@ -14,10 +22,14 @@ A run that hangs, or of which one process fails, is a failed run: it gives no fi
 In the table:
     Mbit/s       goodput: the image's bits over the run's time, in 10^6 bit/s
     / kmcast     that as a multiple of kmcast's
-    CPU s/GB     CPU seconds a process itself used per 10^9 bytes of the image; a client's is the mean of all. The
-                 kernel's work on the virtual wire lands on whoever runs when it is done, which is mostly the sender
+    CPU s/GB     CPU seconds a process itself used per 10^9 bytes of the image; a client's is the mean of all (of a
+                 crowd, all of it). The kernel's work on the virtual wire lands on whoever runs when it is done, which
+                 is mostly the sender
+    us/round     CPU microseconds of kmcast's server for a client and a round: all of its CPU time, so reading, hashing
+                 and sending the image as well, divided by the number of clients and of rounds
     peak MiB     the largest resident size of the server, and of the largest client
-All are medians of the repetitions that succeeded.
+    rival        where a TCP transfer runs beside it: what that got, in Mbit/s
+All are medians of the repetitions that succeeded. The lines below a table are what is judged.
 
 Every byte is verified, outside of the timed part: see `verify`.
 """
@@ -50,6 +62,13 @@ RAMDISK = '/dev/shm'
 # carries 1460, after 14 of Ethernet, 20 of IP, 8 of UDP and 12 of kmcast itself.
 PAYLOAD_SHARE = 1460 / 1514
 
+# The same of TCP: its header is 20 bytes, and the time stamps that it usually carries are 12.
+TCP_PAYLOAD_SHARE = 1448 / 1514
+
+LINE_QUEUE = '256kb'    # of a line's port, both ways
+CORES = ('0', '1')      # of the senders and of the receivers, where they are pinned
+CROWD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'crowd.py')
+
 GRACE = 30.0            # seconds that the others get to stop once one process has failed
 SAMPLE_INTERVAL = 0.25  # seconds between two looks at the processes' memory
 IDLE_PATIENCE = 30.0    # seconds to wait for other work on the machine to pause, before a timed run
@@ -59,6 +78,15 @@ IDLE_PATIENCE = 30.0    # seconds to wait for other work on the machine to pause
 # Scenarios
 # ---------------------------------------------------------------------------
 
+# What is judged. figure: the name of a function of `FIGURES`; least: what it must reach; aim: what it should reach;
+# both None: it is for information.
+Wanted = collections.namedtuple('Wanted', 'figure least aim')
+
+
+def wanted(figure, least=None, aim=None):
+    return Wanted(figure, least, aim)
+
+
 class Scenario:
     """One row of the benchmark.
 
@@ -66,10 +94,8 @@ class Scenario:
     title    what it is, in a line
     clients  how many
     mib      size of the image, in MiB
+    wanted   what is judged: a list of Wanted
     wire     whether every MTU frame crosses alone; False lets super-packets cross
-    figure   what is judged: the name of a function of `FIGURES`
-    least    what that must reach, and
-    aim      what it should reach
     impair   called with the laboratory when it stands
     rate     Mbit/s of IP packets that the slowest link carries: told to the peers, which cannot find out. kmcast
              is never told. None: no limit but the machine
@@ -78,17 +104,20 @@ class Scenario:
     options  more options for both ends of kmcast
     python   'python2.7': which interpreter kmcast needs here, None: any
     loopback all processes on one host, at 127.0.0.1
+    crowd    options of crowd.py, which then plays the clients; None: they are real
+    rival    a TCP transfer from the server's host to the first client's runs beside it
+    pinned   the senders have one core, and the receivers another one
+    patience how many times as long as elsewhere a run may take before it counts as hung
     """
 
-    def __init__(self, name, title, clients, mib, figure, least, aim, wire=True, impair=None, rate=None, lossy=False,
-                 tools=('kmcast', 'udpcast', 'uftp'), options=(), python=None, loopback=False):
+    def __init__(self, name, title, clients, mib, wanted, wire=True, impair=None, rate=None, lossy=False,
+                 tools=('kmcast', 'udpcast', 'uftp'), options=(), python=None, loopback=False, crowd=None, rival=False,
+                 pinned=False, patience=1):
         self.name = name
         self.title = title
         self.clients = clients
         self.mib = mib
-        self.figure = figure
-        self.least = least
-        self.aim = aim
+        self.wanted = wanted
         self.wire = wire
         self.impair = impair or (lambda lab: None)
         self.rate = rate
@@ -97,10 +126,14 @@ class Scenario:
         self.options = list(options)
         self.python = python
         self.loopback = loopback
+        self.crowd = crowd
+        self.rival = rival
+        self.pinned = pinned
+        self.patience = patience
 
     def timeout(self, size):
         """Seconds after which a run with an image of `size` bytes hangs: many times what the slowest tool takes."""
-        return 60 + 4 * size * 8e-6 / (self.rate or 200)
+        return (60 + 4 * size * 8e-6 / (self.rate or 200)) * self.patience
 
 
 def _lose_at_clients(percent):
@@ -111,36 +144,118 @@ def _limit_ports(mbit, count=None):
     return lambda lab: [client.limit(mbit) for client in lab.clients[:count]]
 
 
+def _line(mbit, hosts):
+    """The ports of these hosts have this speed, both ways: hosts(lab) is a list of them."""
+    return lambda lab: [host.limit(mbit, LINE_QUEUE, both=True) for host in hosts(lab)]
+
+
+def _lines(mbit):
+    """Every host's port has, the server's too."""
+    return _line(mbit, lambda lab: lab.hosts)
+
+
+def _all(*impairments):
+    return lambda lab: [impair(lab) for impair in impairments]
+
+
 def _block_multicast(lab):
     for client in lab.clients:
         client.block_multicast()
 
 
+PEERS = ('udpcast', 'uftp')
+REFERENCES = ('single', 'brief', 'least')
+# What the line can do is known, so that the chain's share of it is for information only, but where nothing else is.
+BESIDE_CHAIN = wanted('times_chain')
+
 SCENARIOS = [
-    Scenario('super-1', 'super-packets cross, 1 client', 1, 1024, 'times_best_peer', 4.5, 7, wire=False),
-    Scenario('super-4', 'super-packets cross, 4 clients', 4, 1024, 'times_best_peer', 5.5, 10, wire=False),
-    Scenario('wire-1', 'wire mode, 1 client', 1, 1024, 'times_best_peer', 1.4, 1.6),
-    Scenario('wire-4', 'wire mode, 4 clients', 4, 1024, 'times_best_peer', 2.3, 3),
-    Scenario('wire-4-loss1', 'wire mode, 4 clients, 1 % independent loss at each', 4, 1024, 'times_best_peer', 2, 3,
+    # Where the CPU is the limit.
+    Scenario('super-1', 'super-packets cross, 1 client', 1, 1024, [wanted('times_best_peer', 4.5, 6)], wire=False),
+    Scenario('super-4', 'super-packets cross, 4 clients', 4, 1024,
+             [wanted('times_best_peer', 5.5, 6.5), wanted('times_chain', 1.1, 1.4)],
+             wire=False, tools=('kmcast', 'chain') + PEERS),
+    Scenario('core-1', 'super-packets cross, 1 client, the server and the client on one core each', 1, 1024,
+             [wanted('goodput_gbit', 5, 5.7), wanted('times_best_peer')],
+             wire=False, pinned=True),
+    Scenario('wire-1', 'wire mode, 1 client', 1, 1024, [wanted('times_best_peer', 1.4, 1.6)]),
+    Scenario('wire-4', 'wire mode, 4 clients', 4, 1024, [wanted('times_best_peer', 2.6, 3.5), BESIDE_CHAIN],
+             tools=('kmcast', 'chain') + PEERS),
+    Scenario('wire-4-loss1', 'wire mode, 4 clients, 1 % independent loss at each', 4, 1024,
+             [wanted('times_best_peer', 2.5, 3.5)],
              impair=_lose_at_clients(1), lossy=True),
-    Scenario('repair-32', 'wire mode, 32 clients, 1 % independent loss at each', 32, 64, 'repair_share', 0.03, 0.02,
+    Scenario('repair-32', 'wire mode, 32 clients, 1 % independent loss at each', 32, 64,
+             [wanted('repair_share', 0.03, 0.02)],
              impair=_lose_at_clients(1), lossy=True, tools=('kmcast',)),
-    Scenario('wire-4-shared2', 'wire mode, 4 clients, 2 % loss shared by all', 4, 1024, 'times_best_peer', 2, 3,
+    Scenario('wire-4-shared2', 'wire mode, 4 clients, 2 % loss shared by all', 4, 1024,
+             [wanted('times_best_peer', 2.5, 3.5)],
              impair=lambda lab: lab.server.lose_egress(2), lossy=True),
-    Scenario('port-100', "wire mode, 4 clients, each one's port 100 Mbit/s", 4, 128, 'share_of_link', 0.90, 0.97,
-             impair=_limit_ports(100), rate=100),
-    Scenario('one-port-100', 'wire mode, 4 clients, one port 100 Mbit/s', 4, 128, 'share_of_link', 0.90, 0.97,
-             impair=_limit_ports(100, 1), rate=100),
-    Scenario('egress-200', "wire mode, 8 clients, the server's egress 200 Mbit/s", 8, 1024, 'share_of_link', 0.95, 0.98,
-             impair=lambda lab: lab.server.limit_egress(200), rate=200),
-    Scenario('blocked-4', 'wire mode, 4 clients, multicast blocked for all', 4, 1024, 'times_tcp', 0.8, 1,
-             impair=_block_multicast, tools=('kmcast', 'tcp')),
+    Scenario('blocked-4', 'wire mode, 4 clients, multicast blocked for all', 4, 1024,
+             [wanted('times_tcp', 0.8, 1), BESIDE_CHAIN],
+             impair=_block_multicast, tools=('kmcast', 'chain', 'tcp')),
     Scenario('mmsg-py27', 'wire mode, 4 clients, kmcast on Python 2.7 with sendmmsg and recvmmsg', 4, 1024,
-             'times_best_peer', 1, 1.3, options=['--datagrams', 'mmsg'], python='python2.7'),
-    Scenario('loopback-70', '70 clients on loopback', 70, 64, 'cpu_per_round', None, None, wire=False,
-             tools=('kmcast',), loopback=True),
+             [wanted('times_best_peer', 1, 1.3)],
+             options=['--datagrams', 'mmsg'], python='python2.7'),
+
+    # Where a line is the limit. The first two limit one direction only, with a shorter queue.
+    Scenario('port-100', "wire mode, 4 clients, each one's port 100 Mbit/s", 4, 128,
+             [wanted('share_of_link', 0.90, 0.97), BESIDE_CHAIN],
+             impair=_limit_ports(100), rate=100, tools=('kmcast', 'chain') + PEERS),
+    Scenario('egress-200', "wire mode, 8 clients, the server's egress 200 Mbit/s", 8, 1024,
+             [wanted('share_of_link', 0.95, 0.98), BESIDE_CHAIN],
+             impair=lambda lab: lab.server.limit_egress(200), rate=200, tools=('kmcast', 'chain') + PEERS),
+    Scenario('one-port-100', 'one port of four 100 Mbit/s', 4, 128,
+             [wanted('share_of_link', 0.97, 0.98), BESIDE_CHAIN],
+             impair=_line(100, lambda lab: lab.clients[:1]), rate=100, tools=('kmcast', 'chain') + PEERS),
+    Scenario('line-8-64', 'every port 100 Mbit/s, 8 clients', 8, 64,
+             [wanted('times_chain', 0.98, 1.01), wanted('share_of_link')],
+             impair=_lines(100), rate=100, tools=('kmcast', 'chain') + PEERS),
+    Scenario('line-8-256', 'every port 100 Mbit/s, 8 clients', 8, 256,
+             [wanted('times_chain', 1.0, 1.02), wanted('share_of_link')],
+             impair=_lines(100), rate=100, tools=('kmcast', 'chain') + PEERS),
+    Scenario('gbit-2', "the server's port 1 Gbit/s, 2 clients", 2, 1024,
+             [wanted('share_of_link', 0.96, 0.98), BESIDE_CHAIN],
+             impair=_line(1000, lambda lab: [lab.server]), rate=1000, tools=('kmcast', 'chain') + PEERS),
+    Scenario('rtt20-2', 'every port 100 Mbit/s, 2 clients, 20 ms of round trip to the server', 2, 128,
+             [wanted('share_of_link', 0.96, 0.98), BESIDE_CHAIN],
+             impair=_all(lambda lab: lab.server.lengthen(0.010), _lines(100)), rate=100,
+             tools=('kmcast', 'chain') + PEERS),
+    Scenario('line-8-loss5', 'every port 100 Mbit/s, 8 clients, 5 % loss at one', 8, 256,
+             [wanted('share_of_link', 0.90, 0.94), BESIDE_CHAIN],
+             impair=_all(_lines(100), lambda lab: lab.clients[0].lose(5)), rate=100, lossy=True,
+             tools=('kmcast', 'chain') + PEERS),
+    # Each must have a third. Nobody can have more than half without taking it from the other.
+    Scenario('rival', 'every port 100 Mbit/s, 2 clients, a TCP transfer beside it', 2, 128,
+             [wanted('share_of_link', 0.333, 0.45), wanted('rival_share', 0.333, 0.45), BESIDE_CHAIN],
+             impair=_lines(100), rate=100, rival=True, patience=4, tools=('kmcast', 'chain')),
+
+    # The same where UDP reaches nobody. From one server to each of so many, it takes that many times as long.
+    Scenario('chain-8-64', 'every port 100 Mbit/s, 8 clients, no UDP into any', 8, 64,
+             [wanted('times_chain', 0.9, 1), wanted('share_of_link')],
+             impair=_all(_lines(100), _lose_at_clients(100)), rate=100, patience=4, tools=('kmcast', 'chain')),
+    Scenario('chain-16-128', 'every port 100 Mbit/s, 16 clients, no UDP into any', 16, 128,
+             [wanted('times_chain', 0.9, 1), wanted('share_of_link')],
+             impair=_all(_lines(100), _lose_at_clients(100)), rate=100, patience=4, tools=('kmcast', 'chain')),
+    Scenario('chain-32-64', 'every port 100 Mbit/s, 32 clients, no UDP into any', 32, 64,
+             [wanted('times_chain', 0.85, 0.95), wanted('share_of_link')],
+             impair=_all(_lines(100), _lose_at_clients(100)), rate=100, patience=4, tools=('kmcast', 'chain')),
+
+    # Many clients.
+    Scenario('loopback-70', '70 clients on loopback', 70, 64, [wanted('cpu_per_round')],
+             wire=False, tools=('kmcast',), loopback=True),
+    Scenario('thousand', '1,000 clients played by one process on loopback', 1000, 256,
+             [wanted('goodput_gbit', 1.5, 4), wanted('cpu_for_client', 30, 10), wanted('server_mib', 120, 100)],
+             wire=False, tools=('kmcast',) + REFERENCES, loopback=True, crowd=[]),
+    Scenario('thousand-loss1', 'the same, each asks again for a random 1 % of every round', 1000, 256,
+             [wanted('goodput_gbit', 0.8, 2), wanted('cpu_for_client'), wanted('server_mib', 120, 100)],
+             wire=False, tools=('kmcast',) + REFERENCES, loopback=True, crowd=['--loss', 1]),
+    # Every byte goes to every client by TCP, so the image is small: two full rounds and what leads up to them.
+    Scenario('thousand-dead', 'the same, each asks again for everything: multicast is dead', 1000, 24,
+             [wanted('server_mib', 150, 120), wanted('goodput_gbit')],
+             wire=False, tools=('kmcast',), loopback=True, crowd=['--loss', 100], patience=5),
+
     # Losses make both ends hold on to a round the longest, so this is where memory would grow.
-    Scenario('memory', 'wire mode, 4 clients, 1 % independent loss at each: peak memory', 4, 1024, 'peak_mib', 80, 50,
+    Scenario('memory', 'wire mode, 4 clients, 1 % independent loss at each: peak memory', 4, 1024,
+             [wanted('peak_mib', 80, 60)],
              impair=_lose_at_clients(1), lossy=True, tools=('kmcast',)),
 ]
 
@@ -178,6 +293,10 @@ class Tool:
         absent = [program for program in self.programs if shutil.which(program) is None]
         return 'no program %s here (Debian packages udpcast, uftp, socat)' % ', '.join(absent) if absent else None
 
+    def size(self, job):
+        """Return how many bytes it sends."""
+        return job.size
+
     def receivers(self, job):
         """Return the Commands of the receivers, which wait for the sender."""
         raise NotImplementedError
@@ -196,28 +315,65 @@ class Kmcast(Tool):
 
     name = 'kmcast'
 
-    def __init__(self, python):
+    def __init__(self, python, program):
         self._python = python
+        self._program = program
 
     def python(self, scenario):
         """Return the path of the interpreter for this scenario, None if there is none."""
         return find_python(scenario.python) if scenario.python else self._python
 
     def missing(self, scenario):
-        if not os.path.exists(KMCAST):
-            return 'no %s' % KMCAST
+        if not os.path.exists(self._program):
+            return 'no %s' % self._program
         return None if self.python(scenario) else 'no %s here' % scenario.python
 
+    def clients(self, scenario):
+        """Return how many clients there are."""
+        return scenario.clients
+
     def receivers(self, job):
-        argv = [self.python(job.scenario), KMCAST, 'client'] + job.scenario.options
+        if job.scenario.crowd is not None:
+            return [command(job.lab.server, [sys.executable, CROWD] + job.scenario.crowd
+                            + ['127.0.0.1', self.clients(job.scenario)])]
+        argv = [self.python(job.scenario), self._program, 'client'] + job.scenario.options
         if job.scenario.loopback:
             return [command(job.lab.server, argv + ['127.0.0.1', '127.0.0.1'])] * job.scenario.clients
         return [command(client, argv + [client.address, job.lab.server.address]) for client in job.lab.clients]
 
     def senders(self, job):
         address = '127.0.0.1' if job.scenario.loopback else job.lab.server.address
-        argv = [self.python(job.scenario), KMCAST, 'server'] + job.scenario.options + [address, job.scenario.clients]
+        argv = [self.python(job.scenario), self._program, 'server'] + job.scenario.options + [
+            address, self.clients(job.scenario)]
         return [command(job.lab.server, argv, stdin=job.image)]
+
+
+class Reference(Kmcast):
+    """kmcast with less to do, to know what of its CPU time is for what: see `cpu_for_client`.
+
+    name    'single': what the image costs with one client; 'brief': what it costs that clients come and go, with the
+            start of an image and no more; 'least': what it costs in any case
+    """
+
+    IMAGE = 64 << 10        # bytes of a brief one
+
+    def __init__(self, name, python, program):
+        super().__init__(python, program)
+        self.name = name
+
+    def clients(self, scenario):
+        return scenario.clients if self.name == 'brief' else 1
+
+    def size(self, job):
+        return job.size if self.name == 'single' else min(self.IMAGE, job.size)
+
+    def senders(self, job):
+        if self.size(job) == job.size:
+            return super().senders(job)
+        path = os.path.join(job.directory, 'brief')
+        with open(job.image, 'rb') as image, open(path, 'wb') as start:
+            start.write(image.read(self.size(job)))
+        return super().senders(job._replace(image=path))
 
 
 class Udpcast(Tool):
@@ -302,20 +458,80 @@ class Uftp(Tool):
         return [os.path.join(self._directory(job, client), os.path.basename(job.image)) for client in job.lab.clients]
 
 
+SOCAT = ['socat', '-u', '-b', 256 * 1024]      # its default of 8 KB would cost it half its speed
+
+
 class Tcp(Tool):
     """As many parallel TCP copies by socat as there are clients: what one does without multicast."""
 
     name = 'tcp'
     programs = ('socat',)
     _PORT = 7000
-    _SOCAT = ['socat', '-u', '-b', 256 * 1024]      # its default of 8 KB would cost it half its speed
 
     def receivers(self, job):
-        return [command(client, self._SOCAT + ['TCP-LISTEN:%d' % self._PORT, 'STDOUT']) for client in job.lab.clients]
+        return [command(client, SOCAT + ['TCP-LISTEN:%d' % self._PORT, 'STDOUT']) for client in job.lab.clients]
 
     def senders(self, job):
-        return [command(job.lab.server, self._SOCAT + ['STDIN', 'TCP:%s:%d' % (client.address, self._PORT)],
+        return [command(job.lab.server, SOCAT + ['STDIN', 'TCP:%s:%d' % (client.address, self._PORT)],
                         stdin=job.image) for client in job.lab.clients]
+
+
+class Chain(Tool):
+    """A chain of socat and tee: each host passes the image on to the next while it writes it.
+
+    It checks nothing, a host that dies takes those behind it along, and somebody must have named its successor to each
+    host. But the kernel does nearly all of its work, and every port carries the image once: so it shows what a line and
+    a machine can do.
+    """
+
+    name = 'chain'
+    programs = ('socat', 'tee', 'bash')
+    _PORT = 7001
+    # Whoever is the next may not listen yet.
+    _TO = 'TCP:%s:%d,retry=100,interval=0.1'
+    # tee writes one copy to the sink, which is descriptor 3 here, and one to its output, for the next host.
+    _LINK = 'set -o pipefail; exec 3>&1; %s TCP-LISTEN:%d,reuseaddr STDOUT | tee /dev/fd/3 | %s STDIN %s'
+
+    def receivers(self, job):
+        clients = job.lab.clients
+        socat = ' '.join(map(str, SOCAT))
+        links = [command(client, ['bash', '-c', self._LINK % (
+            socat, self._PORT, socat, self._TO % (successor.address, self._PORT))])
+            for client, successor in zip(clients, clients[1:])]
+        return links + [command(clients[-1], SOCAT + ['TCP-LISTEN:%d,reuseaddr' % self._PORT, 'STDOUT'])]
+
+    def senders(self, job):
+        return [command(job.lab.server, SOCAT + ['STDIN', self._TO % (job.lab.clients[0].address, self._PORT)],
+                        stdin=job.image)]
+
+
+class Rival:
+    """A TCP transfer without end, from the server's host to the first client's, while a `with` block runs."""
+
+    _PORT = 7002
+
+    def __init__(self, job):
+        self._job = job
+        self._processes = []
+
+    def __enter__(self):
+        source, sink = self._job.lab.server, self._job.lab.clients[0]
+        to = 'TCP:%s:%d,retry=100,interval=0.1' % (sink.address, self._PORT)
+        for name, where in (('sink', command(sink, SOCAT + ['TCP-LISTEN:%d' % self._PORT, 'STDOUT'])),
+                            ('source', command(source, SOCAT + ['STDIN', to], stdin='/dev/zero'))):
+            self._processes.append(Process(where, 'rival-' + name, self._job.directory, subprocess.DEVNULL))
+        time.sleep(1)               # it has the whole line by then
+        return self
+
+    def received(self):
+        """Return how many bytes have arrived: what the sink has written."""
+        with open('/proc/%d/io' % self._processes[0].pid) as io:        # man 5 proc
+            return int(re.search(r'wchar: (\d+)', io.read()).group(1))
+
+    def __exit__(self, *exception):
+        for process in self._processes:
+            process.popen.kill()
+            process.popen.wait()
 
 
 def find_python(name):
@@ -346,19 +562,22 @@ class RunFailed(Exception):
 class Process:
     """A process of a run, what it used, and its standard error in a file.
 
+    cores    where it may run, as taskset takes it; None: anywhere
+
     code     exit code, negative for a signal, None while it runs
     ended    time.monotonic() at its end
     cpu      CPU seconds, user and system
     peak     largest resident size so far, in bytes
     """
 
-    def __init__(self, where, label, directory, stdout):
+    def __init__(self, where, label, directory, stdout, cores=None):
         self.label = label
         self._stderr_path = os.path.join(directory, label + '.stderr')
         self.code = self.ended = None
         self.cpu = self.peak = 0
         with open(where.stdin, 'rb') as stdin, open(self._stderr_path, 'wb') as stderr:
-            self.popen = where.host.popen(where.argv, stdin=stdin, stdout=stdout, stderr=stderr)
+            argv = (['taskset', '-c', cores] if cores else []) + where.argv
+            self.popen = where.host.popen(argv, stdin=stdin, stdout=stdout, stderr=stderr)
         self.pid = self.popen.pid
 
     def stderr(self):
@@ -488,31 +707,50 @@ def measure(tool, job, open_sinks):
     open_sinks(n) is called for the standard outputs of the n receivers: a context manager of a list of files.
     """
     commands = tool.receivers(job)
+    sender_cores, receiver_cores = CORES if job.scenario.pinned else (None, None)
     with open_sinks(len(commands)) as sinks:
-        receivers = [Process(where, 'client%d' % number, job.directory, sink)
+        receivers = [Process(where, 'client%d' % number, job.directory, sink, receiver_cores)
                      for number, (where, sink) in enumerate(zip(commands, sinks))]
     await_quiet(receivers)
 
-    start = time.monotonic()
-    senders = [Process(where, 'server%d' % number, job.directory, subprocess.DEVNULL)
-               for number, where in enumerate(tool.senders(job))]
-    awaited = senders if tool.daemons else senders + receivers
-    reap(awaited, senders + receivers, start + job.scenario.timeout(job.size))
+    rival_rate = None
+    with contextlib.ExitStack() as stack:
+        rival = stack.enter_context(Rival(job)) if job.scenario.rival else None
+        start = time.monotonic()
+        before = rival.received() if rival else 0
+        senders = [Process(where, 'server%d' % number, job.directory, subprocess.DEVNULL, sender_cores)
+                   for number, where in enumerate(tool.senders(job))]
+        awaited = senders if tool.daemons else senders + receivers
+        reap(awaited, senders + receivers, start + job.scenario.timeout(job.size))
+        if rival:
+            rival_rate = (rival.received() - before) * 8e-6 / (time.monotonic() - start)
     seconds = max(process.ended for process in awaited) - start
 
     if tool.daemons:
         stop_daemons(receivers)
-    gigabytes = job.size / 1e9
+    gigabytes = tool.size(job) / 1e9
+    cpu_server = sum(process.cpu for process in senders)
+    own = isinstance(tool, Kmcast)
+    rounds = round_count(senders[0].stderr()) if own else None
     return {
         'seconds': seconds,
-        'goodput': job.size * 8e-6 / seconds,                                           # Mbit/s
-        'cpu_server': sum(process.cpu for process in senders) / gigabytes,              # seconds per 10^9 bytes
+        'goodput': gigabytes * 8e3 / seconds,                                           # Mbit/s
+        'cpu_server_all': cpu_server,                                                   # seconds
+        'cpu_server': cpu_server / gigabytes,                                           # seconds per 10^9 bytes
         'cpu_client': sum(process.cpu for process in receivers) / len(receivers) / gigabytes,
         'rss_server': max(process.peak for process in senders) / MIB,                   # MiB
         'rss_client': max(process.peak for process in receivers) / MIB,
-        'repair': repair_traffic(senders[0].stderr()) if tool.name == 'kmcast' else None,
-        'rounds': round_count(senders[0].stderr()) if tool.name == 'kmcast' else None,
+        'repair': repair_traffic(senders[0].stderr()) if own else None,
+        'rounds': rounds,
+        'us_round': 1e6 * cpu_server / rounds / tool.clients(job.scenario) if rounds else None,
+        'rival': rival_rate,                                                            # Mbit/s
+        'crowd': crowd_report(receivers[0].stderr()) if own and job.scenario.crowd is not None else None,
     }
+
+
+def crowd_report(said):
+    """Return what crowd.py said at its end, as a dict."""
+    return json.loads(said.strip().splitlines()[-1])
 
 
 def stop_daemons(receivers):
@@ -534,7 +772,7 @@ def repair_traffic(summary):
 
 def round_count(summary):
     """Return how many rounds a kmcast server's summary names; None if it does not."""
-    match = re.search(r'(\d+) rounds', summary)
+    match = re.search(r'(\d+) rounds?\b', summary)
     return int(match.group(1)) if match else None
 
 
@@ -641,9 +879,9 @@ class Bench:
 
         Hashing what comes out would take CPU from the tools in the timed runs, where the receivers write to /dev/null:
         so each tool has one more run in each scenario, not timed, with sha256sum as the sink. A tool that writes files
-        needs none: all its files are hashed after every run.
+        needs none: all its files are hashed after every run. A crowd keeps nothing that could be hashed.
         """
-        if not tool.to_files:
+        if not tool.to_files and scenario.crowd is None:
             sinks = HashingSinks()
             try:
                 self.run(tool, scenario, sinks.open)
@@ -661,8 +899,12 @@ def _median(runs, key):
     return statistics.median(values) if values else None
 
 
+def _middle(results, name, key):
+    return results.get(name, {}).get('median', {}).get(key)
+
+
 def _goodput(results, name):
-    return results.get(name, {}).get('median', {}).get('goodput')
+    return _middle(results, name, 'goodput')
 
 
 def _ratio(results, peers):
@@ -684,6 +926,36 @@ def times_tcp(scenario, results):
     return _ratio(results, ('tcp',))
 
 
+def times_chain(scenario, results):
+    """kmcast's goodput as a multiple of that of a chain of socat and tee"""
+    return _ratio(results, ('chain',))
+
+
+def goodput_gbit(scenario, results):
+    """kmcast's goodput in Gbit/s"""
+    mine = _goodput(results, 'kmcast')
+    return mine / 1000 if mine else None
+
+
+def rival_share(scenario, results):
+    """goodput of the TCP transfer beside kmcast as a share of what the link can carry as payload"""
+    rival = _middle(results, 'kmcast', 'rival')
+    return rival / (scenario.rate * TCP_PAYLOAD_SHARE) if rival is not None else None
+
+
+def cpu_for_client(scenario, results):
+    """CPU microseconds of kmcast's server for one more client and a round"""
+    # Not in it are the image itself, with which the figure would tell how large the rounds are, and the greetings and
+    # farewells, with which it would tell how many rounds there are.
+    names = ('kmcast', 'brief', 'single', 'least')
+    cpu = [_middle(results, name, 'cpu_server_all') for name in names]
+    rounds = [_middle(results, name, 'rounds') for name in names]
+    if None in cpu + rounds or rounds[0] <= rounds[1]:
+        return None
+    of_rounds = (cpu[0] - cpu[1]) - (cpu[2] - cpu[3])
+    return 1e6 * of_rounds / (rounds[0] - rounds[1]) / (scenario.clients - 1)
+
+
 def share_of_link(scenario, results):
     """kmcast's goodput as a share of what the link can carry as payload"""
     mine = _goodput(results, 'kmcast')
@@ -703,6 +975,12 @@ def cpu_per_round(scenario, results):
     return statistics.median(run['cpu_server'] * gigabytes / run['rounds'] for run in told) if told else None
 
 
+def server_mib(scenario, results):
+    """the largest peak of kmcast's server, in MiB"""
+    runs = results.get('kmcast', {}).get('runs', [])
+    return max(run['rss_server'] for run in runs) if runs else None
+
+
 def peak_mib(scenario, results):
     """the larger peak of kmcast's server and clients, in MiB"""
     runs = results.get('kmcast', {}).get('runs', [])
@@ -710,23 +988,28 @@ def peak_mib(scenario, results):
 
 
 FIGURES = {function.__name__: function for function in (
-    times_best_peer, times_tcp, share_of_link, repair_share, cpu_per_round, peak_mib)}
-SMALLER_IS_BETTER = ('repair_share', 'cpu_per_round', 'peak_mib')
+    times_best_peer, times_tcp, times_chain, goodput_gbit, share_of_link, rival_share, repair_share, cpu_per_round,
+    cpu_for_client, server_mib, peak_mib)}
+SMALLER_IS_BETTER = ('repair_share', 'cpu_per_round', 'cpu_for_client', 'server_mib', 'peak_mib')
 
 
 def judge(scenario, results):
-    """Return the scenario's judged figure as a dict: what it is, its value, what is wanted, and how it stands."""
-    function = FIGURES[scenario.figure]
-    value = function(scenario, results)
-    if value is None:
-        verdict = 'not known (a tool did not run, or did not tell)'
-    elif scenario.least is None:
-        verdict = 'for information'
-    else:
-        sign = -1 if scenario.figure in SMALLER_IS_BETTER else 1
-        verdict = ('aim reached' if sign * value >= sign * scenario.aim else
-                   'enough' if sign * value >= sign * scenario.least else 'NOT ENOUGH')
-    return {'what': function.__doc__, 'value': value, 'least': scenario.least, 'aim': scenario.aim, 'verdict': verdict}
+    """Return the scenario's judged figures, a dict each: what it is, its value, what is wanted, and how it stands."""
+    judged = []
+    for figure, least, aim in scenario.wanted:
+        function = FIGURES[figure]
+        value = function(scenario, results)
+        if value is None:
+            verdict = 'not known (a tool did not run, or did not tell)'
+        elif least is None:
+            verdict = 'for information'
+        else:
+            sign = -1 if figure in SMALLER_IS_BETTER else 1
+            verdict = ('aim reached' if sign * value >= sign * aim else
+                       'enough' if sign * value >= sign * least else 'NOT ENOUGH')
+        judged.append({'figure': figure, 'what': function.__doc__, 'value': value, 'least': least, 'aim': aim,
+                       'verdict': verdict})
+    return judged
 
 
 # ---------------------------------------------------------------------------
@@ -770,31 +1053,38 @@ def run_scenario(bench, scenario, tools, repeat, verify):
         attempt(tool, 'verification', lambda: bench.verify(tool, scenario))
     for result in results.values():
         result['median'] = {key: _median(result['runs'], key) for key in (
-            'seconds', 'goodput', 'cpu_server', 'cpu_client', 'rss_server', 'rss_client')}
+            'seconds', 'goodput', 'cpu_server', 'cpu_server_all', 'cpu_client', 'rss_server', 'rss_client', 'rounds',
+            'us_round', 'rival')}
     return results
 
 
-def table(scenario, size, results, figure):
+def table(scenario, size, results, judged):
     """Return the lines of a scenario's table."""
-    row = '  %-8s %9s %9s   %8s %8s   %8s %8s   %s'
+    row = '  %-8s %9s %9s   %8s %8s %8s   %8s %8s   '
+    row += '%6s   %s' if scenario.rival else '%s%s'
+    rival = ('rival', 'Mbit/s') if scenario.rival else ('', '')
     lines = ['%s: %s, %d MiB' % (scenario.name, scenario.title, size / MIB),
-             row % ('', 'goodput', '', 'CPU s/GB', 'CPU s/GB', 'peak MiB', 'peak MiB', ''),
-             row % ('tool', 'Mbit/s', '/ kmcast', 'server', 'client', 'server', 'client', 'runs')]
+             row % ('', 'goodput', '', 'CPU s/GB', 'CPU s/GB', 'us/round', 'peak MiB', 'peak MiB', rival[0], ''),
+             row % ('tool', 'Mbit/s', '/ kmcast', 'server', 'client', 'server', 'server', 'client', rival[1], 'runs')]
     own = _goodput(results, 'kmcast')
     for name, result in results.items():
         median = result['median']
         runs = '%d' % len(result['runs']) + (', %d failed' % len(result['failures']) if result['failures'] else '')
         if not result['runs']:
-            lines.append(row % (name, 'failed', '', '', '', '', '', runs))
+            lines.append(row % (name, 'failed', '', '', '', '', '', '', '', runs))
             continue
-        lines.append(row % (name, '%.0f' % median['goodput'], '%.2f' % (median['goodput'] / own) if own else '-',
+        # A line's last percent matters, and at 100 Mbit/s that takes a decimal.
+        lines.append(row % (name, '%.*f' % (0 if median['goodput'] >= 1000 else 1, median['goodput']),
+                            '%.2f' % (median['goodput'] / own) if own else '-',
                             '%.2f' % median['cpu_server'], '%.2f' % median['cpu_client'],
-                            '%.0f' % median['rss_server'], '%.0f' % median['rss_client'], runs))
-    value = '-' if figure['value'] is None else '%.3g' % figure['value']
-    wanted = '' if figure['least'] is None else ', at least %g, aim %g' % (figure['least'], figure['aim'])
-    if scenario.figure in SMALLER_IS_BETTER:
-        wanted = wanted.replace('at least', 'at most')
-    lines.append('  %s: %s%s: %s' % (figure['what'], value, wanted, figure['verdict']))
+                            '%.0f' % median['us_round'] if median['us_round'] else '',
+                            '%.0f' % median['rss_server'], '%.0f' % median['rss_client'],
+                            '%.1f' % median['rival'] if scenario.rival else '', runs))
+    for figure in judged:
+        value = '-' if figure['value'] is None else '%.3g' % figure['value']
+        bounds = '' if figure['least'] is None else ', at %s %g, aim %g' % (
+            'most' if figure['figure'] in SMALLER_IS_BETTER else 'least', figure['least'], figure['aim'])
+        lines.append('  %s: %s%s: %s' % (figure['what'], value, bounds, figure['verdict']))
     return lines
 
 
@@ -811,17 +1101,22 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+TOOLS = ('kmcast',) + REFERENCES + ('chain', 'udpcast', 'uftp', 'tcp')
+
+
 def arguments():
     parser = argparse.ArgumentParser(
-        description='Measure kmcast against udpcast, UFTP and plain TCP in a laboratory of network namespaces.')
+        description='Measure kmcast against udpcast, UFTP, a chain of socat and parallel TCP copies in a laboratory of '
+                    'network namespaces.')
     parser.add_argument('--scenario', nargs='+', metavar='NAME', choices=[scenario.name for scenario in SCENARIOS],
                         help='only these (default: all; see --list)')
-    parser.add_argument('--tool', nargs='+', metavar='NAME', choices=['kmcast', 'udpcast', 'uftp', 'tcp'],
-                        help='only these of kmcast, udpcast, uftp, tcp (default: all)')
+    parser.add_argument('--tool', nargs='+', metavar='NAME', choices=TOOLS,
+                        help='only these of %s (default: all)' % ', '.join(TOOLS))
     parser.add_argument('--repeat', type=int, default=3, metavar='N', help='repetitions (default: 3)')
     parser.add_argument('--size', type=int, metavar='MIB', help='size of the image instead of the scenarios\' own')
     parser.add_argument('--tuned-peers', action='store_true', help='spare udpcast its waits at start and end')
     parser.add_argument('--python', default=sys.executable, metavar='PATH', help='interpreter for kmcast')
+    parser.add_argument('--kmcast', default=KMCAST, metavar='PATH', help='another kmcast.py than this repository\'s')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
     parser.add_argument('--no-verify', action='store_true', help='leave out the run that verifies every byte')
     parser.add_argument('--list', action='store_true', help='list the scenarios and end')
@@ -840,8 +1135,9 @@ def main():
         return 1
 
     Udpcast.tuned = options.tuned_peers
-    tools = [tool for tool in (Kmcast(options.python), Udpcast(), Uftp(), Tcp())
-             if not options.tool or tool.name in options.tool]
+    own = options.python, options.kmcast
+    tools = [Kmcast(*own)] + [Reference(name, *own) for name in REFERENCES] + [Chain(), Udpcast(), Uftp(), Tcp()]
+    tools = [tool for tool in tools if not options.tool or tool.name in options.tool]
     report = {'environment': environment(options.python), 'repeat': options.repeat,
               'scenarios': collections.OrderedDict()}
     directory = tempfile.mkdtemp(prefix='kmbench-', dir=RAMDISK)
@@ -853,10 +1149,10 @@ def main():
                 continue
             bench.make_image((options.size or scenario.mib) * MIB)
             results = run_scenario(bench, scenario, tools, options.repeat, not options.no_verify)
-            figure = judge(scenario, results)
-            report['scenarios'][scenario.name] = {'title': scenario.title, 'size': bench.size, 'figure': figure,
+            judged = judge(scenario, results)
+            report['scenarios'][scenario.name] = {'title': scenario.title, 'size': bench.size, 'figures': judged,
                                                   'tools': results}
-            print('\n'.join(table(scenario, bench.size, results, figure)) + '\n', flush=True)
+            print('\n'.join(table(scenario, bench.size, results, judged)) + '\n', flush=True)
             if options.json:        # after each scenario, so that an interrupted benchmark leaves what it has
                 with open(options.json, 'w') as file:
                     json.dump(report, file, indent=1)

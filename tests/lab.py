@@ -14,7 +14,8 @@ names carry the process id and a counter. Building and changing one needs root; 
 
 Impairments are where a real network has them, and see what a real network sees, single frames: loss is a random
 drop in nftables (some kernels have no netem), a slow port is a token bucket with a short queue, a pulled cable is the
-switch's port going down. In a laboratory that is not in wire mode a "frame" can be a super-packet of 64 KB.
+switch's port going down, a long cable is a process that holds frames back (delay.py). In a laboratory that is not in
+wire mode a "frame" can be a super-packet of 64 KB.
 
 The system's limits are left as they are: net.core.rmem_max in particular is the host's own, as on a user's machine.
 
@@ -29,6 +30,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 PREFIX = 'kmlab'                 # of all namespaces; then the process id, the laboratory's number, the host
@@ -36,6 +38,7 @@ NETWORK = '10.83.0'              # /24
 NETNS_DIRECTORY = '/run/netns'   # where `ip netns` keeps them, man 8 ip-netns
 LINK_TIMEOUT = 20.0              # seconds for all links to come up; it takes milliseconds
 LOSS_STEPS = 1000000             # loss is set in steps of 0.0001 %
+DELAY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'delay.py')
 COMMANDS = ('ip', 'bridge', 'nft', 'tc', 'ethtool', 'nsenter', 'unshare', 'umount')
 
 # What must be off at both ends of a link for every MTU frame to cross by itself.
@@ -107,6 +110,7 @@ class Host:
         self.namespace = '%s-%s' % (laboratory.name, name)
         self.port = 'port%d' % number
         self._laboratory = laboratory
+        self._relay = None
         self.namespaces = [os.path.join(NETNS_DIRECTORY, self.namespace), os.path.join(laboratory.directory, name)]
 
     def __repr__(self):
@@ -158,13 +162,53 @@ class Host:
         self._laboratory.filter('netdev', 'egress_' + self.port, 'hook ingress device "%s"' % self.port,
                                 percent and 'ip protocol udp ' + _random_drop(percent))
 
-    def limit(self, mbit, queue='128kb'):
-        """Let the switch's port carry this many Mbit/s to the host, with a queue of that size; None ends it."""
+    def limit(self, mbit, queue='128kb', both=False):
+        """Let the switch's port carry this many Mbit/s to the host, with a queue of that size; None ends it.
+
+        both: the same from the host, at its own interface, as a line is limited that has this speed.
+        """
         self._laboratory.shape(self._laboratory.switch, self.port, mbit, queue)
+        if both:
+            self.limit_egress(mbit, queue)
 
     def limit_egress(self, mbit, queue='128kb'):
         """Let the host's own interface carry this many Mbit/s, with a queue of that size; None ends it."""
         self._laboratory.shape(self.namespace, self.interface, mbit, queue)
+
+    def lengthen(self, seconds):
+        """Let every frame between the host and its port take this long, each way. Before limit(), and once.
+
+        The cable is cut inside of the switch's namespace, and a process forwards the frames between the two ends:
+
+            host eth0 ──── far0   delay.py   near0 ──── port0, bridge
+
+        So the port's queue and its losses stay where they are, at the switch. For wire mode.
+        """
+        switch, number = self._laboratory.switch, self.port[len('port'):]
+        far, near = 'far' + number, 'near' + number
+        lines = ['set -e']
+        lines += _batch('-n ' + switch, [
+            'link set %s down' % self.port,
+            'link set %s nomaster name %s' % (self.port, far),
+            'link add %s mtu %d type veth peer name %s mtu %d' % (self.port, self._laboratory.mtu, near,
+                                                                  self._laboratory.mtu)])
+        lines += _inside(switch, [NO_IPV6] + ['ethtool -K %s %s' % (device, OFFLOADS_OFF)
+                                              for device in (self.port, near) if self._laboratory.wire])
+        lines += _batch('-n ' + switch, ['link set %s master br0' % self.port]
+                        + ['link set %s up' % device for device in (far, near, self.port)])
+        _shell('\n'.join(lines))
+        self._relay = subprocess.Popen(
+            ['nsenter', '--net=%s/%s' % (NETNS_DIRECTORY, switch), '--', sys.executable, DELAY, far, near,
+             str(seconds)], stdout=subprocess.PIPE, universal_newlines=True)
+        self._laboratory.started.append(self._relay)
+        if self._relay.stdout.readline() != 'ready\n':
+            raise LaboratoryError('delay.py did not start')
+        self._laboratory.wait_for_links([self])
+
+    def line_report(self):
+        """End what lengthen() started, and with it the line; return what it says it has done, as lines."""
+        self._relay.terminate()
+        return self._relay.communicate()[0].splitlines()
 
     def unplug(self):
         """Pull the cable at the switch: both ends lose the carrier, addresses and routes stay."""
@@ -186,6 +230,7 @@ class Laboratory:
     wire     True: every MTU frame crosses by itself, as on a cable. False: super-packets (GSO, GRO) may cross, as
              between virtual machines of one host
     mtu      of every link, in bytes
+             (all three as attributes, too, but that `clients` are the hosts)
 
     server   a Host
     clients  a list of Hosts
@@ -204,8 +249,8 @@ class Laboratory:
         self.server = Host(self, 0, 'server')
         self.clients = [Host(self, number, 'node%d' % number) for number in range(1, clients + 1)]
         self.hosts = [self.server] + self.clients
-        self._wire = wire
-        self._mtu = mtu
+        self.wire = wire
+        self.mtu = mtu
 
     def __enter__(self):
         self.build()
@@ -241,21 +286,21 @@ class Laboratory:
         yield from _batch('', ['netns add ' + self.switch] + ['netns add ' + host.namespace for host in self.hosts])
 
         # The two ends are made where they belong, so the root namespace never sees one.
-        links = ['link add br0 mtu %d type bridge stp_state 0 forward_delay 0 mcast_snooping 0' % self._mtu,
+        links = ['link add br0 mtu %d type bridge stp_state 0 forward_delay 0 mcast_snooping 0' % self.mtu,
                  'link set br0 up']
         for host in self.hosts:
             links += ['link add %s mtu %d type veth peer name %s mtu %d netns %s'
-                      % (host.port, self._mtu, host.interface, self._mtu, host.namespace),
+                      % (host.port, self.mtu, host.interface, self.mtu, host.namespace),
                       'link set %s master br0' % host.port]
         ports_up = ['link set %s up' % host.port for host in self.hosts]
-        inside_switch = ['ethtool -K %s %s' % (host.port, OFFLOADS_OFF) for host in self.hosts if self._wire]
+        inside_switch = ['ethtool -K %s %s' % (host.port, OFFLOADS_OFF) for host in self.hosts if self.wire]
         yield from _batch('-n ' + self.switch, links)
         yield from _inside(self.switch, [NO_IPV6, NO_BRIDGE_FILTER] + inside_switch)
         yield from _batch('-n ' + self.switch, ports_up)
 
         for host in self.hosts:
             inside = [NO_IPV6]
-            if self._wire:
+            if self.wire:
                 inside.append('ethtool -K %s %s' % (host.interface, OFFLOADS_OFF))
             yield from _inside(host.namespace, inside)
             yield from _batch('-n ' + host.namespace, [
@@ -324,7 +369,8 @@ def _inside(namespace, lines):
 
 def _random_drop(percent):
     """Return the nftables statement that drops this share."""
-    return 'numgen random mod %d < %d drop' % (LOSS_STEPS, round(percent * LOSS_STEPS / 100))
+    steps = round(percent * LOSS_STEPS / 100)
+    return 'drop' if steps >= LOSS_STEPS else 'numgen random mod %d < %d drop' % (LOSS_STEPS, steps)
 
 
 def _filter(namespace, family, table, hook, rule):

@@ -226,15 +226,32 @@ def test_version_agrees():
     assert process.communicate()[0].decode("ascii").strip() == version
 
 
-def test_manual_page_is_clean():
-    page = os.path.join(helpers.ROOT, "man", "kmcast.1")
+@pytest.mark.parametrize("name", ["kmcast.1", "kmcast-protocol.7"])
+def test_manual_pages_are_clean(name):
     try:
         # On stderr it says which pages that are referred to are not installed here.
-        process = subprocess.Popen(["mandoc", "-Tlint", page], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(["mandoc", "-Tlint", os.path.join(helpers.ROOT, "man", name)],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except EnvironmentError:
         pytest.skip("no mandoc here")
     output = process.communicate()[0].decode("utf-8", "replace")
-    assert (process.returncode, output) == (0, "")
+    # Each refers to the other, and neither need be installed.
+    complaints = [line for line in output.splitlines() if "referenced manual not found: Xr kmcast" not in line]
+    assert complaints == []
+    assert process.returncode == 0 or output
+
+
+def test_the_pages_refer_to_each_other():
+    assert ".Xr kmcast-protocol 7" in sections(read("man", "kmcast.1"), "Sh")["SEE ALSO"]
+    assert ".Xr kmcast 1" in sections(read("man", "kmcast-protocol.7"), "Sh")["SEE ALSO"]
+    assert "man/kmcast-protocol.7" in read("README.md")
+
+
+def test_the_protocol_page_has_the_group_and_port_of_the_program():
+    transport = " ".join(sections(read("man", "kmcast-protocol.7"), "Sh")["TRANSPORT"].split())
+    assert "the port is %d unless the user says else" % kmcast.DEFAULT_PORT in transport
+    assert "is %s, the UDP port is the TCP port" % kmcast.GROUP in transport
+    assert "a u8 version, which is %d," % kmcast.SESSION_VERSION in transport
 
 
 def test_readme_says_how_the_figures_were_made():
