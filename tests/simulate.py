@@ -128,6 +128,7 @@ class Plan:
         self.unicast = r.random() < 0.07
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
         self.window = r.choice([1, 2, 3, 4, 4, 4, 4, 8])         # rounds under way at once, in a session
+        self.at_a_time = r.choice([2, 20, 200])                  # packets to be worked at for a repair in a go
         self.pauses = r.choice([0, 0, 0, 0.05, 0.3])             # how often the producer pauses
         self.pause = r.choice([0.01, 0.1, 2, 20])
         self.shared = r.choice([0, 0, 0.01, 0.1])                # loss that all clients share
@@ -1575,6 +1576,7 @@ class Run:
         kmcast.Buffer.live.clear()
         kmcast.Connection.live.clear()
         kmcast.Course.FIRST_SEQ = plan.first_seq
+        kmcast.AT_A_TIME = plan.at_a_time
         self.window = 1 if plan.compat else max([plan.window] + [client.window for client in plan.clients])
         self.server = Process("server", "server", SERVER, plan, plan.arguments())
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
