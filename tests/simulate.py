@@ -21,8 +21,9 @@ How it works, from the bottom up:
   descriptors and fibres; when it ends, or is killed, its kernel closes the ones and the others are torn down.
 - At the edges DatagramSender, DatagramReceiver, Source and Sink are replaced; so is what asks for this machine's interfaces.
   Nothing here knows of the insides of windows, courses and drivers. What is used of them: the options of the command line,
-  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets() and .slot, the
-  queues of a Connection, and for the trace the events and the first byte of a message.
+  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets(), .base and .slot,
+  the queues of a Connection, the Hasher, what is set for a seed (the window of the SessionDialect, Course.FIRST_SEQ,
+  AT_A_TIME), for babble the number of rounds announced, and for the trace the events and how a message begins.
 
 The network is unfair, but within what the manual promises to survive: TCP cut anywhere, slow and stopping; multicast lost,
 late, twice, damaged; hosts that die, hang, stop, stand still for a while. What must hold: see Run.watch() and Run.verdict().
