@@ -509,7 +509,12 @@ def runs(gaps):
 
 def places(gaps):
     """The places of the bits that are set, ascending."""
-    return [place for start, stop in runs(gaps) for place in range(start, stop)]
+    digits, found = bin(gaps)[:1:-1], []
+    place = digits.find('1')
+    while place >= 0:
+        found.append(place)
+        place = digits.find('1', place + 1)
+    return found
 
 
 class SessionDialect(object):
@@ -2197,7 +2202,7 @@ class Source(object):
         self.size = None
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
-        self._hasher = Hasher() if digest else None
+        self._digest, self._hasher = digest, None
         self._areas = [bytearray(), bytearray()]
         if command is not None:
             return
@@ -2230,8 +2235,9 @@ class Source(object):
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
-        if self._hasher:
+        if self._digest:
             with uninterruptible:
+                self._hasher = Hasher()
                 start_thread(self._hasher)
         if self._text is not None:
             try:
@@ -3084,10 +3090,13 @@ class Step(object):
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
 
 
+Request = collections.namedtuple('Request', 'gaps count')    # packets of a round, as bits, and how many
+
+
 class Answers(object):
     """What came in for a step, from the clients of a thread and of those below it.
 
-    requests    member -> what it asks for, as bits
+    requests    member -> Request
     hearing     how many heard any multicast, `deaf` those who heard none
     lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
@@ -3145,7 +3154,7 @@ class Member(object):
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
         self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
-        self.asked = {}                 # number -> what it asked for, as bits
+        self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
         self.moved = now                # when it last paid, or showed life
         self.signs = 0                  # of life
@@ -3239,14 +3248,14 @@ class ServerWindow(object):
     def _begin_repair(self, step, awaited, now):
         number, todo = step.round.number, []
         for member in self._those(number, ASKED):
-            gaps = member.asked.pop(number)
+            request = member.asked.pop(number)
             if member in step.coded:
                 member.stands(number, LISTENS, None, now)
                 todo.append(('send', member, step.message))
             else:
                 self._owe(member, number, ANSWER, awaited, now)
-                member.by_tcp += how_many(gaps)
-                todo.append(('packets', member, (step.round, gaps)))
+                member.by_tcp += request.count
+                todo.append(('packets', member, (step.round, request.gaps)))
         return todo
 
     def _begin_finish(self, step, awaited, now):
@@ -3360,10 +3369,11 @@ class ServerWindow(object):
         if member.times_asked[number] > member.MOST_REQUESTS:
             raise ProtocolError('it asks for the same round again and again')
         self._reception(member, number, message, awaited, gaps, now)
-        member.lost += how_many(gaps)
-        member.asked[number] = gaps
+        request = Request(gaps, how_many(gaps))
+        member.lost += request.count
+        member.asked[number] = request
         member.stands(number, ASKED, None, now)
-        awaited.answers.requests[member] = gaps
+        awaited.answers.requests[member] = request
         return []
 
     def _done(self, member, number, message, awaited, now):
@@ -3856,6 +3866,7 @@ class Roster(object):
         self.places, self.enough, self.start_by = places, enough, start_by
         self.begun = False
         self.waiting = None             # for whom else than a client all wait, in words
+        self.sentences = 0              # passed on clients so far
         self.everyone = []              # who was here at the start, whatever became of them
         self._here = []
         self._refused = {}              # (host, address) -> why
@@ -3871,6 +3882,11 @@ class Roster(object):
         served = set(member.identity for member in self.everyone
                      if member.outcome == 'complete' and not member.loopback)
         return sorted(item for item in self._refused.items() if item[0] not in served)
+
+    def condemn(self, member, why):
+        """Its thread, whichever that is, is to drop a client at its next look."""
+        member.sentence = why
+        self.sentences += 1
 
     def refuse(self, member, why):
         """Remember who was refused."""
@@ -3925,7 +3941,7 @@ class Underway(object):
         self.sent = False               # by multicast
         self.steps = 1                  # that are not complete
         self.heard = False              # all have answered once
-        self.requests = {}              # member -> what it still asks for, as bits
+        self.requests = {}              # member -> Request, of what it still asks for
         self.passes = 0                 # of coded repair
         self.began = None               # when it was announced, seconds
 
@@ -4176,14 +4192,13 @@ class Course(object):
     def _repair(self, underway, requests):
         """Bring to members what they asked for; yields while that is still to be worked out."""
         buffer, number = underway.round.buffer, underway.round.number
-        counts = dict((member, how_many(gaps)) for member, gaps in requests.items())
         groups, coded_for, message = [], (), b''
         if underway.passes < self.PASSES:
-            for groups, coded_for in self.plan(buffer, requests, counts):
+            for groups, coded_for in self.plan(buffer, requests):
                 yield
-        by_tcp = dict(item for item in counts.items() if item[0] not in coded_for)
-        self.by_tcp += sum(by_tcp.values())
-        partly = [count for count in by_tcp.values() if count < buffer.count]
+        by_tcp = [request.count for member, request in requests.items() if member not in coded_for]
+        self.by_tcp += sum(by_tcp)
+        partly = [count for count in by_tcp if count < buffer.count]
         if partly and self.multicasting:
             self.hands.leave_room(max(partly) * buffer.slot)
         if groups:
@@ -4326,7 +4341,7 @@ class Course(object):
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
         elif now - self._held_by[1] >= self.ENDURANCE:
-            culprit.sentence = ('alone it kept the transfer below %s, now at %s'
+            self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                                 % (bits(self.min_rate), bits(goodput)))
             self._held_by = self._brake = None
             if self.control:
@@ -4334,15 +4349,14 @@ class Course(object):
 
     # ---- repair
 
-    def plan(self, buffer, requests, counts):
+    def plan(self, buffer, requests):
         """What to repair by multicast, if that is cheaper than TCP.
 
-        requests: what members ask for, as bits; counts: how many packets that are.
-        Yields groups of places, and the members that they are for, as combine() does.
+        requests: member -> Request.  Yields groups of places, and the members that they are for, as combine() does.
         """
-        asked = dict((member, gaps) for member, gaps in requests.items()
-                     if counts[member] <= buffer.count // 2)
-        by_tcp = sum(counts[member] for member in asked)
+        asked = dict((member, request.gaps) for member, request in requests.items()
+                     if request.count <= buffer.count // 2)
+        by_tcp = sum(requests[member].count for member in asked)
         if not self.dialect.codes or not self.multicasting or by_tcp <= self.WORTH_CODING:
             return
         for groups in combine(list(asked.values()), most_members(buffer.payload)):
@@ -5071,6 +5085,7 @@ class TcpServer(threading.Thread):
         self._pending = []              # connections that are still to say HELLO
         self._leaving = []              # those that were told BYE
         self._accepting = None          # the accept step, until it is complete
+        self._sentences = 0             # that were looked at
         self._here, self._below = {}, {}        # Step -> Answers: complete here only, or below only
         self._over = False
         self._tick = TICK
@@ -5224,6 +5239,9 @@ class TcpServer(threading.Thread):
             self._carry_out(self.window.begin(step, monotonic()))
 
     def _carry_out_sentences(self):
+        if self._sentences == self.roster.sentences:
+            return
+        self._sentences = self.roster.sentences
         for member, peer in list(self._peers.items()):
             if member.sentence:
                 self._drop(peer, member.sentence)
@@ -5302,7 +5320,7 @@ class TcpServer(threading.Thread):
         member = peer.member
         twin = None if self.roster.begun else self.roster.twin(member)
         if twin:                        # its thread may be another one
-            twin.sentence = 'replaced by a later client of the same host'
+            self.roster.condemn(twin, 'replaced by a later client of the same host')
             self.roster.leave(twin)
             self._carry_out_sentences()
             self.link.release_child()
@@ -5330,6 +5348,8 @@ class TcpServer(threading.Thread):
             self.window.members.append(peer.member)
             self._watch(peer.fileno(), self._on_peer, peer)
             self._send(peer)
+            if peer.member.sentence:    # passed on its way here
+                self._drop(peer, peer.member.sentence)
             return
         self._unwatch(peer.fileno())
         self.passed_on.append(peer)
