@@ -1430,7 +1430,7 @@ class Source(File):
         self.plan = world.process.plan
         self.size = len(self.plan.image) if self.plan.size_known else None
         self.bytes = 0
-        self._hasher = kmcast.Hasher() if digest else None
+        self._digest, self._hasher = digest, None
         self._areas = [bytearray(), bytearray()]
         self._again = 0.0                       # when there is more
         world.process.install(self)
@@ -1444,7 +1444,8 @@ class Source(File):
 
     def start(self):
         """All is well here."""
-        if self._hasher:
+        if self._digest:
+            self._hasher = kmcast.Hasher()
             kmcast.start_thread(self._hasher)
 
     def area(self, size):

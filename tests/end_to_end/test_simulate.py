@@ -97,8 +97,6 @@ MUTANTS = [
      "            underway.steps += 1         # until the pass is sent\n", "            pass\n"),
     ("a round is through when the first of its steps is",
      "        if not underway.steps:\n", "        if True:\n"),
-    ("who left is waited for with repairs",
-     "            requests = dict(item for item in requests.items() if item[0] in here)\n", "            pass\n"),
     ("a member may have heard of a later round first",
      "            if since is not None and now - since", "            if now - since"),
     # The drivers:
@@ -110,8 +108,6 @@ MUTANTS = [
      "            if alone or step in self._below:\n", "            if True:\n"),
     ("a step is not passed on",
      "            self.child.inbox.append(step)\n", "            pass\n"),
-    ("what had to wait is not heard",
-     "                self._hear()            # what had to wait\n", "                pass\n"),
     ("a twin is not replaced",
      "twin = None if self.roster.begun else self.roster.twin(member)", "twin = None"),
     ("that a neighbour has ended goes unheard",
@@ -140,6 +136,8 @@ MUTANTS = [
     ("what the kernel did not take is lost",
      "                self.outgoing.put_head(memoryview(data)[count:])\n                return\n", "                return\n"),
     # These cost only time, or the reason in words, and that seldom.
+    ("who left is repaired for",
+     "            requests = dict(item for item in requests.items() if item[0] in here)\n", "            pass\n"),
     ("stragglers are not waited for",
      "        incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + self.SETTLE\n",
      "        incoming.how, incoming.deadline = Incoming.STRAGGLERS, now\n"),
