@@ -534,6 +534,7 @@ class Process:
         self.far = None                         # the other end of its last connection
         self.ended_at = None
         self.output, self.opened, self.committed = bytearray(), False, False
+        self.looks = 0                          # at how it stands
         self.in_output = False                  # its writer is in a system call, or in one that never ends
 
     def __str__(self):
@@ -834,8 +835,13 @@ class Reader:
             world.process.reason = facts["reason"]
 
     @staticmethod
-    def look(_now):
-        """Time passes."""
+    def look(now):
+        """Time passes: how does it stand?"""
+        process = world.process
+        process.looks += 1
+        if process.job and not process.looks % 16:
+            process.job.status(now)
+            process.job.hosts()
 
 
 class EachItsWindow(type):
