@@ -12,6 +12,7 @@ import time
 import pytest
 
 import helpers
+import wire
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
 from pythons import BOTH, NEWEST, OLDEST
@@ -487,7 +488,7 @@ class Spot(object):
     def __call__(self, data, offset):
         self._head += data[:max(0, 21 - offset)]        # group info, signal, length of the frame
         if len(self._head) == 21:
-            at = 21 + struct.unpack("<I", self._head[17:21])[0] + self._place - offset
+            at = 21 + wire.U32.unpack(self._head[17:21])[0] + self._place - offset
             if 0 <= at < len(data):
                 return self.change(data, at)
         return data
@@ -509,9 +510,10 @@ class End(Spot):
         raise helpers.Cut(data[:at])
 
 
-BUFFER_INFO, SENT, HEADER = 1 + 16, 1 + 32, 12
-DIGEST = BUFFER_INFO + 1
-REPAIRED = BUFFER_INFO + SENT + 1
+ANY = wire.Round(0, 0, 0, 0, 0)
+BUFFER_INFO, SENT, HEADER = len(wire.SESSION.info(ANY)), len(wire.SESSION.sent(ANY)) + 32, wire.HEADER.size
+DIGEST = BUFFER_INFO + SENT - 32
+REPAIRED = BUFFER_INFO + SENT + len(wire.SESSION.packets(ANY))
 LAST_BYE = 2 * (BUFFER_INFO + SENT)     # of an image of one round
 
 
@@ -583,7 +585,7 @@ def test_a_connection_that_ends_early_is_no_image(place, code, tmp_path):
 @pytest.mark.parametrize("size", [0, 10, 16])
 def test_a_server_that_says_too_little_is_none(size, tmp_path):
     """It accepts, sends a part of the group info and closes, as one that is just being stopped."""
-    info = struct.pack("<H2s4s", socket.AF_INET, b"\x47\xcf", socket.inet_aton(helpers.GROUP)) + b"KMCAST\x01\x00"
+    info = wire.group_info(helpers.GROUP, 18383)
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         listener.listen(8)
