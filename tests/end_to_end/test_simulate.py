@@ -54,7 +54,8 @@ MUTANTS = [
     ("that a kernel takes a sign of life counts as a move",
      "            self.moved, self._sent = moved, sent\n", "            pass\n"),
     ("only the first of two lost packets is repaired",
-     "        member.asked[number] = gaps\n", "        member.asked[number] = gaps & -gaps\n"),
+     "        member.asked[number] = request\n",
+     "        member.asked[number] = request._replace(gaps=gaps & -gaps, order=order and order[:1])\n"),
     # The window of a client:
     ("a request of the base protocol is off by one",
      "        seqs = [(base + place) & MASK for place in places(gaps)]\n",
