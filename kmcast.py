@@ -3292,8 +3292,9 @@ class ServerWindow(object):
 
     def debtors(self):
         """The members for whom the oldest step waits."""
-        return [member for member in self.members
-                if self.awaited and member in self.awaited[0].owing]
+        awaited = self.awaited          # in one go: another thread may ask, and complete() replaces it
+        owing = awaited[0].owing if awaited else ()
+        return [member for member in self.members if member in owing]
 
     def leave(self, member):
         """A member is none any more."""
@@ -3638,7 +3639,7 @@ class ClientWindow(object):
         """Be ready for those rounds for which there is a buffer now."""
         todo = []
         used = len(self._lent) + len([1 for incoming in self.rounds
-                                      if incoming.buffer and not incoming.given])
+                                      if incoming.buffer and incoming not in self._lent])
         for incoming in self.rounds:
             if incoming.how != Incoming.WAITS:
                 continue
