@@ -4311,9 +4311,8 @@ class Course(object):
         brake = None
         if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
             brake = worst[0].member
-        if not brake or brake is not self._brake or self._settled < self.SETTLED:
-            self._settled = 0
-        self._brake = brake
+        if brake is not self._brake:
+            self._brake, self._settled = brake, 0
 
     def _look_for_holdup(self, now):
         """Name who took more than half of the time of the last rounds."""
