@@ -5381,21 +5381,14 @@ class TcpServer(threading.Thread):
         try:
             call(*args)
         except Gone as error:
-            self._drop(peer, self._last_words(peer) or 'it went away: %s' % error, told=False)
+            if peer.member in self._peers and call != self._hear:
+                peer.outgoing.clear()   # reading will tell, after what it said before it went
+            else:
+                self._drop(peer, 'it went away: %s' % error, told=False)
         except Refused as error:
             self._drop(peer, error.reason, told=False)
         except ProtocolError as error:
             self._drop(peer, 'protocol error: %s' % error)
-
-    def _last_words(self, peer):
-        """Why it hung up, if it said so before; None if it did not."""
-        try:
-            for message in peer.messages(self.window.size_of):
-                if message[:1] == BYE:
-                    return 'it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT)
-        except (Gone, ProtocolError):
-            pass
-        return None
 
     def _hear(self, peer):
         if peer.leaving:                # until it hangs up
