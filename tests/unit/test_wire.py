@@ -1,4 +1,4 @@
-"""Wire format: every message byte by byte as PROTOCOL.md has it, and what is refused."""
+"""Wire format: every message byte by byte as kmcast-protocol(7) has it, and what is refused."""
 
 import json
 import struct
@@ -8,7 +8,7 @@ import pytest
 
 import kmcast
 
-SESSION_PADDING = b"KMCAST\x01\x00"
+SESSION_PADDING = b"KMCAST\x02\x00"
 
 
 def test_a_payload_fills_the_mtu_and_is_a_multiple_of_four():
@@ -21,7 +21,7 @@ def test_group_info_is_a_sockaddr_in():
     assert kmcast.pack_group_info("224.238.0.31", 1, kmcast.BaseDialect.padding) == b"\x02\x00" + b"\x00\x01" + b"\xe0\xee\x00\x1f" + bytes(bytearray(8))
 
 
-@pytest.mark.parametrize("dialect, version", [(kmcast.SessionDialect, 1), (kmcast.BaseDialect, None)])
+@pytest.mark.parametrize("dialect, version", [(kmcast.SessionDialect, 2), (kmcast.BaseDialect, None)])
 def test_group_info_survives_a_round_trip(dialect, version):
     packed = kmcast.pack_group_info("239.1.2.3", 65535, dialect.padding)
     assert kmcast.unpack_group_info(packed) == ("239.1.2.3", 65535, version)
@@ -32,7 +32,7 @@ def test_garbage_in_the_padding_is_no_session():
     packed = kmcast.pack_group_info("239.1.2.3", 5)
     for padding in (b"KMCASt\x01\x00", b"\xff" * 8, b"\x00KMCAST\x01"):
         assert kmcast.unpack_group_info(packed[:8] + padding) == ("239.1.2.3", 5, None)
-    assert kmcast.unpack_group_info(packed[:8] + b"KMCAST\x02\x77")[2] == 2
+    assert kmcast.unpack_group_info(packed[:8] + b"KMCAST\x07\x77")[2] == 7
 
 
 @pytest.mark.parametrize("change", [
@@ -89,31 +89,168 @@ def test_what_a_peer_says_is_made_printable():
     assert said.startswith("?[31m?? ok") and len(said) <= 200
 
 
-REQUEST = b"\x02" + struct.pack("<3I", 2, 7, 8)
-HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1", "host": "h"})
+FIGURES = (11, 12, 13, 14)
+REQUEST = b"\x02" + struct.pack("<5I", 5, *FIGURES) + b"\x01\x02"
+DONE = b"\x04" + struct.pack("<5I", 5, *FIGURES)
+HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1", "host": "h", "window": 4})
+WIRE, BASE = kmcast.SessionDialect, kmcast.BaseDialect
 
 
-@pytest.mark.parametrize("message", [b"\x00", b"\x01", b"\x04", REQUEST, HELLO, b"\x80" + HELLO[1:]],
-                         ids=["ALIVE", "READY", "DONE", "REQUEST", "HELLO", "BYE"])
-def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message):
-    known = 1 if len(message) == 1 else 5
+def ten(number):
+    """What a ServerWindow says of a round that is under way, whatever its number."""
+    assert number in (5, None)
+    return 10
+
+
+@pytest.mark.parametrize("message, known", [
+    (b"\x00", 1), (b"\x01\5\0\0\0", 1), (DONE, 1), (REQUEST, 5), (HELLO, 5), (b"\x80" + HELLO[1:], 5), (b"\x13" + HELLO[1:], 5)],
+    ids=["ALIVE", "READY", "DONE", "REQUEST", "HELLO", "BYE", "STATE"])
+def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message, known):
     for head in range(1, len(message) + 1):
         expected = len(message) if head >= known else None
-        assert kmcast.SessionDialect.client_message_size(message[:head], 10) == expected
-    assert kmcast.SessionDialect.client_message_size((message + b"\xff" * 5)[:5], 10) == (len(message))
+        assert WIRE.client_message_size(message[:head], ten) == expected
+    assert WIRE.client_message_size((message + b"\xff" * 5)[:5], ten) == len(message)
+
+
+@pytest.mark.parametrize("message, known", [
+    (b"\x00", 1), (WIRE.info(1, 100, 5, 2, 1 << 40), 1), (WIRE.sent(3, b"d" * 32), 1), (WIRE.packets(3), 1),
+    (WIRE.again(3, 1, 2, 3), 1), (b"\x20" + HELLO[1:], 5), (WIRE.bye(ok=True), 5), (WIRE.state(waiting=None), 5)],
+    ids=["ALIVE", "BUFFER INFO", "SENT", "PACKETS", "AGAIN", "WELCOME", "BYE", "STATE"])
+def test_the_size_of_a_servers_message_is_known_from_its_first_bytes(message, known):
+    for head in range(1, len(message) + 1):
+        assert WIRE.server_message_size(message[:head], 32) == (len(message) if head >= known else None)
 
 
 @pytest.mark.parametrize("head", [
-    b"\x08", b"\x20", b"\x40", b"\xff", b"G", b"\x02" + struct.pack("<I", 0), b"\x02" + struct.pack("<I", 11),
-    b"\x02\xff\xff\xff\xff", b"\x10" + struct.pack("<I", 65537), b"\x80\xff\xff\xff\xff"], ids=repr)
+    b"\x08", b"\x20", b"\x40", b"\xff", b"G", b"\x10" + struct.pack("<I", 65537), b"\x80\xff\xff\xff\xff"], ids=repr)
 def test_messages_that_no_client_may_send(head):
     with pytest.raises(kmcast.ProtocolError):
-        kmcast.SessionDialect.client_message_size(head, 10)
+        WIRE.client_message_size(head, ten)
+
+
+@pytest.mark.parametrize("head", [b"\x04", b"\x10", b"\xff", b"H", b"\x20" + struct.pack("<I", 65537)], ids=repr)
+def test_messages_that_no_server_may_send(head):
+    with pytest.raises(kmcast.ProtocolError):
+        WIRE.server_message_size(head, 32)
+
+
+@pytest.mark.parametrize("head", [
+    b"\x00", b"\x08", b"\x10", b"\xff", b"\x02" + struct.pack("<I", 0), b"\x02" + struct.pack("<I", 11),
+    b"\x02\xff\xff\xff\xff"], ids=repr)
+def test_messages_that_no_client_of_the_base_protocol_may_send(head):
+    with pytest.raises(kmcast.ProtocolError):
+        BASE.client_message_size(head, ten)
 
 
 def test_the_largest_that_is_allowed():
-    assert kmcast.SessionDialect.client_message_size(b"\x02" + struct.pack("<I", 10), 10) == 45
-    assert kmcast.SessionDialect.client_message_size(b"\x10" + struct.pack("<I", 65536), 10) == 65541
+    assert WIRE.client_message_size(b"\x02" + struct.pack("<I", 0), lambda number: 65536) == 21 + 8192
+    assert WIRE.client_message_size(b"\x10" + struct.pack("<I", 65536), ten) == 65541
+    assert BASE.client_message_size(b"\x02" + struct.pack("<I", 10), ten) == 45
+
+
+def test_a_request_has_the_size_of_its_rounds_bitmap():
+    sizes = []
+    for count in (1, 7, 8, 9, 65535, 65536):
+        assert len(WIRE.request(0, (0, 0, 0, 0), 1, 0, count)) == WIRE.client_message_size(
+            b"\x02" + struct.pack("<I", 0), lambda number: count)
+        sizes.append(len(WIRE.request(0, (0, 0, 0, 0), 1, 0, count)) - 21)
+    assert sizes == [1, 1, 1, 2, 8192, 8192]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages about rounds
+
+def test_messages_about_a_round_are_as_the_protocol_has_them():
+    assert WIRE.info(2, 3000, 7, 3, 1 << 33) == b"\x01" + struct.pack("<4IQ", 2, 3000, 7, 3, 1 << 33)
+    assert WIRE.sent(2, b"d" * 32) == b"\x08\2\0\0\0" + b"d" * 32
+    assert WIRE.packets(2) == b"\x02\2\0\0\0"
+    assert WIRE.again(2, 70, 1, 40) == b"\x40" + struct.pack("<4I", 2, 70, 1, 40)
+    assert WIRE.ready(2) == b"\x01\2\0\0\0"
+    assert WIRE.done(5, FIGURES) == DONE
+    assert WIRE.request(5, FIGURES, 1 | 1 << 9, 1000, 10) == REQUEST
+
+
+def test_what_a_message_says_of_a_round_is_understood():
+    assert WIRE.read_info(WIRE.info(2, 3000, 7, 3, 1 << 33)) == (2, 3000, 7, 3, 1 << 33)
+    assert [WIRE.number_of(message) for message in (WIRE.ready(2**32 - 2), DONE, REQUEST)] == [2**32 - 2, 5, 5]
+    assert WIRE.figures_of(DONE) == WIRE.figures_of(REQUEST) == FIGURES
+    assert WIRE.gaps_asked(REQUEST, 1000, 10) == 1 | 1 << 9
+
+
+def test_the_base_protocol_has_neither_numbers_of_rounds_nor_figures():
+    assert BASE.info(2, 3000, 7, 3, 99) == struct.pack("<4I", 2, 3000, 7, 3)
+    assert BASE.read_info(struct.pack("<4I", 2, 3000, 7, 3)) == (2, 3000, 7, 3, None)
+    assert (BASE.sent(2, b"d" * 32), BASE.packets(2), BASE.ready(2), BASE.done(2, FIGURES)) == (b"\x08", b"", b"\x01", b"\x04")
+    assert BASE.bye(ok=True) == BASE.state(busy=None) == b""
+    assert BASE.number_of(b"\x01") is None
+
+
+@pytest.mark.parametrize("base", [0, 1000, 2**32 - 4])
+def test_a_request_of_the_base_protocol_has_seqs(base):
+    request = BASE.request(3, FIGURES, 1 | 1 << 9, base, 10)
+    assert request == b"\x02" + struct.pack("<3I", 2, base, (base + 9) % 2**32)
+    assert BASE.gaps_asked(request, base, 10) == 1 | 1 << 9
+    for outside in (base - 1, base + 10):
+        with pytest.raises(kmcast.ProtocolError):
+            BASE.gaps_asked(b"\x02" + struct.pack("<3I", 2, base, outside % 2**32), base, 10)
+
+
+def test_a_packet_that_is_asked_for_twice_is_wanted_once():
+    assert BASE.gaps_asked(b"\x02" + struct.pack("<4I", 3, 104, 104, 105), 100, 10) == 1 << 4 | 1 << 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bits
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1000, 65536])
+def test_bits_survive_as_a_bitmap(count):
+    for places in ([0], [count - 1], range(count), range(0, count, 3)):
+        flags = bytearray(b"\1" * count)
+        for place in places:
+            flags[place] = 0
+        gaps = kmcast.gaps_of(flags)
+        bitmap = kmcast.to_bitmap(gaps, count)
+        assert len(bitmap) == -(-count // 8)
+        assert kmcast.from_bitmap(bitmap, count) == gaps
+        assert kmcast.places(gaps) == list(places) and kmcast.how_many(gaps) == len(places)
+
+
+def test_packet_i_is_bit_i_mod_8_of_byte_i_div_8():
+    assert kmcast.to_bitmap(1 << 0 | 1 << 7 | 1 << 8 | 1 << 18, 19) == b"\x81\x01\x04"
+
+
+@pytest.mark.parametrize("bitmap, count", [(b"\x00", 8), (b"\x00\x00", 9), (b"\x80", 7), (b"\x02", 1), (b"\x01\x02", 9),
+                                           (b"\x00\x80", 15)], ids=repr)
+def test_a_bitmap_for_nothing_or_with_bits_beyond_the_round_is_refused(bitmap, count):
+    with pytest.raises(kmcast.ProtocolError):
+        kmcast.from_bitmap(bitmap, count)
+
+
+def test_gaps_are_where_nothing_has_come():
+    assert kmcast.gaps_of(bytearray(b"\1\0\1\1\0\0")) == 0b110010
+    assert kmcast.gaps_of(bytearray()) == 0 and kmcast.gaps_of(bytearray(b"\1" * 20)) == 0
+
+
+def test_gaps_that_stand_next_to_each_other_are_a_run():
+    assert kmcast.runs(0) == [] and kmcast.places(0) == [] and kmcast.how_many(0) == 0
+    assert kmcast.runs(0b1) == [(0, 1)]
+    assert kmcast.runs(0b1110110 | 1 << 100) == [(1, 3), (4, 7), (100, 101)]
+
+
+@pytest.mark.parametrize("stall, valid", [(0, True), (30, True), (0.5, True), (2**32 - 1, True), (2**32, False), (-1, False),
+                                          ("30", False), (True, False), (None, False), (float("inf"), False),
+                                          (float("nan"), False)], ids=repr)
+def test_a_stall_timeout_is_a_number_of_seconds(stall, valid):
+    fields = kmcast.unpack_frame(kmcast.pack_frame(kmcast.HELLO, {"stall": stall})[5:])
+    if valid:
+        assert kmcast.stall_of(fields) == stall
+    else:
+        with pytest.raises(kmcast.ProtocolError):
+            kmcast.stall_of(fields)
+
+
+def test_who_says_nothing_of_a_stall_timeout_has_none():
+    assert kmcast.stall_of({}) == 0
 
 
 def test_checksums_of_the_base_protocol():
