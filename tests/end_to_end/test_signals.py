@@ -509,7 +509,8 @@ def test_a_server_that_gets_no_thread_says_so(python):
 def test_a_server_that_gets_too_few_threads_says_so_to_everybody(python, tmp_path):
     """Whom it has taken, and whom it would have taken with the next one."""
     port = helpers.free_port()
-    server = wrapped(NO_THREAD % 1, ["server", "--no-digest", "--clients-per-thread", 1, LOOPBACK, 2, port], python, stdin=b"data")
+    hasher_and_first = 2
+    server = wrapped(NO_THREAD % hasher_and_first, ["server", "--clients-per-thread", 1, LOOPBACK, 2, port], python, stdin=b"data")
     server.wait_stderr("waiting for")
     clients = [helpers.start_client(["-o", tmp_path / name, LOOPBACK, LOOPBACK, port], python) for name in ("0", "1")]
     assert server.finish(10)[0] == 1, server.stderr

@@ -2,7 +2,8 @@
 
     relay.py LOCAL_IP SOURCE_IP GROUP PORT WAY      until SIGTERM
 
-It takes the datagrams that SOURCE_IP multicasts and multicasts them again itself:
+It takes the datagrams that SOURCE_IP multicasts and multicasts them again itself, from the address and port from which
+they came (ip(7), IP_TRANSPARENT), as kmcast's clients take no others:
 
     shuffle     every 32 of them in random order
     twice       each twice, one after the other
@@ -23,6 +24,7 @@ import struct
 import sys
 import time
 
+IP_TRANSPARENT = 19     # Linux's number
 WINDOW = 32             # datagrams that are shuffled
 DELAY = 0.1             # seconds
 LONGEST_WAIT = 0.005    # seconds for which a window may stay incomplete
@@ -65,6 +67,8 @@ def main(local_ip, source_ip, group, port, way):
     out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(local_ip))
     out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+    out.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    ours = None                                                 # the source that we have taken on
 
     sent = 0
     ended = []
@@ -77,11 +81,14 @@ def main(local_ip, source_ip, group, port, way):
         ready = select.select([taken], [], [], 0.001)[0]
         while ready:
             try:
-                datagram, (source, _) = taken.recvfrom(65536)
+                datagram, (source, source_port) = taken.recvfrom(65536)
             except BlockingIOError:
                 break
             if source != source_ip:
                 continue
+            if not ours:
+                ours = source, source_port
+                out.bind(ours)
             now = time.monotonic()
             if way == "damage" and random.randrange(3) == 0:
                 datagram = damaged(datagram)
