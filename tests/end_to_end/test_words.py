@@ -187,7 +187,7 @@ def test_one_client_and_one_packet_are_no_plural(port):
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], NEWEST)
     of_client, of_server = client.finish(20)[1], server.finish(20)[1]
     assert "waiting for 1 client\n" in of_server
-    assert "data: 1 packet in 2 rounds, 1 byte in " in of_server
+    assert "data: 1 packet in 1 round, 1 byte in " in of_server
     assert "repair: 0 packets by multicast, 0 packets by TCP" in of_server
     assert "1 of 1 client has the image" in of_server
     assert "client: 1 byte in " in of_client and "repaired 0 packets by multicast" in of_client
