@@ -2,13 +2,13 @@
 
 import os
 import random
-import struct
 import zlib
 
 import pytest
 
 import helpers
 import kmcast
+import wire
 
 PAYLOAD = 40
 SALT = 0xfffffff0
@@ -48,21 +48,30 @@ def packets_of(buffer):
     return [buffer.get(buffer.base + index).tobytes() for index in range(buffer.count)]
 
 
-def packet(seq, payload, salt=SALT, check=None):
+def packet(seq, payload, salt=SALT, check=wire.salted):
     """A packet as PROTOCOL.md has it."""
-    crc = zlib.crc32(payload, (salt + seq) % 2**32) if check is None else check(payload, 0)
-    return struct.pack("<3I", seq % 2**32, crc & 0xffffffff, len(payload)) + payload
+    return wire.packet(seq, payload, salt, check)
+
+
+def missing(buffer):
+    """The places of what has not arrived."""
+    return wire.places(buffer.missing())
+
+
+def flushed(buffer):
+    """The round's bytes."""
+    return b"".join(bytes(piece) for piece in buffer.flush())
 
 
 def cut(data, size=PAYLOAD):
     """Data in pieces of `size` bytes."""
-    return [data[start:start + size] for start in range(0, len(data), size)]
+    return wire.cut(data, size)
 
 
-def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None):
+def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None, checking=True):
     """(a client's buffer for a round of `data`, the packets of that round as bytes)."""
     pieces = cut(data) if pieces is None else pieces
-    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks)
+    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks, checking)
     buffer.start(base, len(pieces), None if any_size else len(data))
     return buffer, [packet(base + index, piece) for index, piece in enumerate(pieces)]
 
@@ -94,7 +103,6 @@ def test_fill_makes_full_packets_of_whatever_it_reads(pipe, size, chunk):
     assert buffer.ended
     assert packets_of(buffer) == [packet(5 + index, piece) for index, piece in enumerate(cut(data))]
     assert (buffer.count, buffer.size) == (-(-size // PAYLOAD), size)
-    assert buffer.info(9) == struct.pack("<4I", 9, size, 5, -(-size // PAYLOAD))
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 10, 127, 128, 129, 200])
@@ -178,20 +186,20 @@ def test_packets_may_come_in_any_order(order, base, batch, rest):
         assert not buffer.complete or order in ("doubled", "twice")
         put(buffer, *full[start:start + batch])
     for each in short:
-        assert buffer.missing() == [100]
+        assert missing(buffer) == [100]
         put(buffer, each)
         put(buffer, each)
-    assert buffer.complete and buffer.missing() == []
+    assert buffer.complete and missing(buffer) == []
     assert buffer.received == len(packets) and buffer.damaged == 0
-    assert buffer.flush().tobytes() == data
+    assert flushed(buffer) == data
 
 
 def test_missing_is_what_has_not_come():
     buffer, packets = round_of(helpers.random_bytes(50 * PAYLOAD), 7)
-    assert buffer.missing() == list(range(50))
+    assert missing(buffer) == list(range(50))
     for index in (3, 4, 49):
         put(buffer, packets[index])
-    assert buffer.missing() == [index for index in range(50) if index not in (3, 4, 49)]
+    assert missing(buffer) == [index for index in range(50) if index not in (3, 4, 49)]
     assert [buffer.has(index) for index in (2, 3, 49)] == [False, True, True]
     assert buffer.received == 3
 
@@ -202,9 +210,9 @@ def test_a_batch_with_gaps_and_packets_that_are_there_already():
     put(buffer, *packets[4:8])
     put(buffer, *(packets[2:6] + packets[7:10]))
     put(buffer, *(packets[:15] + packets[20:]))
-    assert buffer.missing() == [15, 16, 17, 18, 19]
+    assert missing(buffer) == [15, 16, 17, 18, 19]
     put(buffer, *packets)
-    assert buffer.complete and buffer.flush().tobytes() == data and buffer.received == 30
+    assert buffer.complete and flushed(buffer) == data and buffer.received == 30
 
 
 WRONG = {
@@ -214,9 +222,9 @@ WRONG = {
     "a wrong checksum": lambda piece: packet(103, piece)[:4] + b"\x12\x34\x56\x78" + packet(103, piece)[8:],
     "another salt": lambda piece: packet(103, piece, salt=SALT + 1),
     "a damaged payload": lambda piece: packet(103, piece)[:-1] + b"\xff",
-    "a seq that was changed": lambda piece: struct.pack("<I", 104) + packet(103, piece)[4:],
-    "a data_size that is too small": lambda piece: packet(103, piece)[:8] + struct.pack("<I", PAYLOAD - 1) + packet(103, piece)[12:],
-    "a data_size that is too large": lambda piece: packet(103, piece)[:8] + struct.pack("<I", 2**32 - 1) + packet(103, piece)[12:],
+    "a seq that was changed": lambda piece: wire.U32.pack(104) + packet(103, piece)[4:],
+    "a data_size that is too small": lambda piece: packet(103, piece)[:8] + wire.U32.pack(PAYLOAD - 1) + packet(103, piece)[12:],
+    "a data_size that is too large": lambda piece: packet(103, piece)[:8] + wire.U32.pack(2**32 - 1) + packet(103, piece)[12:],
     "too short for its place": lambda piece: packet(103, piece[:-1]),
     "too long": lambda piece: packet(103, piece + b"x"),
     "no payload": lambda piece: packet(103, b""),
@@ -233,13 +241,13 @@ def test_what_is_wrong_does_not_get_in(name, among_good_ones):
     wrong = WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD])
     if among_good_ones and len(wrong) == len(packets[0]):
         put(buffer, packets[1], wrong, packets[2])
-        assert buffer.missing() == [0, 3, 4, 5, 6, 7, 8, 9]
+        assert missing(buffer) == [0, 3, 4, 5, 6, 7, 8, 9]
     else:
         put(buffer, wrong)
-        assert buffer.missing() == list(range(10))
+        assert missing(buffer) == list(range(10))
     for each in packets:
         put(buffer, each)
-    assert buffer.flush().tobytes() == data
+    assert flushed(buffer) == data
 
 
 def test_a_packet_that_came_is_not_overwritten_by_a_bad_one():
@@ -248,7 +256,7 @@ def test_a_packet_that_came_is_not_overwritten_by_a_bad_one():
     put(buffer, *packets)
     put(buffer, packet(1, b"y" * PAYLOAD))                  # good, but late and different
     put(buffer, packets[1][:-1] + b"\xff")
-    assert buffer.flush().tobytes() == data
+    assert flushed(buffer) == data
 
 
 def test_a_buffer_serves_one_round_after_another():
@@ -262,8 +270,64 @@ def test_a_buffer_serves_one_round_after_another():
         for index, piece in reversed(list(enumerate(pieces))):
             put(buffer, late)
             put(buffer, packet(base + index, piece))
-        assert buffer.complete and buffer.flush().tobytes() == data
+        assert buffer.complete and flushed(buffer) == data
         base = (base + len(pieces)) % 2**32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a look at each checksum: where a digest covers the round
+
+def unchecked():
+    """(a client's buffer that does not look at checksums, the packets of a round, its bytes)."""
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=5)
+    buffer, packets = round_of(data, 2**32 - 5, checking=False)
+    return buffer, packets, data
+
+
+@pytest.mark.parametrize("damaged", [[], [0], [9], [3, 4, 9], list(range(10))], ids=str)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_damaged_packets_are_taken_and_found_out_afterwards(damaged, batch):
+    buffer, packets, data = unchecked()
+    sent = [one[:-1] + bytes(bytearray([bytearray(one)[-1] ^ 1])) if place in damaged else one
+            for place, one in enumerate(packets)]
+    for start in range(0, 9, batch):
+        put(buffer, *sent[start:min(9, start + batch)])
+    put(buffer, sent[9])
+    assert buffer.complete and buffer.damaged == 0
+    assert wire.places(buffer.damaged_packets()) == damaged
+    buffer.forget(wire.bits(damaged))
+    assert missing(buffer) == damaged
+    for place in damaged:
+        buffer.put(bytearray(packets[place]), 0, 1, len(packets[place]) - 12, checking=True)
+    assert buffer.complete and flushed(buffer) == data and not buffer.damaged_packets()
+
+
+@pytest.mark.parametrize("name", ["a wrong checksum", "another salt", "a damaged payload", "a seq that was changed"])
+def test_what_only_its_checksum_gives_away_is_found_out_afterwards(name):
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
+    buffer, packets = round_of(data, 100, checking=False)
+    wrong = WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD])
+    put(buffer, wrong)
+    for each in packets:
+        put(buffer, each)
+    assert buffer.complete and wire.places(buffer.damaged_packets()) == [4 if "seq" in name else 3]
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(WRONG) if "size" in name or "too" in name or "outside" in name])
+def test_what_has_no_place_in_the_round_is_not_taken_at_any_rate(name):
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
+    buffer, packets = round_of(data, 100, checking=False)
+    put(buffer, WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD]))
+    assert missing(buffer) == list(range(10))
+    for each in packets:
+        put(buffer, each)
+    assert flushed(buffer) == data and not buffer.damaged_packets()
+
+
+def test_what_comes_by_tcp_is_checked_all_the_same():
+    buffer, packets, _ = unchecked()
+    buffer.put(bytearray(packets[0][:-1] + b"?"), 0, 1, PAYLOAD, checking=True)
+    assert missing(buffer) == list(range(10)) and buffer.damaged == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +340,7 @@ def test_in_the_base_protocol_any_packet_may_be_short():
     for each in packets[::-1]:
         put(buffer, each)
         put(buffer, each)
-    assert buffer.complete and buffer.flush().tobytes() == b"".join(pieces)
+    assert buffer.complete and flushed(buffer) == b"".join(pieces)
 
 
 @pytest.mark.parametrize("right", [kmcast.plain_crc, kmcast.c_sum], ids=["crc", "sum"])
@@ -287,14 +351,14 @@ def test_the_first_good_packet_decides_which_checksum_is_used(right):
     buffer = kmcast.Buffer(PAYLOAD, 10, 0, checks)
     buffer.start(0, 10, None)
     put(buffer, packet(0, pieces[0], check=lambda *_: 12345))           # decides nothing
-    assert buffer.missing() == list(range(10))
+    assert missing(buffer) == list(range(10))
     put(buffer, packet(9, pieces[9], check=right))
-    assert buffer.missing() == list(range(9))
+    assert missing(buffer) == list(range(9))
     assert checks == [right], "what was found out holds for the other buffers, too"
     put(buffer, packet(1, pieces[1], check=other))
-    assert buffer.missing() == list(range(9))
+    assert missing(buffer) == list(range(9))
     put(buffer, *[packet(index, pieces[index], check=right) for index in range(9)])
-    assert buffer.flush().tobytes() == b"".join(pieces)
+    assert flushed(buffer) == b"".join(pieces)
 
 
 def test_a_compat_servers_packets_have_the_sum():

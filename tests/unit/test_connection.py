@@ -1,11 +1,11 @@
 """One end of a TCP connection: what arrives is taken apart, what cannot be sent waits."""
 
-import json
 import socket
 
 import pytest
 
 import kmcast
+import wire
 
 
 @pytest.fixture
@@ -18,18 +18,20 @@ def connection():
     theirs.close()
 
 
-def frame(kind, fields):
-    text = json.dumps(fields).encode("ascii")
-    return kind + kmcast.U32.pack(len(text)) + text
+WHAT = wire.Round(0, 1000, 0, 10, 0)
+HELLO, READY, DONE = wire.hello(), wire.SESSION.ready(WHAT), wire.SESSION.done(WHAT)
+MESSAGES = [READY, wire.SESSION.request(WHAT, [5, 9]), wire.ALIVE, HELLO, DONE]
 
 
-HELLO = frame(kmcast.HELLO, {"version": "1.0.0", "host": "node7"})
-REQUEST = kmcast.REQUEST + kmcast.U32.pack(2) + kmcast.U32.pack(5) + kmcast.U32.pack(9)
-MESSAGES = [kmcast.READY, REQUEST, kmcast.ALIVE, HELLO, kmcast.DONE]
+def count_of(number):
+    """Packets of a round, of which there is just one."""
+    if number != WHAT.number:
+        raise kmcast.ProtocolError("no such round")
+    return WHAT.count
 
 
 def size_of(head):
-    return kmcast.SessionDialect.client_message_size(head, 10)
+    return kmcast.SessionDialect.client_message_size(head, count_of)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
@@ -51,9 +53,9 @@ def test_what_follows_the_first_message_stays_for_whoever_comes_next(connection)
 
 def test_bytes_that_are_no_message_are_read_to_their_place(connection):
     peer, other = connection
-    other.sendall(kmcast.DONE + b"0123456789")
+    other.sendall(DONE + b"0123456789")
     raw = []
-    assert list(peer.messages(lambda head: 0 if raw else raw.append(1) or 1)) == [kmcast.DONE]
+    assert list(peer.messages(lambda head: 0 if raw else raw.append(1) or len(DONE))) == [DONE]
     data = bytearray(12)
     assert peer.read_into(memoryview(data)[:4]) == 4 and peer.read_into(memoryview(data)[4:]) == 6
     assert peer.read_into(memoryview(data)) == 0
@@ -61,9 +63,9 @@ def test_bytes_that_are_no_message_are_read_to_their_place(connection):
     assert peer.read_into(memoryview(data)[10:]) == 2 and bytes(data) == b"0123456789ab"
 
 
-def test_a_request_for_more_than_the_round_is_refused_before_it_is_read(connection):
+def test_a_request_for_a_round_that_is_not_under_way_is_refused_before_it_is_read(connection):
     peer, other = connection
-    other.sendall(kmcast.REQUEST + kmcast.U32.pack(11))
+    other.sendall(wire.SESSION.request(WHAT._replace(number=1), [1])[:5])
     with pytest.raises(kmcast.ProtocolError):
         list(peer.messages(size_of))
 
@@ -78,12 +80,12 @@ def test_a_connection_that_ends_is_noticed(connection):
 
 def test_what_was_said_before_the_end_is_heard_even_if_it_had_to_wait(connection):
     peer, other = connection
-    other.sendall(kmcast.READY + kmcast.DONE)
+    other.sendall(READY + DONE)
     other.close()
     waits = []
-    assert list(peer.messages(lambda head: 0 if waits else waits.append(1) or 1)) == [kmcast.READY]
+    assert list(peer.messages(lambda head: 0 if waits else waits.append(1) or len(READY))) == [READY]
     assert list(peer.messages(lambda head: 0)) == []
-    assert list(peer.messages(size_of)) == [kmcast.DONE]
+    assert list(peer.messages(size_of)) == [DONE]
     with pytest.raises(kmcast.Gone):
         list(peer.messages(size_of))
 
