@@ -4311,9 +4311,8 @@ class Course(object):
         brake = None
         if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
             brake = worst[0].member
-        if not brake or brake is not self._brake or self._settled < self.SETTLED:
-            self._settled = 0
-        self._brake = brake
+        if brake is not self._brake:
+            self._brake, self._settled = brake, 0
 
     def _look_for_holdup(self, now):
         """Name who took more than half of the time of the last rounds."""
@@ -5382,21 +5381,14 @@ class TcpServer(threading.Thread):
         try:
             call(*args)
         except Gone as error:
-            self._drop(peer, self._last_words(peer) or 'it went away: %s' % error, told=False)
+            if peer.member in self._peers and call != self._hear:
+                peer.outgoing.clear()   # reading will tell, after what it said before it went
+            else:
+                self._drop(peer, 'it went away: %s' % error, told=False)
         except Refused as error:
             self._drop(peer, error.reason, told=False)
         except ProtocolError as error:
             self._drop(peer, 'protocol error: %s' % error)
-
-    def _last_words(self, peer):
-        """Why it hung up, if it said so before; None if it did not."""
-        try:
-            for message in peer.messages(self.window.size_of):
-                if message[:1] == BYE:
-                    return 'it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT)
-        except (Gone, ProtocolError):
-            pass
-        return None
 
     def _hear(self, peer):
         if peer.leaving:                # until it hangs up

@@ -1,9 +1,9 @@
 """A host that tampers with a group's datagrams: what a bad network, or somebody hostile, does to them.
 
-    relay.py LOCAL_IP SOURCE_IP GROUP PORT WAY      until SIGTERM
+    relay.py LOCAL_IP SOURCE_IP GROUP PORT WAY AS    until SIGTERM
 
-It takes the datagrams that SOURCE_IP multicasts and multicasts them again itself, from the address and port from which
-they came (ip(7), IP_TRANSPARENT), as kmcast's clients take no others:
+It takes the datagrams that SOURCE_IP multicasts and multicasts them again itself, AS `server` from the address and port
+from which they came (ip(7), IP_TRANSPARENT), with a TTL that tells them apart, or AS `stranger` from its own:
 
     shuffle     every 32 of them in random order
     twice       each twice, one after the other
@@ -25,6 +25,7 @@ import sys
 import time
 
 IP_TRANSPARENT = 19     # Linux's number
+TTL = 7                 # kmcast's is 8
 WINDOW = 32             # datagrams that are shuffled
 DELAY = 0.1             # seconds
 LONGEST_WAIT = 0.005    # seconds for which a window may stay incomplete
@@ -56,7 +57,7 @@ def noise():
     return [os.urandom(random.choice([0, 1, 11, 12, 13, 700, 1471, 1472])) for _ in range(6)]
 
 
-def main(local_ip, source_ip, group, port, way):
+def main(local_ip, source_ip, group, port, way, as_whom):
     address = (group, int(port))
     taken = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,8 +68,10 @@ def main(local_ip, source_ip, group, port, way):
     out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(local_ip))
     out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
-    out.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-    ours = None                                                 # the source that we have taken on
+    out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, TTL)
+    if as_whom == "server":
+        out.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    bound = as_whom != "server"                                 # to the source that we take on
 
     sent = 0
     ended = []
@@ -86,9 +89,9 @@ def main(local_ip, source_ip, group, port, way):
                 break
             if source != source_ip:
                 continue
-            if not ours:
-                ours = source, source_port
-                out.bind(ours)
+            if not bound:
+                out.bind((source, source_port))
+                bound = True
             now = time.monotonic()
             if way == "damage" and random.randrange(3) == 0:
                 datagram = damaged(datagram)

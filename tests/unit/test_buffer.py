@@ -2,6 +2,7 @@
 
 import os
 import random
+import struct
 import zlib
 
 import pytest
@@ -19,7 +20,7 @@ class Pipe(object):
 
     def __init__(self):
         reading, self.writing = os.pipe()
-        self.source = kmcast.Source("/dev/fd/%d" % reading)
+        self.source = kmcast.Source("/dev/fd/%d" % reading, digest=False)
         os.close(reading)
 
     def write(self, data):
@@ -48,24 +49,15 @@ def packets_of(buffer):
     return [buffer.get(buffer.base + index).tobytes() for index in range(buffer.count)]
 
 
-def packet(seq, payload, salt=SALT, check=wire.salted):
-    """A packet as PROTOCOL.md has it."""
-    return wire.packet(seq, payload, salt, check)
-
-
-def missing(buffer):
-    """The places of what has not arrived."""
-    return wire.places(buffer.missing())
-
-
-def flushed(buffer):
-    """The round's bytes."""
-    return b"".join(bytes(piece) for piece in buffer.flush())
+def packet(seq, payload, salt=SALT, check=None):
+    """A packet as kmcast-protocol(7) has it."""
+    crc = zlib.crc32(payload, (salt + seq) % 2**32) if check is None else check(payload, 0)
+    return struct.pack("<3I", seq % 2**32, crc & 0xffffffff, len(payload)) + payload
 
 
 def cut(data, size=PAYLOAD):
     """Data in pieces of `size` bytes."""
-    return wire.cut(data, size)
+    return [data[start:start + size] for start in range(0, len(data), size)]
 
 
 def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None, checking=True):
@@ -74,6 +66,16 @@ def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), 
     buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks, checking)
     buffer.start(base, len(pieces), None if any_size else len(data))
     return buffer, [packet(base + index, piece) for index, piece in enumerate(pieces)]
+
+
+def data_of(buffer):
+    """What a round gives the output."""
+    return b"".join(buffer.flush())
+
+
+def missing(buffer):
+    """The places of what has not come, ascending."""
+    return kmcast.places(buffer.missing())
 
 
 def put(buffer, *packets):
@@ -191,7 +193,7 @@ def test_packets_may_come_in_any_order(order, base, batch, rest):
         put(buffer, each)
     assert buffer.complete and missing(buffer) == []
     assert buffer.received == len(packets) and buffer.damaged == 0
-    assert flushed(buffer) == data
+    assert data_of(buffer) == data
 
 
 def test_missing_is_what_has_not_come():
@@ -212,7 +214,7 @@ def test_a_batch_with_gaps_and_packets_that_are_there_already():
     put(buffer, *(packets[:15] + packets[20:]))
     assert missing(buffer) == [15, 16, 17, 18, 19]
     put(buffer, *packets)
-    assert buffer.complete and flushed(buffer) == data and buffer.received == 30
+    assert buffer.complete and data_of(buffer) == data and buffer.received == 30
 
 
 WRONG = {
@@ -222,9 +224,9 @@ WRONG = {
     "a wrong checksum": lambda piece: packet(103, piece)[:4] + b"\x12\x34\x56\x78" + packet(103, piece)[8:],
     "another salt": lambda piece: packet(103, piece, salt=SALT + 1),
     "a damaged payload": lambda piece: packet(103, piece)[:-1] + b"\xff",
-    "a seq that was changed": lambda piece: wire.U32.pack(104) + packet(103, piece)[4:],
-    "a data_size that is too small": lambda piece: packet(103, piece)[:8] + wire.U32.pack(PAYLOAD - 1) + packet(103, piece)[12:],
-    "a data_size that is too large": lambda piece: packet(103, piece)[:8] + wire.U32.pack(2**32 - 1) + packet(103, piece)[12:],
+    "a seq that was changed": lambda piece: struct.pack("<I", 104) + packet(103, piece)[4:],
+    "a data_size that is too small": lambda piece: packet(103, piece)[:8] + struct.pack("<I", PAYLOAD - 1) + packet(103, piece)[12:],
+    "a data_size that is too large": lambda piece: packet(103, piece)[:8] + struct.pack("<I", 2**32 - 1) + packet(103, piece)[12:],
     "too short for its place": lambda piece: packet(103, piece[:-1]),
     "too long": lambda piece: packet(103, piece + b"x"),
     "no payload": lambda piece: packet(103, b""),
@@ -247,7 +249,7 @@ def test_what_is_wrong_does_not_get_in(name, among_good_ones):
         assert missing(buffer) == list(range(10))
     for each in packets:
         put(buffer, each)
-    assert flushed(buffer) == data
+    assert data_of(buffer) == data
 
 
 def test_a_packet_that_came_is_not_overwritten_by_a_bad_one():
@@ -256,7 +258,7 @@ def test_a_packet_that_came_is_not_overwritten_by_a_bad_one():
     put(buffer, *packets)
     put(buffer, packet(1, b"y" * PAYLOAD))                  # good, but late and different
     put(buffer, packets[1][:-1] + b"\xff")
-    assert flushed(buffer) == data
+    assert data_of(buffer) == data
 
 
 def test_a_buffer_serves_one_round_after_another():
@@ -270,7 +272,7 @@ def test_a_buffer_serves_one_round_after_another():
         for index, piece in reversed(list(enumerate(pieces))):
             put(buffer, late)
             put(buffer, packet(base + index, piece))
-        assert buffer.complete and flushed(buffer) == data
+        assert buffer.complete and data_of(buffer) == data
         base = (base + len(pieces)) % 2**32
 
 
@@ -299,7 +301,7 @@ def test_damaged_packets_are_taken_and_found_out_afterwards(damaged, batch):
     assert missing(buffer) == damaged
     for place in damaged:
         buffer.put(bytearray(packets[place]), 0, 1, len(packets[place]) - 12, checking=True)
-    assert buffer.complete and flushed(buffer) == data and not buffer.damaged_packets()
+    assert buffer.complete and data_of(buffer) == data and not buffer.damaged_packets()
 
 
 @pytest.mark.parametrize("name", ["a wrong checksum", "another salt", "a damaged payload", "a seq that was changed"])
@@ -321,7 +323,7 @@ def test_what_has_no_place_in_the_round_is_not_taken_at_any_rate(name):
     assert missing(buffer) == list(range(10))
     for each in packets:
         put(buffer, each)
-    assert flushed(buffer) == data and not buffer.damaged_packets()
+    assert data_of(buffer) == data and not buffer.damaged_packets()
 
 
 def test_what_comes_by_tcp_is_checked_all_the_same():
@@ -340,7 +342,7 @@ def test_in_the_base_protocol_any_packet_may_be_short():
     for each in packets[::-1]:
         put(buffer, each)
         put(buffer, each)
-    assert buffer.complete and flushed(buffer) == b"".join(pieces)
+    assert buffer.complete and data_of(buffer) == b"".join(pieces)
 
 
 @pytest.mark.parametrize("right", [kmcast.plain_crc, kmcast.c_sum], ids=["crc", "sum"])
@@ -358,7 +360,7 @@ def test_the_first_good_packet_decides_which_checksum_is_used(right):
     put(buffer, packet(1, pieces[1], check=other))
     assert missing(buffer) == list(range(9))
     put(buffer, *[packet(index, pieces[index], check=right) for index in range(9)])
-    assert flushed(buffer) == b"".join(pieces)
+    assert data_of(buffer) == b"".join(pieces)
 
 
 def test_a_compat_servers_packets_have_the_sum():

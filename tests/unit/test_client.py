@@ -1,4 +1,4 @@
-"""The client's parts by themselves: what it does in a round, and the thread that verifies and writes."""
+"""The client's parts by themselves: the rounds in flight, and the thread that verifies and writes."""
 
 import hashlib
 
@@ -7,133 +7,474 @@ import pytest
 import helpers
 import kmcast
 
-PAYLOAD, SALT = 100, 77
-DATA = helpers.random_bytes(20 * PAYLOAD + 30)
-DIGEST = hashlib.sha256(DATA).digest()
+PAYLOAD, SALT, REPAIR_SALT, BASE = 100, 77, 78, 5
+COUNT = 21                              # packets in a round of the tests
+WIRE = kmcast.SessionDialect
+NO_FIGURES = (0, 0, 0, 0)
+LATER = 1.0                             # seconds, after which nobody waits for stragglers
 
 
-def server_buffer(data=DATA, base=5):
-    """A round as the server has it."""
-    buffer = kmcast.Buffer(PAYLOAD, 100, SALT)
-    buffer.start(base, 0, 0)
-    for start in range(0, len(data), PAYLOAD):
-        buffer.add(data[start:start + PAYLOAD])
-    return buffer
+class Image(object):
+    """An image of rounds as the server has them; the last packet of the last one is short."""
+
+    def __init__(self, rounds, base=BASE):
+        self.data = helpers.random_bytes(rounds * COUNT * PAYLOAD - 70)
+        self.buffers, self.digests = [], []
+        size = COUNT * PAYLOAD
+        for number in range(rounds):
+            buffer = kmcast.Buffer(PAYLOAD, COUNT, SALT)
+            buffer.start(base + number * COUNT, 0, 0)
+            part = self.data[number * size:(number + 1) * size]
+            for start in range(0, len(part), PAYLOAD):
+                buffer.add(part[start:start + PAYLOAD])
+            self.buffers.append(buffer)
+            self.digests.append(hashlib.sha256(self.data[:(number + 1) * size]).digest())
+
+    def info(self, number):
+        buffer = self.buffers[number]
+        return WIRE.info(number, buffer.size, buffer.base, buffer.count, number * COUNT * PAYLOAD)
+
+    def sent(self, number):
+        return WIRE.sent(number, self.digests[number])
+
+    def packet(self, number, place):
+        buffer = self.buffers[number]
+        return bytearray(buffer.get(buffer.base + place).tobytes())
 
 
-def put(window, buffer, places):
-    """The packets at these places arrive by multicast."""
-    for place in places:
-        data = buffer.get(buffer.base + place).tobytes()
-        window.listening.put(bytearray(data), 0, 1, len(data) - kmcast.PACKET.size)
-    window.listened(2.0)
+IMAGE = Image(4)
+
+
+def batch(*packets):
+    """Packets of one size as a DatagramReceiver gives them."""
+    assert len(set(map(len, packets))) == 1
+    return bytearray(b"").join(packets), 0, len(packets), len(packets[0]) - 12
+
+
+def arrive(window, number, places, image=IMAGE, now=0.0):
+    """Packets of a round arrive, one a message; returns whether any was of use."""
+    return [window.take([batch(image.packet(number, place))], 1, now, now) for place in places]
 
 
 @pytest.fixture
 def window():
-    return kmcast.ClientWindow(kmcast.SessionDialect, PAYLOAD, (SALT, 0), digest=True)
+    return kmcast.ClientWindow(WIRE, PAYLOAD, (SALT, REPAIR_SALT), digest=True)
 
 
-ROUND = server_buffer()
-INFO = kmcast.BUFFER_INFO + ROUND.info(0)
+def begin(window, *numbers):
+    """Announce rounds; returns what there is to do, without the first `begin`."""
+    todo = [thing for number in numbers or (0,) for thing in window.heard(IMAGE.info(number), 1.0)]
+    return [thing for thing in todo if thing != ("begin", None)]
 
 
-def begin(window):
-    assert window.heard(INFO, 1.0) == [("begin", None), ("send", kmcast.READY)]
-    return window
+def ready(*numbers):
+    return [("send", WIRE.ready(number)) for number in numbers]
 
 
-def test_a_round_that_arrives_whole_is_done_and_handed_over_with_the_next_ready(window):
-    put(begin(window), ROUND, range(ROUND.count))
-    assert window.heard(kmcast.SENT + DIGEST, 3.0) == []
-    assert window.tick(3.0) == [("send", kmcast.DONE)]
-    following = server_buffer(base=5 + ROUND.count)
-    (_, ready), (verb, (buffer, size, digest)) = window.heard(kmcast.BUFFER_INFO + following.info(1), 3.001)
-    assert (ready, verb, size, digest) == (kmcast.READY, "write", len(DATA), DIGEST)
-    assert bytes(buffer.flush().tobytes()) == DATA
+def request(number, *places):
+    return ("send", WIRE.request(number, NO_FIGURES, sum(1 << place for place in places), 0, COUNT))
 
 
-def test_where_the_server_takes_its_time_it_is_handed_over_all_the_same(window):
-    put(begin(window), ROUND, range(ROUND.count))
-    window.heard(kmcast.SENT + DIGEST, 3.0)
-    window.tick(3.0)
-    assert window.tick(3.001) == []
-    assert [verb for verb, _ in window.tick(window.deadline)] == ["write"]
+def done(number):
+    return ("send", WIRE.done(number, NO_FIGURES))
+
+
+def answered(window, number, lost=()):
+    """A round is multicast, with some packets lost, and SENT is said; returns what there is to do then.
+
+    All arrives at one time, so that there are no figures.
+    """
+    arrive(window, number, [place for place in range(COUNT) if place not in lost])
+    assert window.heard(IMAGE.sent(number), 0.0) == []
+    return window.tick(LATER)
+
+
+def by_tcp(window, number, places, step=10**6, image=IMAGE):
+    """PACKETS come, some bytes at a time; returns what there is to do then."""
+    assert window.heard(WIRE.packets(number), 0.0) == [] and window.size_of(b"any") == 0
+    wire, todo = b"".join(bytes(image.packet(number, place)) for place in places), []
+    while wire:
+        assert todo == []
+        size = min(step, len(wire), len(window.wants))
+        window.wants[:size] = wire[:size]
+        wire, todo = wire[size:], window.filled(size, 0.0)
+    assert window.wants is None
+    return todo
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One round
+
+def test_a_round_that_arrives_whole_is_handed_to_the_writer_at_once(window):
+    assert window.heard(IMAGE.info(0), 1.0) == [("begin", None)] + ready(0)
+    (verb, incoming), = answered(window, 0)
+    assert (verb, incoming.number, incoming.size, incoming.digest) == ("write", 0, COUNT * PAYLOAD, IMAGE.digests[0])
+    assert b"".join(incoming.buffer.flush()) == IMAGE.data[:COUNT * PAYLOAD]
+    assert window.by_multicast == COUNT
+
+
+def test_done_is_said_only_after_the_writer_has_verified_the_round(window):
+    begin(window)
+    (verb, incoming), = answered(window, 0)
+    assert verb == "write" and window.tick(100.0) == [] and window.owing == "writing"
+    assert window.verified(incoming) == [done(0)]
+    assert window.owing is None and window.unwritten == 1
+    assert window.written() == [] and window.unwritten == 0
+
+
+def test_without_digests_it_is_done_when_nothing_is_missing():
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (SALT, REPAIR_SALT))
+    begin(window)
+    arrive(window, 0, range(COUNT))
+    assert window.heard(WIRE.sent(0, b""), 0.0) == []
+    first, (verb, incoming) = window.tick(0.0)
+    assert (first, verb, incoming.number) == (done(0), "write", 0)
+
+
+def test_without_digests_a_packet_with_a_wrong_checksum_does_not_get_in():
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (SALT, REPAIR_SALT))
+    begin(window)
+    damaged = IMAGE.packet(0, 3)
+    damaged[50] ^= 1
+    assert not window.take([batch(damaged)], 1, 0.0, 0.0)
+    assert window.rounds[0].buffer.damaged == 1
 
 
 def test_stragglers_are_waited_for_a_moment_and_then_asked_for(window):
-    put(begin(window), ROUND, [place for place in range(ROUND.count - 2) if place != 3])
-    window.heard(kmcast.SENT + DIGEST, 3.0)
+    begin(window)
+    arrive(window, 0, [place for place in range(COUNT - 2) if place != 3])
+    window.heard(IMAGE.sent(0), 3.0)
+    assert window.tick(3.0) == [] and 3.0 < window.deadline < 3.1
+    arrive(window, 0, [COUNT - 2])
+    assert window.tick(3.0 + window.SETTLE / 2) == []
+    assert window.tick(window.deadline) == [request(0, 3, COUNT - 1)]
+    assert window.deadline is None and window.owing is None
+
+
+def test_nobody_is_waited_for_who_cannot_come(window):
+    """The first and the last packet are there: what is missing in between was lost."""
+    begin(window)
+    arrive(window, 0, [place for place in range(COUNT) if place != 3])
+    window.heard(IMAGE.sent(0), 3.0)
+    assert window.tick(3.0) == [request(0, 3)]
+
+
+def test_nor_where_packets_of_a_later_round_have_come(window):
+    begin(window, 0, 1)
+    arrive(window, 0, range(5))
+    window.heard(IMAGE.sent(0), 3.0)
     assert window.tick(3.0) == []
-    put(window, ROUND, [ROUND.count - 2])
-    assert window.tick(2.0 + window.SETTLE / 2) == []
-    (verb, request), = window.tick(3.0 + 2 * window.SETTLE)
-    assert (verb, request[:1]) == ("send", kmcast.REQUEST)
-    assert request[1:] == b"".join(kmcast.U32.pack(number) for number in (2, 5 + 3, 5 + ROUND.count - 1))
+    arrive(window, 1, [0])
+    assert window.tick(3.0) == [request(0, *range(5, COUNT))]
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_packets_by_tcp_fill_what_is_missing_however_they_arrive(window, step):
-    lost = [0, 1, 2, 7, ROUND.count - 1]
-    put(begin(window), ROUND, [place for place in range(ROUND.count) if place not in lost])
-    window.heard(kmcast.SENT + DIGEST, 3.0)
-    window.tick(4.0)
-    assert window.heard(kmcast.PACKETS, 4.0) == [] and window.size_of(b"any") == 0
-    wire, todo = b"".join(ROUND.get(5 + place).tobytes() for place in lost), []
-    while wire:
-        size = min(step, len(wire), len(window.wants))
-        window.wants[:size] = wire[:size]
-        wire, todo = wire[size:], window.filled(size, 5.0)
-    assert todo == [("send", kmcast.DONE)] and window.wants is None
+def test_packets_by_tcp_fill_what_is_missing_however_they_arrive(step):
+    image = Image(1)                    # with a short packet at the end
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (SALT, REPAIR_SALT), digest=True)
+    window.heard(image.info(0), 0.0)
+    lost = [0, 1, 2, 7, COUNT - 1]
+    arrive(window, 0, [place for place in range(COUNT) if place not in lost], image)
+    window.heard(image.sent(0), 0.0)
+    assert window.tick(LATER) == [request(0, *lost)]
+    (verb, incoming), = by_tcp(window, 0, lost, step, image)
+    assert verb == "write" and b"".join(incoming.buffer.flush()) == image.data
     assert window.by_tcp == 5
 
 
-def test_other_packets_than_those_asked_for_are_an_error(window):
-    put(begin(window), ROUND, range(1, ROUND.count))
-    window.heard(kmcast.SENT + DIGEST, 3.0)
-    window.tick(4.0)
-    window.heard(kmcast.PACKETS, 4.0)
-    wrong = ROUND.get(5 + 1).tobytes()
+def test_what_keeps_the_server_waiting_is_known(window):
+    begin(window)
+    assert window.owing is None
+    answered(window, 0, lost=[4])
+    assert window.owing is None, "that is the server's turn"
+    window.heard(WIRE.packets(0), 0.0)
+    assert window.owing == "receiving"
+
+
+@pytest.mark.parametrize("wrong", [1, 5])
+def test_other_packets_than_those_asked_for_are_an_error(window, wrong):
+    begin(window)
+    answered(window, 0, lost=[0])
+    with pytest.raises(kmcast.ProtocolError):
+        by_tcp(window, 0, [wrong])
+
+
+def test_a_damaged_packet_by_tcp_is_an_error_though_a_digest_would_tell(window):
+    begin(window)
+    answered(window, 0, lost=[0])
+    window.heard(WIRE.packets(0), 0.0)
+    wrong = IMAGE.packet(0, 0)
+    wrong[-1] ^= 1
     window.wants[:] = wrong
     with pytest.raises(kmcast.ProtocolError):
-        window.filled(len(wrong), 5.0)
+        window.filled(len(wrong), 0.0)
 
 
-def test_no_more_rounds_are_taken_than_can_be_written(window):
-    base, ready = 5, []
-    for number in range(window.AT_WORK + 1):
-        buffer = server_buffer(base=base)
-        ready.append(("send", kmcast.READY) in window.heard(kmcast.BUFFER_INFO + buffer.info(number), 1.0))
-        if ready[-1]:
-            put(window, buffer, range(buffer.count))
-            window.heard(kmcast.SENT + DIGEST, 1.0)
-            window.tick(1.0)
-        base += buffer.count
-    assert ready == [True] * window.AT_WORK + [False] and window.owing
-    assert ("send", kmcast.READY) in window.written() and not window.owing
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds in flight
+
+def test_a_second_round_is_ready_and_received_while_the_first_is_unanswered(window):
+    assert begin(window, 0) == ready(0)
+    arrive(window, 0, range(5, COUNT))
+    assert begin(window, 1) == ready(1)
+    assert all(arrive(window, 1, range(COUNT)))
+    window.heard(IMAGE.sent(0), 0.0)
+    window.heard(IMAGE.sent(1), 0.0)
+    assert window.tick(LATER) == [request(0, *range(5))], "the second one waits for its turn to be written"
+    todo = by_tcp(window, 0, range(5))
+    assert [(verb, incoming.number) for verb, incoming in todo] == [("write", 0), ("write", 1)]
+    assert [window.verified(incoming) for _, incoming in todo] == [[done(0)], [done(1)]]
 
 
-def test_the_image_ends_with_a_round_of_nothing_and_a_word(window):
-    assert window.heard(kmcast.BUFFER_INFO + server_buffer(b"").info(0), 1.0) == [("send", kmcast.READY)]
-    window.heard(kmcast.SENT + DIGEST, 1.0)
-    assert window.heard(kmcast.pack_frame(kmcast.BYE, {"ok": True, "bytes": 0}), 1.0) == [("end", {"ok": True, "bytes": 0})]
-    assert window.state == window.OVER
+def test_packets_go_to_the_round_that_they_are_of(window):
+    """One batch may have the end of one round and the beginning of the next, and what is of none."""
+    begin(window, 0, 1)
+    mixed = [IMAGE.packet(number, place) for number, place in ((0, 19), (0, 20), (1, 0), (1, 1), (3, 0), (0, 2))]
+    assert window.take([batch(*mixed)], 1, 0.0, 0.0)
+    assert [kmcast.places(incoming.buffer.missing()) for incoming in window.rounds] == [
+        [place for place in range(COUNT) if place not in (2, 19, 20)], list(range(2, COUNT))]
+    assert arrive(window, 1, [1, 0]) == [False, False], "what is there already is of no use"
+    assert arrive(window, 2, [0]) == [False]
+
+
+def test_packets_of_a_round_that_was_answered_for_are_of_no_use(window):
+    begin(window, 0, 1)
+    answered(window, 0, lost=[3])
+    assert arrive(window, 0, [3]) == [False]
+    assert arrive(window, 1, [3]) == [True]
+
+
+def test_rounds_may_be_repaired_in_any_order_but_are_written_in_theirs(window):
+    begin(window, 0, 1, 2)
+    assert [answered(window, number, lost=[number + 1]) for number in range(3)] == [
+        [request(number, number + 1)] for number in range(3)]
+    assert by_tcp(window, 2, [3]) == [] and by_tcp(window, 1, [2]) == []
+    assert [incoming.number for _, incoming in by_tcp(window, 0, [1])] == [0, 1, 2]
+
+
+def test_no_more_rounds_are_ready_than_there_are_buffers(window):
+    window.room = 2
+    assert begin(window, 0, 1, 2) == ready(0, 1)
+    (_, first), = answered(window, 0)
+    assert window.owing == "writing"
+    assert window.verified(first) == [done(0)], "but its buffer is still being written"
+    assert window.written() == ready(2)
+
+
+def test_a_round_that_is_announced_early_is_ready_once_its_turn_has_come(window):
+    window.room = 1
+    assert begin(window, 0, 1, 2) == ready(0)
+    for number in range(3):
+        (_, incoming), = answered(window, number)
+        assert window.verified(incoming) == [done(number)]
+        assert window.written() == (ready(number + 1) if number < 2 else [])
+
+
+def test_more_rounds_than_twice_the_window_are_an_error(window):
+    image = Image(2 * WIRE.window + 1)
+    for number in range(2 * WIRE.window):
+        window.heard(image.info(number), 0.0)
+    with pytest.raises(kmcast.ProtocolError):
+        window.heard(image.info(2 * WIRE.window), 0.0)
+
+
+def test_seqs_wrap_between_rounds(window):
+    image = Image(2, base=2**31 - COUNT)
+    image.buffers[1].start(0, 0, 0)
+    for start in range(COUNT * PAYLOAD, len(image.data), PAYLOAD):
+        image.buffers[1].add(image.data[start:start + PAYLOAD])
+    window.heard(image.info(0), 0.0)
+    assert window.heard(image.info(1), 0.0) == ready(1)
+    arrive(window, 0, range(COUNT), image)
+    arrive(window, 1, range(COUNT), image)
+    assert [incoming.buffer.missing() for incoming in window.rounds] == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digests
+
+def damage(window, number, place):
+    """A packet whose checksum does not fit, which only the digest tells."""
+    damaged = IMAGE.packet(number, place)
+    damaged[50] ^= 1
+    assert window.take([batch(damaged)], 1, 0.0, 0.0)
+
+
+def test_a_round_whose_digest_differs_asks_for_its_damaged_packets_only(window):
+    begin(window)
+    damage(window, 0, 9)
+    (_, incoming), = answered(window, 0)
+    gaps = incoming.buffer.damaged_packets()
+    assert gaps == 1 << 9
+    assert window.damaged(incoming, gaps) == [request(0, 9)]
+    assert not window.writing and incoming.buffer.damaged == 1
+    assert by_tcp(window, 0, [9]) == [("write", incoming)]
+    assert window.writing and b"".join(incoming.buffer.flush()) == IMAGE.data[:COUNT * PAYLOAD]
+    assert window.verified(incoming) == [done(0)]
+    assert window.unwritten == 1
+
+
+def test_a_later_round_waits_while_a_damaged_one_is_asked_for(window):
+    begin(window, 0, 1)
+    damage(window, 0, 9)
+    (_, first), = answered(window, 0)
+    (_, second), = answered(window, 1)
+    assert window.damaged(first, 1 << 9) == [request(0, 9)]
+    assert by_tcp(window, 0, [9]) == [("write", first)], "the second one has been given already"
+    assert window.verified(first) + window.verified(second) == [done(0), done(1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coded repair
+
+def repair(number, groups, first=70, image=IMAGE):
+    """(AGAIN, the datagrams) of a pass."""
+    coded, recipe_count = list(kmcast.encode_repair(image.buffers[number], groups, first, REPAIR_SALT))[-1]
+    return (WIRE.again(number, first, recipe_count, len(groups)),
+            [bytearray(coded.get(2**31 + first + place).tobytes()) for place in range(coded.count)])
+
+
+def test_what_is_asked_for_may_come_again_by_multicast(window):
+    begin(window)
+    answered(window, 0, lost=[3, 8])
+    again, datagrams = repair(0, [[3, 5], [8, 2]])
+    assert window.heard(again, 0.0) == []
+    for datagram in datagrams:
+        assert window.take([batch(datagram)], 1, 0.0, 0.0)
+    window.heard(IMAGE.sent(0), 0.0)
+    (verb, incoming), = window.tick(0.0)
+    assert verb == "write" and b"".join(incoming.buffer.flush()) == IMAGE.data[:COUNT * PAYLOAD]
+    assert window.coded == 2 and window.by_multicast == COUNT - 2
+
+
+def test_what_a_pass_does_not_give_is_asked_for_again(window):
+    begin(window)
+    answered(window, 0, lost=[3, 8])
+    again, datagrams = repair(0, [[3, 5], [8, 2]])
+    window.heard(again, 0.0)
+    for datagram in datagrams[:2]:
+        window.take([batch(datagram)], 1, 0.0, 0.0)
+    window.heard(IMAGE.sent(0), 0.0)
+    assert window.tick(LATER) == [request(0, 8)]
+
+
+def test_repair_datagrams_may_overtake_again(window):
+    begin(window, 0, 1)
+    answered(window, 0, lost=[3, 8])
+    again, datagrams = repair(0, [[3, 5], [8, 2]])
+    for datagram in datagrams:
+        assert not window.take([batch(datagram)], 1, 0.0, 0.0)
+    window.heard(again, 0.0)
+    window.heard(IMAGE.sent(0), 0.0)
+    (verb, incoming), = window.tick(0.0)
+    assert (verb, incoming.number) == ("write", 0) and window.coded == 2
+
+
+def test_a_pass_goes_on_while_the_next_round_comes(window):
+    begin(window, 0, 1)
+    answered(window, 0, lost=[3])
+    again, datagrams = repair(0, [[3]])
+    window.heard(again, 0.0)
+    for datagram in datagrams:
+        arrive(window, 1, range(5))
+        window.take([batch(datagram)], 1, 0.0, 0.0)
+    arrive(window, 1, range(5, COUNT))
+    window.heard(IMAGE.sent(0), 0.0)
+    window.heard(IMAGE.sent(1), 0.0)
+    assert [(verb, incoming.number) for verb, incoming in window.tick(0.0)] == [("write", 0), ("write", 1)]
+
+
+def test_packets_that_were_recovered_are_suspects_where_the_digest_differs(window):
+    """They may be made from a damaged one, and nobody knows their checksums."""
+    begin(window)
+    damage(window, 0, 5)
+    answered(window, 0, lost=[3])
+    again, datagrams = repair(0, [[3, 5]])
+    window.heard(again, 0.0)
+    for datagram in datagrams:
+        window.take([batch(datagram)], 1, 0.0, 0.0)
+    window.heard(IMAGE.sent(0), 0.0)
+    (verb, incoming), = window.tick(0.0)
+    gaps = incoming.buffer.damaged_packets()
+    assert verb == "write" and kmcast.places(gaps) == [3, 5]
+    assert window.damaged(incoming, gaps) == [request(0, 3, 5)]
+    by_tcp(window, 0, [3, 5])
+    assert b"".join(incoming.buffer.flush()) == IMAGE.data[:COUNT * PAYLOAD]
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 0), (0, 1, 65536), (2**31 - 1, 1, 1), (2**32 - 1, 1, 1)], ids=repr)
+def test_a_repair_pass_that_cannot_be_is_an_error(window, numbers):
+    begin(window)
+    answered(window, 0, lost=[3])
+    with pytest.raises(kmcast.ProtocolError):
+        window.heard(WIRE.again(0, *numbers), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end, and what is out of turn
+
+def test_the_image_ends_with_a_word(window):
+    begin(window)
+    (_, incoming), = answered(window, 0)
+    window.verified(incoming)
+    fields = {"ok": True, "bytes": 7, "sha256": "x"}
+    assert window.heard(WIRE.bye(**fields), 1.0) == [("end", fields)]
+    assert window.over and window.size_of(b"any") == 0
+
+
+def test_an_empty_image_has_no_rounds_at_all(window):
+    assert window.heard(WIRE.bye(ok=True, bytes=0), 1.0) == [("end", {"ok": True, "bytes": 0})]
+    assert window.over and window.begun
+
+
+def test_the_end_is_not_heard_while_a_round_is_under_way(window):
+    begin(window)
+    with pytest.raises(kmcast.ProtocolError):
+        window.heard(WIRE.bye(ok=True), 1.0)
 
 
 @pytest.mark.parametrize("message", [
-    kmcast.SENT + DIGEST, kmcast.PACKETS, kmcast.AGAIN + bytes(bytearray(12)), kmcast.WELCOME + kmcast.U32.pack(0),
-    kmcast.pack_frame(kmcast.BYE, {"ok": True}), kmcast.BUFFER_INFO + kmcast.ROUND.pack(0, 2000, 0, 10),
-    kmcast.BUFFER_INFO + kmcast.ROUND.pack(0, 100, 0, 70000)], ids=lambda message: repr(message[:1]))
+    IMAGE.sent(0), WIRE.packets(0), WIRE.again(0, 0, 1, 1), kmcast.WELCOME + kmcast.U32.pack(0), b"\x04", b"\x77",
+    WIRE.info(0, 10 * PAYLOAD + 1, 0, 10, 0), WIRE.info(0, 9 * PAYLOAD, 0, 10, 0), WIRE.info(0, 0, 0, 0, 0),
+    WIRE.info(0, 65537 * PAYLOAD, 0, 65537, 0), WIRE.info(1, PAYLOAD, 0, 1, 0), WIRE.info(0, PAYLOAD, 0, 1, 1),
+    WIRE.info(0, 2 * PAYLOAD, 2**31 - 1, 2, 0), WIRE.info(0, PAYLOAD, 2**31, 1, 0)], ids=repr)
 def test_what_is_out_of_turn_or_impossible_is_an_error(window, message):
+    with pytest.raises(kmcast.ProtocolError):
+        window.heard(message, 1.0)
+
+
+@pytest.mark.parametrize("message", [
+    IMAGE.info(0), IMAGE.info(2), WIRE.info(1, COUNT * PAYLOAD, BASE + COUNT + 1, COUNT, COUNT * PAYLOAD),
+    WIRE.info(1, COUNT * PAYLOAD, BASE + COUNT, COUNT, COUNT * PAYLOAD + 1), IMAGE.sent(1), WIRE.packets(0),
+    WIRE.again(0, 0, 1, 1)], ids=repr)
+def test_so_it_is_in_a_round(window, message):
+    begin(window)
     with pytest.raises(kmcast.ProtocolError):
         window.heard(message, 1.0)
 
 
 def test_a_farewell_gives_its_reason(window):
     with pytest.raises(kmcast.Refused) as error:
-        window.heard(kmcast.pack_frame(kmcast.BYE, {"ok": False, "reason": "no client is left\x1b"}), 1.0)
+        window.heard(WIRE.bye(ok=False, reason="no client is left\x1b"), 1.0)
     assert error.value.reason == "the server says: no client is left?"
+    assert not window.begun
 
+
+def test_a_farewell_because_of_an_empty_image_is_a_transfer_that_failed(window):
+    with pytest.raises(kmcast.Refused):
+        window.heard(WIRE.bye(ok=False, reason="nothing", empty=True), 1.0)
+    assert window.begun
+
+
+def test_signs_of_life_and_words_may_come_at_any_time(window):
+    assert window.heard(kmcast.ALIVE, 1.0) == []
+    begin(window)
+    assert window.heard(kmcast.ALIVE, 1.0) == []
+    assert window.heard(WIRE.state(waiting="node3"), 1.0) == [("state", {"waiting": "node3"})]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base protocol
 
 def test_without_a_session_there_are_no_signs_of_life_and_no_signal_before_a_round():
     window = kmcast.ClientWindow(kmcast.BaseDialect, PAYLOAD, checks=[kmcast.plain_crc, kmcast.c_sum])
@@ -141,6 +482,66 @@ def test_without_a_session_there_are_no_signs_of_life_and_no_signal_before_a_rou
     assert ("send", kmcast.READY) in window.heard(kmcast.ROUND.pack(7, 150, 3, 2), 1.0)
     with pytest.raises(kmcast.ProtocolError):
         window.heard(kmcast.ALIVE, 1.0)
+
+
+def test_a_round_of_the_base_protocol_from_its_beginning_to_the_end():
+    window = kmcast.ClientWindow(kmcast.BaseDialect, PAYLOAD, checks=[kmcast.plain_crc, kmcast.c_sum])
+    data = helpers.random_bytes(250)
+    server = kmcast.Buffer(PAYLOAD, 3, 0, (kmcast.c_sum,))
+    server.start(7, 0, 0)
+    for start in range(0, 250, PAYLOAD):
+        server.add(data[start:start + PAYLOAD])
+    wire = [bytearray(server.get(7 + place).tobytes()) for place in range(3)]
+    window.heard(kmcast.BaseDialect.info(0, 250, 7, 3, None), 0.0)
+    assert window.size_of(b"") == 1
+    window.take([batch(wire[1])], 1, 0.0, 0.0)
+    assert window.heard(kmcast.SENT, 0.0) == []
+    assert window.tick(LATER) == [("send", b"\x02" + b"".join(map(kmcast.U32.pack, (2, 7, 9))))]
+    todo = []
+    for piece in (wire[0][:12], wire[0][12:], wire[2][:12], wire[2][12:]):
+        assert todo == [] and len(window.wants) == len(piece)
+        window.wants[:] = piece
+        todo = window.filled(len(piece), 0.0)
+    first, (verb, incoming) = todo
+    assert (first, verb) == (("send", kmcast.DONE), "write")
+    assert b"".join(incoming.buffer.flush()) == data
+    assert window.written() == [] and window.size_of(b"") == 16
+    assert window.heard(kmcast.BaseDialect.info(1, 0, 10, 0, None), 0.0) == [("send", kmcast.READY)]
+    assert window.heard(kmcast.SENT, 0.0) == [("end", None)] and window.over
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+
+def test_a_train_tells_how_fast_what_follows_its_first_message_came():
+    train = kmcast.Train(100, 200)
+    assert train.figures() == (0, 0)
+    for place, heard, seconds in ((50, 40, 1.0), (100, 80, 2.0), (150, 120, 2.25), (199, 160, 2.5), (200, 161, 9.0)):
+        train.note(place, heard, seconds)
+    assert train.figures() == (80, 500000)
+
+
+@pytest.mark.parametrize("notes", [
+    [(100, 80, 2.0)], [(100, 80, 2.0), (150, 120, 2.0)], [(100, 80, 2.0), (150, 120, 1.5)], [(100, 80, 2.0), (150, 80, 2.5)],
+    [(100, 80, 2.0), (150, 120, 1002.0)]], ids=["one message", "at once", "a clock that was set", "nothing new", "too long"])
+def test_a_train_that_does_not_tell_has_no_figures(notes):
+    train = kmcast.Train(100, 200)
+    for note in notes:
+        train.note(*note)
+    assert train.figures() == (0, 0)
+
+
+def test_a_client_tells_its_figures_of_the_head_and_the_second_half(window):
+    begin(window)
+    for place in range(COUNT):
+        arrive(window, 0, [place], now=1.0 + place / 1000.0)
+    window.heard(IMAGE.sent(0), 0.0)
+    (_, incoming), = window.tick(0.0)
+    (_, message), = window.verified(incoming)
+    head, tail = kmcast.Round.head_of(COUNT), kmcast.Round.tail_of(COUNT)
+    figures = WIRE.figures_of(message)
+    assert figures[0::2] == (head[1] - head[0] - 1, tail[1] - tail[0] - 1)
+    assert figures[1] == pytest.approx(1000 * figures[0], abs=2) and figures[3] == pytest.approx(1000 * figures[2], abs=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,13 +560,23 @@ class Kept(object):
         self.committed = True
 
 
-def round_of(data):
-    """A complete Buffer with these bytes."""
-    buffer = kmcast.Buffer(100, -(-len(data) // 100))
-    buffer.start(0, 0, 0)
-    for start in range(0, len(data), 100):
-        buffer.add(data[start:start + 100])
-    return buffer
+class Given(object):
+    """A round as the writer gets it."""
+
+    def __init__(self, data, size=None, hashed=None):
+        self.buffer = kmcast.Buffer(100, -(-len(data) // 100))
+        self.buffer.start(0, 0, 0)
+        for start in range(0, len(data), 100):
+            self.buffer.add(data[start:start + 100])
+        self.size = len(data) if size is None else size
+        self.digest = hashlib.sha256(data if hashed is None else hashed).digest()
+
+
+def results(writer, count):
+    """What the writer says, so many times; it may say more."""
+    while len(writer.results) < count:
+        writer.link.wait_child()
+    return [(what, gaps) for what, _, gaps in writer.results]
 
 
 @pytest.fixture
@@ -173,30 +584,64 @@ def writer():
     thread = kmcast.Writer(Kept(), digest=True)
     thread.start()
     yield thread
-    thread.link.close()
-    thread.join(5)
+    thread.close()
     assert not thread.is_alive()
 
 
-def test_rounds_are_written_in_order_and_then_made_final(writer):
-    digest = hashlib.sha256()
-    for data in (b"a" * 250, b"b" * 1000):
-        digest.update(data)
-        writer.give(round_of(data), len(data), digest.digest())
+def test_rounds_are_verified_and_written_in_order_and_then_made_final(writer):
+    first, second = b"a" * 250, b"b" * 1000
+    writer.give(Given(first))
+    writer.give(Given(second, hashed=first + second))
     writer.commit()
-    for _ in range(2):
-        writer.link.wait_child()
+    assert results(writer, 4) == [("verified", 0), ("written", 0)] * 2
     writer.join(5)
-    assert writer.sink.data == b"a" * 250 + b"b" * 1000 and writer.sink.committed
-    assert writer.bytes == 1250
+    assert writer.sink.data == first + second and writer.sink.committed and writer.failure is None
+    assert writer.bytes == 1250 and writer.hash.digest() == hashlib.sha256(first + second).digest()
+
+
+def test_a_round_is_verified_before_anybody_gets_a_byte_of_it(writer):
+    before = []
+    writer.sink.write = lambda data: before.append(list(writer.results))
+    round_ = Given(b"a" * 250)
+    writer.give(round_)
+    results(writer, 2)
+    assert before[0] == [("verified", round_, 0)]
 
 
 @pytest.mark.parametrize("size, hashed, reason", [
     (250, b"a" * 249, "nothing of this round was written"), (249, b"a" * 250, "a round of 250 bytes instead of 249")],
     ids=["another digest", "another size"])
 def test_a_round_that_is_not_what_the_server_says_is_not_written(writer, size, hashed, reason):
-    writer.give(round_of(b"a" * 250), size, hashlib.sha256(hashed).digest())
+    """Its checksums are all right: nobody could send it better."""
+    writer.give(Given(b"a" * 250, size, hashed))
     with pytest.raises(kmcast.LinkClosed):
         writer.link.wait_child()
     assert writer.sink.data == b"" and not writer.sink.committed
     assert reason in writer.failure.reason
+
+
+def test_a_damaged_round_is_waited_for_and_those_behind_it_too(writer):
+    first, second = b"a" * 250, b"b" * 1000
+    damaged, good = Given(b"a" * 110 + b"c" + b"a" * 139, hashed=first), Given(first)
+    damaged.buffer._bytes[112 + 4:112 + 8] = good.buffer._bytes[112 + 4:112 + 8]        # pylint: disable=protected-access
+    writer.give(damaged)
+    writer.give(Given(second, hashed=first + second))
+    writer.commit()
+    assert results(writer, 1) == [("damaged", 1 << 1)]
+    assert writer.is_alive() and writer.sink.data == b""
+    damaged.buffer = good.buffer
+    writer.give(damaged)
+    assert results(writer, 5) == [("damaged", 1 << 1)] + [("verified", 0), ("written", 0)] * 2
+    writer.join(5)
+    assert writer.sink.data == first + second and writer.sink.committed
+
+
+def test_a_writer_that_fails_says_why_and_ends(writer):
+    def full(data):
+        raise kmcast.Failure("No space left")
+    writer.sink.write = full
+    writer.give(Given(b"a" * 250))
+    with pytest.raises(kmcast.LinkClosed):
+        while True:
+            writer.link.wait_child()
+    assert writer.failure.reason == "No space left" and not writer.sink.committed

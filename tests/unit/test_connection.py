@@ -1,11 +1,11 @@
 """One end of a TCP connection: what arrives is taken apart, what cannot be sent waits."""
 
+import json
 import socket
 
 import pytest
 
 import kmcast
-import wire
 
 
 @pytest.fixture
@@ -18,20 +18,27 @@ def connection():
     theirs.close()
 
 
-WHAT = wire.Round(0, 1000, 0, 10, 0)
-HELLO, READY, DONE = wire.hello(), wire.SESSION.ready(WHAT), wire.SESSION.done(WHAT)
-MESSAGES = [READY, wire.SESSION.request(WHAT, [5, 9]), wire.ALIVE, HELLO, DONE]
+def frame(kind, fields):
+    text = json.dumps(fields).encode("ascii")
+    return kind + kmcast.U32.pack(len(text)) + text
 
 
-def count_of(number):
-    """Packets of a round, of which there is just one."""
-    if number != WHAT.number:
+HELLO = frame(kmcast.HELLO, {"version": "1.0.0", "host": "node7"})
+WIRE = kmcast.SessionDialect
+REQUEST = WIRE.request(3, (0, 0, 0, 0), 1 << 5 | 1 << 9, 0, 10)
+READY, DONE = WIRE.ready(3), WIRE.done(3, (1, 2, 3, 4))
+MESSAGES = [READY, REQUEST, kmcast.ALIVE, HELLO, DONE]
+
+
+def ten(number):
+    """What a ServerWindow says of a round."""
+    if number != 3:
         raise kmcast.ProtocolError("no such round")
-    return WHAT.count
+    return 10
 
 
 def size_of(head):
-    return kmcast.SessionDialect.client_message_size(head, count_of)
+    return kmcast.SessionDialect.client_message_size(head, ten)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
@@ -63,9 +70,9 @@ def test_bytes_that_are_no_message_are_read_to_their_place(connection):
     assert peer.read_into(memoryview(data)[10:]) == 2 and bytes(data) == b"0123456789ab"
 
 
-def test_a_request_for_a_round_that_is_not_under_way_is_refused_before_it_is_read(connection):
+def test_a_request_for_a_round_that_there_is_not_is_refused_before_it_is_read(connection):
     peer, other = connection
-    other.sendall(wire.SESSION.request(WHAT._replace(number=1), [1])[:5])
+    other.sendall(kmcast.REQUEST + kmcast.U32.pack(4))
     with pytest.raises(kmcast.ProtocolError):
         list(peer.messages(size_of))
 

@@ -302,7 +302,7 @@ def two_rounds():
 def coded_pass():
     """[(title, bytes)]: a repair pass for two clients, of which each lacks one packet of the first round."""
     done = packets(0, 2)
-    coded, recipe_count = kmcast.encode_repair(done.buffer, [[0, 1]], 7, REPAIR_SALT)
+    coded, recipe_count = list(kmcast.encode_repair(done.buffer, [[0, 1]], 7, REPAIR_SALT))[-1]
     messages = [("server: AGAIN of round 0", WIRE.again(0, 7, recipe_count, 1)),
                 ("group: repair 7, a recipe", bytes(coded.get(kmcast.REPAIR_BIT + 7).tobytes())),
                 ("group: repair 8, packet 0 XOR packet 1", bytes(coded.get(kmcast.REPAIR_BIT + 8).tobytes())),

@@ -1,4 +1,4 @@
-"""Wire format: every message byte by byte as PROTOCOL.md has it, and what is refused."""
+"""Wire format: every message byte by byte as kmcast-protocol(7) has it, and what is refused."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_group_info_survives_a_round_trip(dialect, version):
 def test_garbage_in_the_padding_is_no_session():
     """The C implementation sends what was on its stack."""
     packed = kmcast.pack_group_info("239.1.2.3", 5)
-    for padding in (b"KMCASt\x02\x00", b"\xff" * 8, b"\x00KMCAST\x02"):
+    for padding in (b"KMCASt\x01\x00", b"\xff" * 8, b"\x00KMCAST\x01"):
         assert kmcast.unpack_group_info(packed[:8] + padding) == ("239.1.2.3", 5, None)
     assert kmcast.unpack_group_info(packed[:8] + b"KMCAST\x07\x77")[2] == 7
 
@@ -93,49 +93,141 @@ def test_what_a_peer_says_is_made_printable():
     assert said.startswith("?[31m?? ok") and len(said) <= 200
 
 
+FIGURES = (11, 12, 13, 14)
+REQUEST = b"\x02" + struct.pack("<5I", 5, *FIGURES) + b"\x01\x02"
+DONE = b"\x04" + struct.pack("<5I", 5, *FIGURES)
+HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1", "host": "h", "window": 4})
+WIRE, BASE = kmcast.SessionDialect, kmcast.BaseDialect
+
+
+def ten(number):
+    """What a ServerWindow says of a round that is under way, whatever its number."""
+    assert number in (5, None)
+    return 10
+
+
+@pytest.mark.parametrize("message, known", [
+    (b"\x00", 1), (b"\x01\5\0\0\0", 1), (DONE, 1), (REQUEST, 5), (HELLO, 5), (b"\x80" + HELLO[1:], 5), (b"\x13" + HELLO[1:], 5)],
+    ids=["ALIVE", "READY", "DONE", "REQUEST", "HELLO", "BYE", "STATE"])
+def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message, known):
+    for head in range(1, len(message) + 1):
+        expected = len(message) if head >= known else None
+        assert WIRE.client_message_size(message[:head], ten) == expected
+    assert WIRE.client_message_size((message + b"\xff" * 5)[:5], ten) == len(message)
+
+
+@pytest.mark.parametrize("message, known", [
+    (b"\x00", 1), (WIRE.info(1, 100, 5, 2, 1 << 40), 1), (WIRE.sent(3, b"d" * 32), 1), (WIRE.packets(3), 1),
+    (WIRE.again(3, 1, 2, 3), 1), (b"\x20" + HELLO[1:], 5), (WIRE.bye(ok=True), 5), (WIRE.state(waiting=None), 5)],
+    ids=["ALIVE", "BUFFER INFO", "SENT", "PACKETS", "AGAIN", "WELCOME", "BYE", "STATE"])
+def test_the_size_of_a_servers_message_is_known_from_its_first_bytes(message, known):
+    for head in range(1, len(message) + 1):
+        assert WIRE.server_message_size(message[:head], 32) == (len(message) if head >= known else None)
+
+
+@pytest.mark.parametrize("head", [
+    b"\x08", b"\x20", b"\x40", b"\xff", b"G", b"\x10" + struct.pack("<I", 65537), b"\x80\xff\xff\xff\xff"], ids=repr)
+def test_messages_that_no_client_may_send(head):
+    with pytest.raises(kmcast.ProtocolError):
+        WIRE.client_message_size(head, ten)
+
+
+@pytest.mark.parametrize("head", [b"\x04", b"\x10", b"\xff", b"H", b"\x20" + struct.pack("<I", 65537)], ids=repr)
+def test_messages_that_no_server_may_send(head):
+    with pytest.raises(kmcast.ProtocolError):
+        WIRE.server_message_size(head, 32)
+
+
+@pytest.mark.parametrize("head", [
+    b"\x00", b"\x08", b"\x10", b"\xff", b"\x02" + struct.pack("<I", 0), b"\x02" + struct.pack("<I", 11),
+    b"\x02\xff\xff\xff\xff"], ids=repr)
+def test_messages_that_no_client_of_the_base_protocol_may_send(head):
+    with pytest.raises(kmcast.ProtocolError):
+        BASE.client_message_size(head, ten)
+
+
+def test_the_largest_that_is_allowed():
+    assert WIRE.client_message_size(b"\x02" + struct.pack("<I", 0), lambda number: 65536) == 21 + 8192
+    assert WIRE.client_message_size(b"\x10" + struct.pack("<I", 65536), ten) == 65541
+    assert BASE.client_message_size(b"\x02" + struct.pack("<I", 10), ten) == 45
+
+
+def test_a_request_has_the_size_of_its_rounds_bitmap():
+    sizes = []
+    for count in (1, 7, 8, 9, 65535, 65536):
+        assert len(WIRE.request(0, (0, 0, 0, 0), 1, 0, count)) == WIRE.client_message_size(
+            b"\x02" + struct.pack("<I", 0), lambda number: count)
+        sizes.append(len(WIRE.request(0, (0, 0, 0, 0), 1, 0, count)) - 21)
+    assert sizes == [1, 1, 1, 2, 8192, 8192]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Messages about a round
+# Messages about rounds
+
+def test_messages_about_a_round_are_as_the_protocol_has_them():
+    assert WIRE.info(2, 3000, 7, 3, 1 << 33) == b"\x01" + struct.pack("<4IQ", 2, 3000, 7, 3, 1 << 33)
+    assert WIRE.sent(2, b"d" * 32) == b"\x08\2\0\0\0" + b"d" * 32
+    assert WIRE.packets(2) == b"\x02\2\0\0\0"
+    assert WIRE.again(2, 70, 1, 40) == b"\x40" + struct.pack("<4I", 2, 70, 1, 40)
+    assert WIRE.ready(2) == b"\x01\2\0\0\0"
+    assert WIRE.done(5, FIGURES) == DONE
+    assert WIRE.request(5, FIGURES, 1 | 1 << 9, 1000, 10) == REQUEST
+
+
+def test_what_a_message_says_of_a_round_is_understood():
+    assert WIRE.read_info(WIRE.info(2, 3000, 7, 3, 1 << 33)) == (2, 3000, 7, 3, 1 << 33)
+    assert [WIRE.number_of(message) for message in (WIRE.ready(2**32 - 2), DONE, REQUEST)] == [2**32 - 2, 5, 5]
+    assert WIRE.figures_of(DONE) == WIRE.figures_of(REQUEST) == FIGURES
+    assert WIRE.asked(REQUEST, 1000, 10) == (1 | 1 << 9, None)
+
+
+def test_the_base_protocol_has_neither_numbers_of_rounds_nor_figures():
+    assert BASE.info(2, 3000, 7, 3, 99) == struct.pack("<4I", 2, 3000, 7, 3)
+    assert BASE.read_info(struct.pack("<4I", 2, 3000, 7, 3)) == (2, 3000, 7, 3, None)
+    assert (BASE.sent(2, b"d" * 32), BASE.packets(2), BASE.ready(2), BASE.done(2, FIGURES)) == (b"\x08", b"", b"\x01", b"\x04")
+    assert BASE.bye(ok=True) == BASE.state(busy=None) == b""
+    assert BASE.number_of(b"\x01") is None
+
+
+@pytest.mark.parametrize("base", [0, 1000, 2**32 - 4])
+def test_a_request_of_the_base_protocol_has_seqs(base):
+    request = BASE.request(3, FIGURES, 1 | 1 << 9, base, 10)
+    assert request == b"\x02" + struct.pack("<3I", 2, base, (base + 9) % 2**32)
+    assert BASE.asked(request, base, 10) == (1 | 1 << 9, [0, 9])
+    for outside in (base - 1, base + 10):
+        with pytest.raises(kmcast.ProtocolError):
+            BASE.asked(b"\x02" + struct.pack("<3I", 2, base, outside % 2**32), base, 10)
+
+
+def test_packets_of_the_base_protocol_are_wanted_in_their_order_and_as_often_as_they_are_asked_for():
+    request = b"\x02" + struct.pack("<4I", 3, 105, 104, 105)
+    assert BASE.asked(request, 100, 10) == (1 << 4 | 1 << 5, [5, 4, 5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests' own peers, which share nothing with kmcast
 
 WHAT = wire.Round(258, 18 * 1460 - 7, 0x01020304, 18, 0x0102030405060708)
-NUMBER = b"\x02\x01\0\0"
-FIGURES, FIGURES_SENT = (1, 2, 3, 0x04050607), b"\1\0\0\0" + b"\2\0\0\0" + b"\3\0\0\0" + b"\7\6\5\4"
 DIGEST = bytes(bytearray(range(32)))
-
-#: Name -> (bytes, what wire.py makes, what kmcast makes).
-MESSAGES = {
-    "buffer info": (b"\x01" + NUMBER + b"\xa1\x66\0\0" + b"\4\3\2\1" + b"\x12\0\0\0" + b"\x08\7\6\5\4\3\2\1",
-                    lambda: wire.SESSION.info(WHAT), lambda: kmcast.SessionDialect.info(*WHAT)),
-    "READY": (b"\x01" + NUMBER, lambda: wire.SESSION.ready(WHAT), lambda: kmcast.SessionDialect.ready(258)),
-    "SENT": (b"\x08" + NUMBER + DIGEST, lambda: wire.SESSION.sent(WHAT, DIGEST),
-             lambda: kmcast.SessionDialect.sent(258, DIGEST)),
-    "SENT without digests": (b"\x08" + NUMBER, lambda: wire.SESSION.sent(WHAT), lambda: kmcast.SessionDialect.sent(258, b"")),
-    "DONE": (b"\x04" + NUMBER + FIGURES_SENT, lambda: wire.SESSION.done(WHAT, FIGURES),
-             lambda: kmcast.SessionDialect.done(258, FIGURES)),
-    "the last DONE": (b"\x04" + b"\xff" * 4 + b"\0" * 16, lambda: wire.SESSION.done(wire.IMAGE),
-                      lambda: kmcast.SessionDialect.done(kmcast.END, (0, 0, 0, 0))),
-    "REQUEST": (b"\x02" + NUMBER + FIGURES_SENT + b"\x81\0\2", lambda: wire.SESSION.request(WHAT, [17, 0, 7], FIGURES),
-                lambda: kmcast.SessionDialect.request(258, FIGURES, 1 << 17 | 1 << 7 | 1, WHAT.base, 18)),
-    "PACKETS": (b"\x02" + NUMBER, lambda: wire.SESSION.packets(WHAT), lambda: kmcast.SessionDialect.packets(258)),
-    "AGAIN": (b"\x40" + NUMBER + b"\5\0\0\0" + b"\1\0\0\0" + b"\2\0\0\0", lambda: wire.SESSION.again(WHAT, 5, 1, 2),
-              lambda: kmcast.SessionDialect.again(258, 5, 1, 2)),
-    "buffer info of the base protocol": (NUMBER + b"\xa1\x66\0\0" + b"\4\3\2\1" + b"\x12\0\0\0", lambda: wire.BASE.info(WHAT),
-                                         lambda: kmcast.BaseDialect.info(*WHAT)),
-    "READY of the base protocol": (b"\x01", lambda: wire.BASE.ready(WHAT), lambda: kmcast.BaseDialect.ready(258)),
-    "SENT of the base protocol": (b"\x08", lambda: wire.BASE.sent(WHAT), lambda: kmcast.BaseDialect.sent(258, b"")),
-    "DONE of the base protocol": (b"\x04", lambda: wire.BASE.done(WHAT), lambda: kmcast.BaseDialect.done(258, FIGURES)),
-    "REQUEST of the base protocol": (
-        b"\x02" + b"\2\0\0\0" + b"\4\3\2\1" + b"\x15\3\2\1", lambda: wire.BASE.request(WHAT, [0, 17]),
-        lambda: kmcast.BaseDialect.request(258, FIGURES, 1 << 17 | 1, WHAT.base, 18)),
-    "packets of the base protocol": (b"", lambda: wire.BASE.packets(WHAT), lambda: kmcast.BaseDialect.packets(258)),
-}
+BOTH_SAY = [
+    (WIRE.info(*WHAT), wire.SESSION.info(WHAT)), (WIRE.ready(258), wire.SESSION.ready(WHAT)),
+    (WIRE.sent(258, DIGEST), wire.SESSION.sent(WHAT, DIGEST)), (WIRE.sent(258, b""), wire.SESSION.sent(WHAT)),
+    (WIRE.done(258, FIGURES), wire.SESSION.done(WHAT, FIGURES)),
+    (WIRE.done(kmcast.END, (0, 0, 0, 0)), wire.SESSION.done(wire.IMAGE)),
+    (WIRE.request(258, FIGURES, wire.bits([0, 7, 17]), WHAT.base, 18), wire.SESSION.request(WHAT, [17, 0, 7], FIGURES)),
+    (WIRE.packets(258), wire.SESSION.packets(WHAT)), (WIRE.again(258, 5, 1, 2), wire.SESSION.again(WHAT, 5, 1, 2)),
+    (BASE.info(*WHAT), wire.BASE.info(WHAT)), (BASE.ready(258), wire.BASE.ready(WHAT)),
+    (BASE.sent(258, b""), wire.BASE.sent(WHAT)), (BASE.done(258, FIGURES), wire.BASE.done(WHAT)),
+    (BASE.request(258, FIGURES, wire.bits([0, 17]), WHAT.base, 18), wire.BASE.request(WHAT, [0, 17])),
+    (BASE.packets(258), wire.BASE.packets(WHAT)),
+    (kmcast.pack_group_info("239.1.2.3", 4, WIRE.padding), wire.group_info("239.1.2.3", 4)),
+    (kmcast.pack_group_info("239.1.2.3", 4, BASE.padding), wire.group_info("239.1.2.3", 4, wire.NO_PADDING)),
+]
 
 
-@pytest.mark.parametrize("name", sorted(MESSAGES))
-def test_a_message_byte_by_byte(name):
-    """As kmcast makes it, and as the tests' own peers do."""
-    expected, theirs, ours = MESSAGES[name]
-    assert ours() == expected
-    assert theirs() == expected
+@pytest.mark.parametrize("ours, theirs", BOTH_SAY, ids=lambda value: repr(value)[:20])
+def test_the_tests_peers_say_what_kmcast_says(ours, theirs):
+    assert ours == theirs
 
 
 def test_the_tests_peers_have_nothing_of_kmcast():
@@ -143,124 +235,59 @@ def test_the_tests_peers_have_nothing_of_kmcast():
         assert not re.search(r"^\s*(import|from) kmcast", source.read(), re.MULTILINE)
 
 
-def test_what_a_buffer_info_says():
-    assert kmcast.SessionDialect.read_info(wire.SESSION.info(WHAT)) == tuple(WHAT)
-    assert kmcast.BaseDialect.read_info(wire.BASE.info(WHAT)) == tuple(WHAT[:4]) + (None,)
-
-
-def count_of(number):
-    """Packets of a round: of WHAT in a session, or of the only one."""
-    if number not in (None, WHAT.number):
-        raise kmcast.ProtocolError("no such round")
-    return WHAT.count
-
-
-OF_SESSION = [b"\x00", wire.SESSION.ready(WHAT), wire.SESSION.done(WHAT), wire.SESSION.request(WHAT, [3]), wire.hello(),
-              wire.state(), wire.bye(False, reason="x")]
-OF_BASE = [wire.BASE.ready(WHAT), wire.BASE.done(WHAT), wire.BASE.request(WHAT, [3]), wire.BASE.request(WHAT, range(18))]
-
-
-@pytest.mark.parametrize("dialect, message", [(kmcast.SessionDialect, message) for message in OF_SESSION]
-                         + [(kmcast.BaseDialect, message) for message in OF_BASE], ids=lambda value: repr(value)[:30])
-def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(dialect, message):
-    known = [size for size in range(1, len(message) + 1) if dialect.client_message_size(message[:size], count_of) is not None]
-    assert known[0] <= 5 and known == list(range(known[0], len(message) + 1))
-    assert set(dialect.client_message_size((message + b"\xff" * 5)[:size], count_of) for size in known) == {len(message)}
-
-
-@pytest.mark.parametrize("head", [
-    b"\x08", b"\x20", b"\x40", b"\xff", b"G", b"\x02" + wire.U32.pack(0), b"\x02" + wire.U32.pack(259), b"\x02\xff\xff\xff\xff",
-    b"\x10" + wire.U32.pack(65537), b"\x80\xff\xff\xff\xff", b"\x13\xff\xff\xff\xff"], ids=repr)
-def test_messages_that_no_client_may_send(head):
-    with pytest.raises(kmcast.ProtocolError):
-        kmcast.SessionDialect.client_message_size(head, count_of)
-
-
-@pytest.mark.parametrize("head", [
-    b"\x00", b"\x08", b"\x10", b"\x80", b"\x02" + wire.U32.pack(0), b"\x02" + wire.U32.pack(19), b"\x02\xff\xff\xff\xff"], ids=repr)
-def test_messages_that_no_client_of_the_base_protocol_may_send(head):
-    with pytest.raises(kmcast.ProtocolError):
-        kmcast.BaseDialect.client_message_size(head, count_of)
-
-
-def test_the_largest_that_is_allowed():
-    assert kmcast.BaseDialect.client_message_size(b"\x02" + wire.U32.pack(18), count_of) == 5 + 4 * 18
-    assert kmcast.SessionDialect.client_message_size(b"\x02" + NUMBER, lambda _number: 65536) == 21 + 8192
-    assert kmcast.SessionDialect.client_message_size(b"\x10" + wire.U32.pack(65536), count_of) == 65541
-
-
-@pytest.mark.parametrize("message, size, of_base", [
-    (b"\x00", 1, None), (wire.SESSION.info(WHAT), 25, 16), (wire.SESSION.sent(WHAT, DIGEST), 37, 1),
-    (wire.SESSION.again(WHAT, 1, 2, 3), 17, None), (wire.SESSION.packets(WHAT), 5, None), (wire.welcome(), len(wire.welcome()), None),
-    (wire.bye(True), len(wire.bye(True)), None)], ids=lambda value: repr(value)[:20])
-def test_the_size_of_a_servers_message_is_known_from_its_first_bytes(message, size, of_base):
-    assert kmcast.SessionDialect.server_message_size(message[:5], 32) == len(message) == size
-    if of_base:
-        assert kmcast.BaseDialect.server_message_size(message, 0, of_base == 16) == of_base
-
-
-@pytest.mark.parametrize("head", [b"\x10", b"\x04", b"\x03", b"\xff", b"\x20" + wire.U32.pack(65537)], ids=repr)
-def test_messages_that_no_server_may_send(head):
-    with pytest.raises(kmcast.ProtocolError):
-        kmcast.SessionDialect.server_message_size(head, 32)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What is missing of a round
+# Bits
 
-PLACES = [[0], [7], [8], [0, 1, 2], [3, 5, 6, 17], list(range(18))]
-
-
-@pytest.mark.parametrize("places", PLACES, ids=str)
-def test_what_is_missing_is_bits_from_the_wire_to_the_plan(places):
-    gaps, message = wire.bits(places), wire.SESSION.request(WHAT, places)
-    assert kmcast.SessionDialect.asked(message, WHAT.base, 18) == (gaps, None)
-    assert kmcast.SessionDialect.number_of(message) == 258
-    assert kmcast.to_bitmap(gaps, 18) == message[21:] and kmcast.from_bitmap(message[21:], 18) == gaps
-    assert kmcast.places(gaps) == places and kmcast.how_many(gaps) == len(places)
-    assert [place for start, stop in kmcast.runs(gaps) for place in range(start, stop)] == places
-    flags = bytearray(b"\1" * 18)
-    for place in places:
-        flags[place] = 0
-    assert kmcast.gaps_of(flags) == gaps
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1000, 65536])
+def test_bits_survive_as_a_bitmap(count):
+    for places in ([0], [count - 1], range(count), range(0, count, 3)):
+        flags = bytearray(b"\1" * count)
+        for place in places:
+            flags[place] = 0
+        gaps = kmcast.gaps_of(flags)
+        bitmap = kmcast.to_bitmap(gaps, count)
+        assert len(bitmap) == -(-count // 8)
+        assert kmcast.from_bitmap(bitmap, count) == gaps
+        assert kmcast.places(gaps) == list(places) and kmcast.how_many(gaps) == len(places)
 
 
-def test_nothing_is_missing_of_nothing():
-    assert kmcast.gaps_of(bytearray()) == kmcast.gaps_of(bytearray(b"\1\1")) == 0
-    assert kmcast.places(0) == list(kmcast.runs(0)) == [] and kmcast.how_many(0) == 0
+def test_packet_i_is_bit_i_mod_8_of_byte_i_div_8():
+    assert kmcast.to_bitmap(1 << 0 | 1 << 7 | 1 << 8 | 1 << 18, 19) == b"\x81\x01\x04"
 
 
-def test_runs_are_as_long_as_they_can_be():
-    assert list(kmcast.runs(wire.bits([0, 1, 2, 5, 17]))) == [(0, 3), (5, 6), (17, 18)]
-
-
-@pytest.mark.parametrize("bitmap", [b"\0\0\0", b"\0\0\4", b"\1\0\x80", b"\xff\xff\xff"], ids=repr)
-def test_a_bit_beyond_the_round_is_an_error_and_so_is_none(bitmap):
+@pytest.mark.parametrize("bitmap, count", [(b"\x00", 8), (b"\x00\x00", 9), (b"\x80", 7), (b"\x02", 1), (b"\x01\x02", 9),
+                                           (b"\x00\x80", 15)], ids=repr)
+def test_a_bitmap_for_nothing_or_with_bits_beyond_the_round_is_refused(bitmap, count):
     with pytest.raises(kmcast.ProtocolError):
-        kmcast.from_bitmap(bitmap, 18)
+        kmcast.from_bitmap(bitmap, count)
 
 
-@pytest.mark.parametrize("place", [-1, 18, 1000, 2**31])
-def test_a_seq_outside_the_round_is_an_error_in_the_base_protocol(place):
-    with pytest.raises(kmcast.ProtocolError):
-        kmcast.BaseDialect.asked(wire.BASE.request(WHAT, [0, place]), WHAT.base, 18)
+def test_gaps_are_where_nothing_has_come():
+    assert kmcast.gaps_of(bytearray(b"\1\0\1\1\0\0")) == 0b110010
+    assert kmcast.gaps_of(bytearray()) == 0 and kmcast.gaps_of(bytearray(b"\1" * 20)) == 0
 
 
-@pytest.mark.parametrize("base", [0, 5, 2**32 - 3])
-def test_seqs_that_are_asked_for_are_bits_and_keep_their_order(base):
-    """Each as often as it was asked for."""
-    what = wire.Round(0, 1800, base, 18, 0)
-    assert kmcast.BaseDialect.asked(wire.BASE.request(what, [17, 0, 4, 0]), base, 18) == (wire.bits([0, 4, 17]), [17, 0, 4, 0])
+def test_gaps_that_stand_next_to_each_other_are_a_run():
+    assert kmcast.runs(0) == [] and kmcast.places(0) == [] and kmcast.how_many(0) == 0
+    assert kmcast.runs(0b1) == [(0, 1)]
+    assert kmcast.runs(0b1110110 | 1 << 100) == [(1, 3), (4, 7), (100, 101)]
 
 
-def test_what_a_client_says_of_its_reception():
-    for message in (wire.SESSION.done(WHAT, FIGURES), wire.SESSION.request(WHAT, [3], FIGURES)):
-        assert kmcast.SessionDialect.figures_of(message) == FIGURES
-    assert kmcast.BaseDialect.figures_of(wire.BASE.done(WHAT)) is None
+@pytest.mark.parametrize("stall, valid", [(0, True), (30, True), (0.5, True), (2**32 - 1, True), (2**32, False), (-1, False),
+                                          ("30", False), (True, False), (None, False), (float("inf"), False),
+                                          (float("nan"), False)], ids=repr)
+def test_a_stall_timeout_is_a_number_of_seconds(stall, valid):
+    fields = kmcast.unpack_frame(kmcast.pack_frame(kmcast.HELLO, {"stall": stall})[5:])
+    if valid:
+        assert kmcast.stall_of(fields) == stall
+    else:
+        with pytest.raises(kmcast.ProtocolError):
+            kmcast.stall_of(fields)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checksums
+def test_who_says_nothing_of_a_stall_timeout_has_none():
+    assert kmcast.stall_of({}) == 0
+
 
 def test_checksums_of_the_base_protocol():
     """The sum is of little-endian words, modulo 2^32, of the payload padded with zeros."""
@@ -279,8 +306,7 @@ def test_a_packets_checksum_is_a_crc_that_starts_from_salt_and_seq():
     buffer.start(0x20, 0, 0)
     buffer.add(b"12345678")
     crc = zlib.crc32(b"12345678", 0x10) & 0xffffffff
-    expected = struct.pack("<3I", 0x20, crc, 8) + b"12345678"
-    assert bytes(buffer.get(0x20).tobytes()) == expected == wire.packet(0x20, b"12345678", 0xfffffff0)
+    assert bytes(buffer.get(0x20).tobytes()) == struct.pack("<3I", 0x20, crc, 8) + b"12345678"
 
 
 @pytest.mark.parametrize("number, size", [(0, 1), (1, 4), (0xdeadbeef, 4), (0xdeadbeef, 9), (2**80 - 1, 10)])
