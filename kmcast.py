@@ -1849,6 +1849,7 @@ class RateControl(object):
     JITTER = 0.001                      # seconds by which a clock may be wrong in a train
     AGREE = 0.05                        # share by which two estimates of a line may differ
     OVER = 1.1                          # times the rate, to know it better, or to look for more
+    LEAP = 0.25                         # how much faster at once, once there was an estimate
     MORE = 1.04                         # times the line's rate, which a head must find
     HEADS = 3                           # times in a row
     LOOK_EVERY = 4.0                    # seconds between two such heads
@@ -1867,7 +1868,7 @@ class RateControl(object):
         self._step = 1.0                # how much faster next, as a share, while it is sought
         self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
-        self._slow = False              # the last round lagged, without losses
+        self._slow = self._lossy = False            # whether the last round lagged, without and with losses
         self._common = 0.0              # share of packets that all clients lose at any rate, on average
         self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
         self._found = 0                 # heads in a row that found more
@@ -1911,16 +1912,20 @@ class RateControl(object):
             if worst.lost > speed.trial / 2:
                 return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
         was_slow, self._slow = self._slow, lags and not lossy
-        if lags and (lossy or self.line is None or was_slow):
-            sent = achieved if steady else min(speed.rate, self.FASTER * self._fastest)
+        self._lossy, was_lossy = lags and lossy, self._lossy
+        if lags and (self.line is None or was_slow or was_lossy):
+            # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
+            most = UNLIMITED if self._estimate else self.FASTER * self._fastest
+            sent = achieved if steady else min(speed.rate, most)
             return self._slow_down(sent, worst, lossy)
         if lags:
             return None
         if self.line is None:
             faster = achieved * (1 + self._step)
-            if faster <= self.rate or not steady:
-                return None             # we are the slowest
-            self.rate, self._step = faster, min(1.0, 2 * self._step)
+            if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
+                return None             # we are the slowest, or it was sent before we learned more
+            self.rate = faster
+            self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
             return 'it keeps up'
         if lossy:
             return self._share(speed, worst, now)
