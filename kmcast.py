@@ -644,9 +644,9 @@ class SessionDialect(object):
         return FIGURES_OF_ROUND.unpack(message[5:5 + FIGURES_OF_ROUND.size])
 
     @staticmethod
-    def gaps_asked(message, _base, count):
-        """What a REQUEST asks for.  Raises ProtocolError."""
-        return from_bitmap(message[5 + FIGURES_OF_ROUND.size:], count)
+    def asked(message, _base, count):
+        """What a REQUEST asks for, as bits, and in which order (None: ascending).  Raises ProtocolError."""
+        return from_bitmap(message[5 + FIGURES_OF_ROUND.size:], count), None
 
 
 class BaseDialect(SessionDialect):
@@ -737,15 +737,15 @@ class BaseDialect(SessionDialect):
     figures_of = number_of
 
     @staticmethod
-    def gaps_asked(message, base, count):
-        """The seqs that a REQUEST has, as bits."""
+    def asked(message, base, count):
+        """As of the seqs that a REQUEST has."""
+        order = [(seq - base) & MASK for seq in struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:])]
+        if max(order) >= count:
+            raise ProtocolError('a request for a packet outside the round')
         flags = bytearray(b'\1' * count)
-        for seq in struct.unpack('<%dI' % (len(message) // 4 - 1), message[5:]):
-            place = (seq - base) & MASK
-            if place >= count:
-                raise ProtocolError('a request for a packet outside the round')
+        for place in order:
             flags[place] = 0
-        return gaps_of(flags)
+        return gaps_of(flags), order
 
 
 def frame_size(head):
@@ -3090,7 +3090,8 @@ class Step(object):
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
 
 
-Request = collections.namedtuple('Request', 'gaps count')    # packets of a round, as bits, and how many
+# Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
+Request = collections.namedtuple('Request', 'gaps count order')
 
 
 class Answers(object):
@@ -3208,7 +3209,7 @@ class ServerWindow(object):
     """What the clients of one TCP server owe, and what to do when they pay.
 
     What to do is a list of (verb, member, argument): `send` bytes, send the `packets`
-    of a (round, bits), or the member is `served`.
+    of a (Round, Request), or the member is `served`.
     """
 
     def __init__(self, dialect, stall_timeout):
@@ -3255,7 +3256,7 @@ class ServerWindow(object):
             else:
                 self._owe(member, number, ANSWER, awaited, now)
                 member.by_tcp += request.count
-                todo.append(('packets', member, (step.round, request.gaps)))
+                todo.append(('packets', member, (step.round, request)))
         return todo
 
     def _begin_finish(self, step, awaited, now):
@@ -3291,8 +3292,9 @@ class ServerWindow(object):
 
     def debtors(self):
         """The members for whom the oldest step waits."""
-        return [member for member in self.members
-                if self.awaited and member in self.awaited[0].owing]
+        awaited = self.awaited          # in one go: another thread may ask, and complete() replaces it
+        owing = awaited[0].owing if awaited else ()
+        return [member for member in self.members if member in owing]
 
     def leave(self, member):
         """A member is none any more."""
@@ -3364,12 +3366,12 @@ class ServerWindow(object):
 
     def _request(self, member, number, message, awaited, now):
         buffer = self._rounds[number].buffer
-        gaps = self.dialect.gaps_asked(message, buffer.base, buffer.count)
+        gaps, order = self.dialect.asked(message, buffer.base, buffer.count)
         member.times_asked[number] = member.times_asked.get(number, 0) + 1
         if member.times_asked[number] > member.MOST_REQUESTS:
             raise ProtocolError('it asks for the same round again and again')
         self._reception(member, number, message, awaited, gaps, now)
-        request = Request(gaps, how_many(gaps))
+        request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
         member.asked[number] = request
         member.stands(number, ASKED, None, now)
@@ -3637,7 +3639,7 @@ class ClientWindow(object):
         """Be ready for those rounds for which there is a buffer now."""
         todo = []
         used = len(self._lent) + len([1 for incoming in self.rounds
-                                      if incoming.buffer and not incoming.given])
+                                      if incoming.buffer and incoming not in self._lent])
         for incoming in self.rounds:
             if incoming.how != Incoming.WAITS:
                 continue
@@ -4309,9 +4311,8 @@ class Course(object):
         brake = None
         if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
             brake = worst[0].member
-        if not brake or brake is not self._brake or self._settled < self.SETTLED:
-            self._settled = 0
-        self._brake = brake
+        if brake is not self._brake:
+            self._brake, self._settled = brake, 0
 
     def _look_for_holdup(self, now):
         """Name who took more than half of the time of the last rounds."""
@@ -5255,9 +5256,12 @@ class TcpServer(threading.Thread):
             if verb == 'send':
                 self._send(peer, argument)
             elif verb == 'packets':
-                wanted, gaps = argument
+                wanted, request = argument
+                parts = runs(request.gaps) if request.order is None else [
+                    (request.order[start], request.order[stop - 1] + 1)
+                    for start, stop in stretches(request.order)]
                 self._send(peer, self.session.dialect.packets(wanted.number), *[
-                    data for start, stop in runs(gaps) for data in wanted.buffer.packets(start, stop)])
+                    data for start, stop in parts for data in wanted.buffer.packets(start, stop)])
             else:
                 tell('member_served', member=member)
                 self._close(peer)
@@ -5377,7 +5381,10 @@ class TcpServer(threading.Thread):
         try:
             call(*args)
         except Gone as error:
-            self._drop(peer, 'it went away: %s' % error, told=False)
+            if peer.member in self._peers and call != self._hear:
+                peer.outgoing.clear()   # reading will tell, after what it said before it went
+            else:
+                self._drop(peer, 'it went away: %s' % error, told=False)
         except Refused as error:
             self._drop(peer, error.reason, told=False)
         except ProtocolError as error:

@@ -36,8 +36,8 @@ import threading
 import time
 import traceback
 
-import fuzz
 import helpers
+import wire
 from helpers import LOOPBACK
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -141,9 +141,9 @@ SOURCES = {
 #: What a stranger says, who then hears nothing.
 SAYINGS = {
     "nothing": b"",
-    "garbage": fuzz.random_bytes(random.Random(1), 300),
-    "half a HELLO": fuzz.hello()[:20],
-    "HELLO": fuzz.hello(),
+    "garbage": helpers.random_bytes(300),
+    "half a HELLO": wire.hello()[:20],
+    "HELLO": wire.hello(),
 }
 
 

@@ -5,7 +5,7 @@
     python3 tests/fuzz.py --endpoint server --rounds 100000 --seed 1 --python ~/.pyenv/versions/2.7.18/bin/python
     python3 tests/fuzz.py --endpoint server --seed 1 --only 4711        # one case again; 4680-4719: those, in one session
 
-A session is built message by message as PROTOCOL.md has it, with no code of kmcast. Most cases then change it on the way:
+A session is built message by message by wire.py, with no code of kmcast. Most cases then change it on the way:
 bits flipped, messages cut, left out, sent twice, swapped, replaced, made up; lengths, counts and seqs at the ends of their
 ranges; JSON with keys missing, of another type, absurdly large or deep; EOF, RST or silence at any point; bytes in odd
 pieces; and datagrams lost, repeated, reordered, damaged, foreign. Each case follows from the seed and its number alone,
@@ -50,11 +50,13 @@ import tempfile
 import threading
 import time
 import traceback
-import zlib
+
+import wire
+from wire import (AGAIN, ALIVE, BASE, BYE, DONE, HELLO, INFO, LOOPBACK, MASK, PACKETS, READY, REQUEST, Round, SENT, SESSION, U32,
+                  WELCOME, packet)
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
-LOOPBACK = "127.0.0.1"
 
 #: What is changed in the processes under test: seconds that are only waited for, else a case would take that long.
 PATCHES = {
@@ -68,91 +70,7 @@ SERVER_STALL = 2.0              # --stall-timeout of servers that are played to:
 CASE_LIMIT = 15.0               # seconds after which a process is taken to hang; the machine may be busy
 PEERS = 40                      # cases in one transfer of a server
 MOST_KIB = 200 << 10            # of resident memory, in a process under test
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The wire, as PROTOCOL.md has it
-
-ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
-HELLO, STATE, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x20", b"\x40", b"\x80"
-U32 = struct.Struct("<I")
-HEADER = struct.Struct("<3I")
-MASK = 0xffffffff
-
-
-def group_info(group, port, session=True):
-    """The first message of a server."""
-    return struct.pack("<H", 2) + struct.pack(">H", port) + socket.inet_aton(group) + (
-        b"KMCAST\1\0" if session else bytes(bytearray(8)))
-
-
-def frame(kind, fields):
-    """A signal and a JSON object; `fields` may be text to be sent as it is."""
-    text = (fields if hasattr(fields, "encode") else json.dumps(fields)).encode("utf-8")
-    return kind + U32.pack(len(text)) + text
-
-
-def hello(host="fuzz"):
-    """HELLO."""
-    return frame(HELLO, {"version": "1.0.0", "host": host})
-
-
-def welcome_fields(payload=100, salt=7, repair_salt=9, digest="sha256"):
-    """What WELCOME says."""
-    return {"version": "1.0.0", "salt": salt, "repair_salt": repair_salt, "payload": payload, "name": "image", "size": None,
-            "digest": digest}
-
-
-def welcome(**fields):
-    """WELCOME; see welcome_fields()."""
-    return frame(WELCOME, welcome_fields(**fields))
-
-
-def buffer_info(base, count, size, number=0):
-    """A buffer info without its signal."""
-    return struct.pack("<4I", number & MASK, size & MASK, base & MASK, count)
-
-
-def salted(payload, number):
-    """The checksum in a session; `number` is salt + seq."""
-    return zlib.crc32(payload, number & MASK) & MASK
-
-
-def c_sum(payload, _number):
-    """The checksum of the C implementation."""
-    padded = payload + b"\0" * (-len(payload) % 4)
-    return sum(struct.unpack("<%dI" % (len(padded) // 4), padded)) & MASK
-
-
-def plain_crc(payload, _number):
-    """The checksum of a base-protocol server that takes CRC-32."""
-    return zlib.crc32(payload) & MASK
-
-
-def packet(seq, payload, salt=7, check=salted):
-    """A packet, or a datagram of a repair pass."""
-    return HEADER.pack(seq & MASK, check(payload, salt + seq), len(payload)) + payload
-
-
-def request(seqs):
-    """CLIENT_REQ."""
-    return REQUEST + struct.pack("<%dI" % (1 + len(seqs)), len(seqs), *[seq & MASK for seq in seqs])
-
-
-def again(number, recipes, combinations):
-    """AGAIN."""
-    return AGAIN + struct.pack("<3I", number & MASK, recipes, combinations)
-
-
-def recipe(first, groups):
-    """The payload of a recipe: `groups` are lists of places in the round."""
-    return U32.pack(first & MASK) + b"".join(
-        struct.pack("<%dH" % (1 + len(group)), len(group), *group) for group in groups)
-
-
-def bye(ok, **fields):
-    """BYE."""
-    return frame(BYE, dict(fields, ok=ok))
+JUMBO_KIB = 65536 * 8972 >> 10  # what the largest round of the base protocol takes, which a server may announce for fun
 
 
 def random_bytes(generator, size):
@@ -229,60 +147,59 @@ def change_frame(generator, data):
         fields["more"] = generator.choice(WEIRD)            # harmless: a later version may do that
     else:
         fields[generator.choice(sorted(fields))] = generator.choice(WEIRD)
-    return frame(data[:1], json.dumps(fields) if text is None else text)
+    return wire.frame(data[:1], json.dumps(fields) if text is None else text)
 
 
-class Wire(object):
+class Line(wire.End):
     """One end of a TCP connection that says what a session says, changed as its case wants it.
 
     style   "clean": nothing is changed. "pieces": bytes in odd pieces, with pauses. "datagrams": only those are changed.
             "wild": all is
+    others  messages to say instead, or besides
     """
 
-    def __init__(self, sock, generator, style):
-        self.sock, self.generator, self.style = sock, generator, style
+    TIMEOUT = CASE_LIMIT
+
+    def __init__(self, sock, generator, style, others, **options):
+        wire.End.__init__(self, sock, **options)
+        self.generator, self.style, self.others = generator, style, others
         self.changed = False            # whether the peer got anything but a right session
-        self.held = None                # a message that is sent after the next one
+        self.held = b""                 # a message that is sent after the next one
         self._count = 0
         self._target = generator.choice((0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)) if style == "wild" else None
         self._likely = generator.choice((0.0, 0.05, 0.3))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._timeout(CASE_LIMIT)
-
-    def _timeout(self, seconds):
-        self.sock.settimeout(seconds)
 
     def read(self, size):
         """Exactly `size` bytes. Raises Ended."""
-        data = b""
         if self.changed:
-            self._timeout(0.03)         # now the peer may just wait for what it does not get
-        while len(data) < size:
-            try:
-                piece = self.sock.recv(size - len(data))
-            except socket.timeout:
-                raise Ended("nothing comes")
-            except OSError as error:
-                raise Ended(str(error))
-            if not piece:
-                raise Ended("closed by the peer")
-            data += piece
-        return data
+            self.sock.settimeout(0.03)  # now the peer may just wait for what it does not get
+        try:
+            return wire.End.read(self, size)
+        except socket.timeout:
+            raise Ended("nothing comes")
+        except OSError as error:
+            raise Ended(str(error))
+        except wire.Unexpected:
+            raise Ended("closed by the peer")
 
-    def frame(self):
-        """The dict of a frame whose signal has been read."""
-        return json.loads(self.read(U32.unpack(self.read(4))[0]).decode("utf-8"))
+    def say(self, *messages):
+        """Send each message, or what becomes of it. Raises Ended."""
+        for data in messages:
+            index, self._count = self._count, self._count + 1
+            held, self.held = self.held, b""
+            if self.style == "wild" and (index == self._target or (index > self._target
+                                                                   and self.generator.random() < self._likely)):
+                data = self._change(data)
+            self._write(data + held)
 
-    def send(self, data, others=()):
-        """Send a message, or what becomes of it. others: messages to say instead, or besides. Raises Ended."""
-        index, self._count = self._count, self._count + 1
-        held, self.held = self.held, None
-        if self.style == "wild" and (index == self._target or (index > self._target
-                                                               and self.generator.random() < self._likely)):
-            data = self._change(data, others)
-        self._write(data + (held or b""))
+    def expect(self, *kinds):
+        """A message of one of these kinds. Raises Ended, or Unexpected."""
+        message = wire.End.expect(self, BYE, *kinds)
+        if message.kind == BYE and BYE not in kinds:
+            raise Ended("BYE: %s" % message.fields.get("reason"))
+        return message
 
-    def _change(self, data, others):
+    def _change(self, data):
         generator, self.changed = self.generator, True
         way = generator.randrange(16)
         if way <= 3:
@@ -296,7 +213,7 @@ class Wire(object):
         if way == 9:
             self.held = data
             return b""
-        other = generator.choice(tuple(others) or (ALIVE,))
+        other = generator.choice(self.others)
         if way == 10:
             return other
         if way == 11:
@@ -322,7 +239,7 @@ class Wire(object):
 
     def _drain(self, seconds):
         """Read whatever comes, for so long at the most."""
-        self._timeout(seconds)
+        self.sock.settimeout(seconds)
         deadline = time.time() + seconds
         try:
             while time.time() < deadline and self.sock.recv(65536):
@@ -389,12 +306,11 @@ class ServerCase(object):
         self.style = generator.choices(("clean", "pieces", "datagrams", "wild"), (3, 7, 15, 75))[0]
         self.session = generator.random() < 0.8
         self.digest = generator.random() < 0.85
-        self.check = salted if self.session else generator.choice((plain_crc, c_sum))
+        self.dialect = SESSION if self.session else BASE
+        self.check = wire.salted if self.session else generator.choice((wire.plain_crc, wire.c_sum))
         self.salt = generator.choice((0, 1, MASK, generator.getrandbits(32))) if self.session else 0
         self.repair_salt = generator.getrandbits(32)
         self.payload = generator.choice((16, 20, 100, 400, 1460)) if self.session else 1460
-        self.base = generator.choice((0, 0, 1, 2 ** 32 - 3, generator.getrandbits(32)))
-        self.repair_number = generator.choice((0, 2 ** 32 - 2, generator.getrandbits(32)))
         self.coding = self.session and generator.random() < 0.5
         self.loses = generator.choice((0.0, 0.3, 0.3, 1.0))
         self.to_file = generator.random() < 0.3
@@ -409,129 +325,164 @@ class ServerCase(object):
                 sizes[-1] = generator.choice((self.payload, 1, generator.randrange(1, self.payload + 1)))
             self.rounds.append([random_bytes(generator, size) for size in sizes])
         self.image = b"".join(b"".join(payloads) for payloads in self.rounds)
+        # In a session no round goes beyond the last seq; the next one begins with 0 again.
+        fits = [wire.SEQS - sum(map(len, self.rounds[:index])) for index in range(1, rounds + 1)]
+        self.base = generator.choice((0, 0, 1, generator.randrange(2 ** 31 - 100)) + tuple(fits)) if self.session else \
+            generator.choice((0, 0, 1, 2 ** 32 - 3, generator.getrandbits(32)))
+        self.repair_number = generator.choice((0, wire.REPAIR_BIT - 1000, generator.randrange(wire.REPAIR_BIT - 1000)))
+        self.window = generator.choice((1, 2, 4, 4)) if self.session else 1
         self.ended = None
 
     def must_arrive(self):
         """Whether nothing happens here that a client may fail for."""
         return self.style != "wild"
 
-    def play(self, sock, cast):
-        """Play it. cast: function of a list of datagrams."""
+    def play(self, sock, cast, forge, source):
+        """Play it.
+
+        cast, forge     functions of a list of datagrams, which multicast it: from where WELCOME says, and from elsewhere
+        source          (address, port) that cast() multicasts from
+        """
+        self.cast, self.forge, self.source = cast, forge, list(source)
         try:
-            self._play(Wire(sock, self.generator, self.style), cast)
+            self._play(Line(sock, self.generator, self.style, self._others(), dialect=self.dialect))
         except Ended as end:
             self.ended = str(end)
-        except (ValueError, KeyError, struct.error) as error:
+        except (wire.Unexpected, ValueError, KeyError) as error:
             # An answer that is none: only a client that was told nonsense may be that confused.
             self.ended = "cannot understand the client: %r" % error
         sock.close()
 
-    def _cast(self, cast, datagrams):
+    def _cast(self, datagrams):
+        if self.session and self.generator.randrange(4) == 0:       # a stranger who knows everything but the server's address
+            self.forge([packet(U32.unpack(data[:4])[0], b"f" * (len(data) - 12), self.salt) for data in datagrams])
         if self.style in ("datagrams", "wild"):
             datagrams = change_datagrams(self.generator, datagrams, self.session)
-        cast(datagrams)
+        self.cast(datagrams)
 
-    def _play(self, wire, cast):
-        signal_of = (lambda kind: kind) if self.session else (lambda kind: b"")
-        digest = hashlib.sha256()
-        sent = SENT + (digest.digest() if self.session and self.digest else b"")
-        others = [ALIVE, READY, REQUEST, DONE, sent, hello(), bye(False, reason="for fun"), bye(True, bytes=0, sha256=None),
-                  again(0, 1, 1), again(MASK, MASK, MASK), again(3, 0, 65536), INFO + buffer_info(self.base, 0, 0),
-                  INFO + buffer_info(self.base, 65536, 65536 * self.payload), b"GET / HTTP/1.1\r\n\r\n",
-                  INFO + buffer_info(self.base, 1, self.payload), welcome(), packet(self.base, b"x" * 16, self.salt)]
-        wire.send(group_info(self.group, self.port, self.session), others)
+    def _others(self):
+        """What may be said instead of something right, or besides."""
+        of, some = self.dialect, Round(self.generator.randrange(len(self.rounds) + 1), self.payload, self.base, 1, 0)
+        return [ALIVE, of.ready(some), of.request(some, [0]), of.done(some), of.sent(some, hashlib.sha256().digest()),
+                wire.hello(), wire.bye(False, reason="for fun"), wire.bye(True, bytes=0, sha256=None), of.packets(some),
+                SESSION.again(some, 0, 1, 1), SESSION.again(some, MASK, MASK, MASK), SESSION.again(some, 3, 0, 65536),
+                of.info(some), of.info(some._replace(count=16384, size=16384 * self.payload)),
+                of.info(some._replace(count=0, size=0)), of.info(some._replace(place=2 ** 64 - 1)),
+                wire.state(waiting="for fun"), b"GET / HTTP/1.1\r\n\r\n", wire.welcome(),
+                packet(self.base, b"x" * 16, self.salt)]
+
+    def _play(self, line):
+        line.say(wire.group_info(self.group, self.port, self.dialect.padding))
         if self.session:
-            if wire.read(1) != HELLO:
-                raise ValueError("no HELLO")
-            wire.frame()
-            wire.send(welcome(payload=self.payload, salt=self.salt, repair_salt=self.repair_salt,
-                              digest="sha256" if self.digest else None), others)
-        base = self.base
-        for number, payloads in enumerate(self.rounds):
-            self._alive(wire)
-            wire.send(signal_of(INFO) + buffer_info(base, len(payloads), len(b"".join(payloads)), number), others)
-            self._expect(wire, READY)
-            packets = [packet((base + i) & MASK, payload, self.salt, self.check) for i, payload in enumerate(payloads)]
-            self._cast(cast, [data for data in packets if self.generator.random() >= self.loses])
-            digest.update(b"".join(payloads))
-            sent = SENT + (digest.digest() if self.session and self.digest else b"")
-            self._alive(wire)
-            wire.send(sent, others)
-            self._repair(wire, cast, base, payloads, packets, sent, others)
-            base = (base + len(payloads)) & MASK
-        self._alive(wire)
-        wire.send(signal_of(INFO) + buffer_info(base, 0, 0, len(self.rounds)), others)
-        self._expect(wire, READY)
-        wire.send(sent[:1] + (digest.digest() if self.session and self.digest else b""), others)
+            line.expect(HELLO)
+            line.say(wire.welcome(payload=self.payload, salt=self.salt, repair_salt=self.repair_salt, window=self.window,
+                                  source=self.source, digest="sha256" if self.digest else None))
+        coming, underway = self._flights(), []
+        while coming or underway:
+            if self.session and self.generator.randrange(8) == 0:
+                line.say(self.generator.choice((ALIVE, wire.state(waiting=None))))
+            doable = []
+            if coming and len(underway) < self.window:
+                doable.append(self._announce)
+            unsent = [flight for flight in underway if flight.how in (Flight.ANNOUNCED, Flight.READY)]
+            if unsent and unsent[0].how == Flight.READY:
+                doable.append(self._send)
+            if [flight for flight in underway if flight.how == Flight.ASKED]:
+                doable.append(self._repair)
+            # A client may keep back what it has to say of later rounds, but not of the oldest.
+            owed = underway and underway[0].how in (Flight.ANNOUNCED, Flight.SENT)
+            if doable and not (owed and self.generator.randrange(3) == 0):
+                self.generator.choice(doable)(line, coming, underway)
+            else:
+                self._hear(line, underway)
         if self.session:
-            wire.send(bye(True, bytes=len(self.image), sha256=digest.hexdigest() if self.digest else None), others)
-        self._expect(wire, DONE)
+            digest = hashlib.sha256(self.image).hexdigest() if self.digest else None
+            line.say(wire.bye(True, bytes=len(self.image), sha256=digest))
+            line.expect(DONE)
 
-    def _alive(self, wire):
-        if self.session and self.generator.randrange(5) == 0:
-            wire.send(ALIVE)
+    def _flights(self):
+        """All rounds: a list of Flights."""
+        digest, base, place, flights = hashlib.sha256(), self.base, 0, []
+        for number, payloads in enumerate(self.rounds + ([] if self.session else [[]])):
+            data = b"".join(payloads)
+            digest.update(data)
+            what = Round(number, len(data), base, len(payloads), place)
+            packets = [packet((base + i) % self.dialect.seqs, payload, self.salt, self.check)
+                       for i, payload in enumerate(payloads)]
+            flights.append(Flight(what, payloads, packets, self.dialect.sent(what, digest.digest() if self.digest else b"")))
+            base, place = (base + len(payloads)) % self.dialect.seqs, place + len(data)
+        return flights
 
-    @staticmethod
-    def _expect(wire, *kinds):
-        while True:
-            kind = wire.read(1)
-            if kind == BYE:
-                raise Ended("BYE: %s" % wire.frame().get("reason"))
-            if kind in kinds:
-                return kind
-            if kind == STATE:
-                wire.frame()
-            elif kind != ALIVE:
-                raise ValueError("signal %r" % kind)
+    def _announce(self, line, coming, underway):
+        flight = coming.pop(0)
+        underway.append(flight)
+        line.note(flight.what)
+        line.say(self.dialect.info(flight.what))
 
-    def _repair(self, wire, cast, base, payloads, packets, sent, others):
-        while self._expect(wire, REQUEST, DONE) == REQUEST:
-            count = U32.unpack(wire.read(4))[0]
-            seqs = struct.unpack("<%dI" % count, wire.read(4 * count))
-            places = [(seq - base) & MASK for seq in seqs]
-            if max(places) >= len(packets):
+    def _send(self, line, _coming, underway):
+        flight = [flight for flight in underway if flight.how == Flight.READY][0]
+        self._cast([data for data in flight.packets if self.generator.random() >= self.loses])
+        line.say(flight.sent)
+        flight.how = Flight.SENT
+
+    def _hear(self, line, underway):
+        message = line.expect(READY, REQUEST, DONE)
+        flight = [flight for flight in underway if flight.what == message.round][:1]
+        before = {READY: Flight.ANNOUNCED, REQUEST: Flight.SENT, DONE: Flight.SENT}[message.kind]
+        if not flight or flight[0].how != before:
+            raise ValueError("%r out of turn" % message)
+        flight[0].how = {READY: Flight.READY, REQUEST: Flight.ASKED, DONE: None}[message.kind]
+        if message.kind == REQUEST:
+            flight[0].places = message.places
+            if max(message.places) >= len(flight[0].packets):
                 raise ValueError("a request outside the round")
-            self._alive(wire)
-            if not (self.coding and self.generator.randrange(2)):
-                data = (PACKETS if self.session else b"") + b"".join(packets[place] for place in places)
-                if self.generator.randrange(2):
-                    wire.send(data, others)
-                else:                   # so that single packets are changed
-                    if self.session:
-                        wire.send(PACKETS, others)
-                    for place in places:
-                        wire.send(packets[place], [packets[0], packets[-1]])
-                continue
-            groups, number = [[place] for place in places], self.repair_number
-            for place in range(len(packets)):               # what the client has, to be XORed with what it lacks
-                if place not in places and self.generator.randrange(2):
-                    self.generator.choice(groups).append(place)
-            room, described = (self.payload - 4) // 2 * 2, [[]]
-            groups = [group[:(room - 2) // 2] for group in groups]          # a recipe must fit
-            coded = []
-            for group in groups:
-                total = 0
-                for place in group:
-                    total ^= int.from_bytes(payloads[place].ljust(self.payload, b"\0"), "big")
-                coded.append(total.to_bytes(self.payload, "big"))
-            for group in groups:
-                if sum(2 + 2 * len(other) for other in described[-1] + [group]) > room:
-                    described.append([])
-                described[-1].append(group)
-            first, texts = number + len(described), []
-            for part in described:
-                texts.append(recipe(first, part))
-                first += len(part)
-            # A recipe that is wrong, but whose checksum is right, is a lie that only the digest can find out.
-            if self.style == "wild" and self.digest and self.generator.randrange(3) == 0:
-                wire.changed = True
-                place = self.generator.randrange(len(texts))
-                texts[place] = change_bytes(self.generator, texts[place])[:self.payload] or b"x"
-            self.repair_number = (number + len(texts) + len(coded)) & MASK
-            wire.send(again(number, len(texts), len(coded)), others)
-            self._cast(cast, [packet((number + i) & MASK, payload, self.repair_salt)
-                              for i, payload in enumerate(texts + coded) if self.generator.random() >= self.loses / 3])
-            wire.send(sent, others)
+        elif message.kind == DONE:
+            underway.remove(flight[0])
+
+    def _repair(self, line, _coming, underway):
+        flight = self.generator.choice([flight for flight in underway if flight.how == Flight.ASKED])
+        what, packets, places = flight.what, flight.packets, flight.places
+        flight.how = Flight.SENT
+        if not (self.coding and self.generator.randrange(2)):
+            if self.generator.randrange(2):
+                line.say(self.dialect.packets(what, [packets[place] for place in places]))
+            else:                       # so that single packets are changed
+                line.say(self.dialect.packets(what))
+                line.say(*[packets[place] for place in places])
+            return
+        groups, number = [[place] for place in places], self.repair_number
+        for place in range(len(packets)):               # what the client has, to be XORed with what it lacks
+            if place not in places and self.generator.randrange(2):
+                self.generator.choice(groups).append(place)
+        most = (self.payload - 4) // 2 - 1              # so that a recipe fits
+        recipes, coded = wire.repair_pass(flight.payloads, [group[:most] for group in groups], number, self.payload)
+        # A recipe that is wrong, but whose checksum is right, is a lie that only the digest can find out.
+        if self.style == "wild" and self.digest and self.generator.randrange(3) == 0:
+            line.changed = True
+            place = self.generator.randrange(len(recipes))
+            recipes[place] = change_bytes(self.generator, recipes[place])[:self.payload] or b"x"
+        self.repair_number = number + len(recipes) + len(coded)
+        if self.repair_number > wire.REPAIR_BIT - 100:  # a pass does not go beyond the last number
+            self.repair_number = 0
+        datagrams = [wire.repair(number + i, payload, self.repair_salt)
+                     for i, payload in enumerate(recipes + coded) if self.generator.random() >= self.loses / 3]
+        overtakes = self.generator.randrange(2)         # multicast and TCP go different ways
+        if overtakes:
+            self._cast(datagrams)
+        line.say(SESSION.again(what, number, len(recipes), len(coded)))
+        if not overtakes:
+            self._cast(datagrams)
+        line.say(flight.sent)
+
+
+class Flight(object):
+    """A round of a ServerCase between its buffer info and DONE: `how` it stands, and in ASKED the `places` asked for."""
+
+    ANNOUNCED, READY, SENT, ASKED = "announced", "ready", "sent", "asked"
+
+    def __init__(self, what, payloads, packets, sent):
+        self.what, self.payloads, self.packets, self.sent = what, payloads, packets, sent
+        self.how, self.places = self.ANNOUNCED, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,9 +491,9 @@ class ServerCase(object):
 class PeerCase(object):
     """A client's side of a transfer, from a client that cannot be trusted."""
 
-    def __init__(self, seed, number):
+    def __init__(self, seed, number, window):
         generator = self.generator = random.Random("server %d %d" % (seed, number))
-        self.number = number
+        self.number, self.window = number, window
         self.style = generator.choices(("clean", "pieces", "wild"), (4, 6, 90))[0]
         self.loses = generator.choice((0.0, 0.0, 0.2, 0.5, 1.0))
         self.greeted = threading.Event()        # it has a place, or will never have one
@@ -553,93 +504,96 @@ class PeerCase(object):
     def play(self, port, compat, image):
         """Play it against a server on `port`."""
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.compat, self.image = compat, image
+        self.dialect, self.image = BASE if compat else SESSION, image
         try:
             sock.settimeout(CASE_LIMIT)
             sock.connect((LOOPBACK, port))
-            self._play(Wire(sock, self.generator, self.style))
+            self._play(Line(sock, self.generator, self.style, self._others(), dialect=self.dialect, hears_a_server=True))
         except Ended as end:
             self.ended = str(end)
-        except (OSError, ValueError, KeyError, struct.error) as error:
+        except (wire.Unexpected, OSError, ValueError, KeyError) as error:
             self.ended = "%r" % error
         finally:
             self.greeted.set()
             sock.close()
 
-    def _play(self, wire):
-        generator = self.generator
-        others = [ALIVE, READY, DONE, request([0]), request([MASK]), request([0] * 8), request(range(9)), REQUEST + U32.pack(0),
-                  REQUEST + U32.pack(MASK), hello(), bye(False, reason=u"\x1b[31mfor fun\r\n"), bye(True),
-                  HELLO + U32.pack(MASK), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
-        if wire.read(16)[8:14] != (b"\0" * 6 if self.compat else b"KMCAST"):
+    def _others(self):
+        """What may be said instead of something right, or besides."""
+        of, some = self.dialect, Round(self.generator.randrange(3), 8 * 216, 0, 8, 0)
+        return [ALIVE, of.ready(some), of.done(some), of.ready(some._replace(number=MASK)), of.done(wire.IMAGE)] + [
+            of.request(some, places) for places in ([0], [7], range(8), range(9), [])] + [
+                of.request(some._replace(number=99), [0]), REQUEST + U32.pack(MASK), wire.hello(), HELLO + U32.pack(MASK),
+                wire.bye(False, reason=u"\x1b[31mfor fun\r\n"), wire.bye(True), wire.state(busy="writing", overflows=3),
+                b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
+
+    def _play(self, line):
+        session = self.dialect.session
+        if line.read(16)[8:] != self.dialect.padding:
             self.wrong = "its group info"
-        if not self.compat:
-            wire.send(hello(), others)
-        base = count = payload = place = 0
-        missing, digest, salt = [], b"", 0
-        check = c_sum if self.compat else salted
-        last = False
-        expect_info = True                      # in the base protocol there are no signals
+        self.salt, self.payload = 0, 0
+        if session:
+            line.say(wire.hello(host="fuzz", window=self.window))
+            fields = line.expect(WELCOME).fields
+            self.salt, self.payload = fields["salt"], fields["payload"]
+            line.digest_size = 32 if fields["digest"] else 0
+        self.greeted.set()
+        missing = {}                    # number of a round that is under way -> places; None: it was not SENT yet
+        kinds = (INFO, BYE) if session else (INFO,)
         while True:
-            if self.compat and missing and not last:
-                kind = PACKETS
-            elif self.compat:
-                self.greeted.set()
-                kind = INFO if expect_info else wire.read(1)
+            message = line.expect(*kinds)
+            what = None if message.kind == BYE else message.round
+            if message.kind == BYE:
+                if message.fields["ok"]:
+                    self._last_word(line)
+                raise Ended("BYE: %s" % message.fields.get("reason"))
+            if message.kind == INFO:
+                missing[what.number] = None
+                line.say(self.dialect.ready(what))
+            elif what.number not in missing:
+                raise ValueError("%r out of turn" % message)
+            elif message.kind == AGAIN:
+                missing[what.number] = [i for i in missing[what.number] if self.generator.randrange(2)]
             else:
-                kind = wire.read(1)
-            if kind == WELCOME:
-                fields = wire.frame()
-                salt, payload = fields["salt"], fields["payload"]
-                digest = fields["digest"]
-                self.greeted.set()
-            elif kind == INFO:
-                _, size, base, count = struct.unpack("<4I", wire.read(16))
-                place += size
-                last, expect_info = not count, False
-                missing = None
-                wire.send(READY, others)
-            elif kind == SENT:
-                if digest:
-                    wire.read(32)
-                if last:
-                    if self.compat:
-                        wire.send(DONE, others)
-                        self.served = not wire.changed
-                        raise Ended("served")
-                    continue
-                if missing is None:
-                    missing = [i for i in range(count) if generator.random() < self.loses]
-                if 0 < len(missing) < count and generator.randrange(4) == 0:
-                    missing.append(generator.choice(missing))           # twice: odd, but allowed
-                if missing:
-                    wire.send(request([base + i for i in missing]), others)
+                if message.kind == PACKETS:
+                    self._take(line, what, missing[what.number])
+                    missing[what.number] = []
+                elif missing[what.number] is None:
+                    missing[what.number] = [i for i in range(what.count) if self.generator.random() < self.loses]
+                if missing[what.number]:
+                    line.say(self.dialect.request(what, missing[what.number], *self._figures(line)))
+                elif session or what.count:
+                    del missing[what.number]
+                    line.say(self.dialect.done(what, *self._figures(line)))
                 else:
-                    wire.send(DONE, others)
-                    expect_info = True
-            elif kind == PACKETS and missing:
-                for i in missing:
-                    seq, checksum, length = HEADER.unpack(wire.read(12))
-                    data = wire.read(length)
-                    if not wire.changed and (seq != (base + i) & MASK or checksum != check(data, salt + seq)
-                                             or (payload and data != self.image[seq * payload:(seq + 1) * payload])):
-                        self.wrong = "a packet"
-                missing = []
-                wire.send(DONE, others)
-                expect_info = True
-            elif kind == AGAIN:
-                wire.read(12)
-                missing = [i for i in missing if generator.randrange(2)]
-            elif kind == BYE:
-                fields = wire.frame()
-                if fields["ok"]:
-                    wire.send(DONE, others)
-                    self.served = not wire.changed
-                raise Ended("BYE: %s" % fields.get("reason"))
-            elif kind == STATE and not self.compat:
-                wire.frame()
-            elif kind != ALIVE or self.compat:
-                raise ValueError("signal %r" % kind)
+                    self._last_word(line)
+            # In the base protocol only one thing can come, and that must be known to understand it.
+            kinds = (INFO, SENT, PACKETS, AGAIN, BYE) if session else (INFO,) if not missing else (
+                PACKETS if missing[what.number] else SENT,)
+
+    def _figures(self, line):
+        """What it says of how it heard a round, if that can be said."""
+        generator = self.generator
+        if not self.dialect.session:
+            return ()
+        if line.style != "wild" or generator.randrange(2):
+            return (wire.NO_FIGURES,)
+        line.changed = True
+        return ([generator.choice(BOUNDARIES + (generator.getrandbits(10), generator.getrandbits(20))) for _ in range(4)],)
+
+    def _last_word(self, line):
+        line.say(self.dialect.done(wire.IMAGE))
+        self.served = not line.changed
+        raise Ended("served")
+
+    def _take(self, line, what, places):
+        """Read packets that were asked for, and look at them."""
+        for i in places:
+            seq, checksum, data = line.packet()
+            start = what.place + i * self.payload if self.payload else None
+            if not line.changed and (seq != (what.base + i) % self.dialect.seqs
+                                     or checksum != self.dialect.check(data, self.salt + seq)
+                                     or (self.payload and data != self.image[start:start + self.payload])):
+                self.wrong = "a packet"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -850,7 +804,7 @@ class Findings(object):
         return 1 if self.found else 0
 
 
-def judge_process(job, name):
+def judge_process(job, name, most_kib=MOST_KIB):
     """What is wrong with a process that has ended, whatever was played to it: a list of texts."""
     said = job.stderr()
     wrong = []
@@ -862,7 +816,7 @@ def judge_process(job, name):
         wrong.append("%s let control characters into its log" % name)
     if max([len(line) for line in said.splitlines()] or [0]) > 600:
         wrong.append("%s said a line of %d characters" % (name, max(len(line) for line in said.splitlines())))
-    if job.peak > MOST_KIB:
+    if job.peak > most_kib:
         wrong.append("%s took %d KiB" % (name, job.peak))
     if job.seconds > CASE_LIMIT:
         wrong.append("%s took %.1f s" % (name, job.seconds))
@@ -877,16 +831,16 @@ def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
     listener.listen(5)
     listener.settimeout(CASE_LIMIT)
     port = listener.getsockname()[1]
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LOOPBACK))
-    udp.connect((group, port))
+    udp, stranger = wire.group_sender(group, port), wire.group_sender(group, port)
 
-    def cast(datagrams):
-        for data in datagrams:
-            try:
-                udp.send(data)
-            except OSError:
-                pass
+    def cast_from(sock):
+        def cast(datagrams):
+            for data in datagrams:
+                try:
+                    sock.send(data)
+                except OSError:
+                    pass
+        return cast
     out, err = os.path.join(folder, "out"), os.path.join(folder, "err")
     target = os.path.join(folder, "target")
     os.mkdir(target)
@@ -895,12 +849,12 @@ def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
         image = os.path.join(target, "image")
         args = ["client", "--allow-empty", "--wait", 0, "--stall-timeout", CASE_LIMIT if case.must_arrive() else CLIENT_STALL]
         job = nursery_.start(args + (["-o", image] if case.to_file else []) + [LOOPBACK, LOOPBACK, port], out, err)
-        case.play(listener.accept()[0], cast)
+        case.play(listener.accept()[0], cast_from(udp), cast_from(stranger), udp.getsockname())
         wrong = []
         if not job.ended.wait(CASE_LIMIT):
             wrong = ["the client hangs"]
             job.kill()
-        wrong += judge_process(job, "the client")
+        wrong += judge_process(job, "the client", MOST_KIB if case.session else MOST_KIB + JUMBO_KIB)
         said = job.stderr()
         written = b""
         if job.code == 0 or not case.to_file:
@@ -933,8 +887,8 @@ def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
         if wrong:
             findings.add(number, "; ".join(wrong), "style %s, session %s, digest %s, script's end: %s\n%s" % (
                 case.style, case.session, case.digest, case.ended, said))
-    listener.close()
-    udp.close()
+    for sock in (listener, udp, stranger):
+        sock.close()
 
 
 def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
@@ -948,7 +902,8 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
     for numbers in sessions:
         generator = random.Random("transfer %d %d" % (seed, numbers[0] // PEERS))
         compat = generator.random() < 0.2
-        cases = [PeerCase(seed, number) for number in numbers]
+        window = generator.choice((1, 2, 4, 9))             # the smallest of all is everybody's
+        cases = [PeerCase(seed, number, window) for number in numbers]
         image = random_bytes(generator, generator.choice((0, 1, 216 * 8, 216 * 20, 216 * 33 + 100)))
         clients = generator.choice((1, 1, 2))
         path = os.path.join(folder, "image")
@@ -968,7 +923,7 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
                 pass
             if "cannot listen" not in server.stderr():
                 break
-        real = [nursery_.start(["client", LOOPBACK, LOOPBACK, port],
+        real = [nursery_.start(["client", "--allow-empty", LOOPBACK, LOOPBACK, port],
                                os.path.join(folder, "c%d.out" % i), os.path.join(folder, "c%d.err" % i)) for i in range(clients)]
         for job in real:
             deadline = time.time() + CASE_LIMIT
@@ -1004,7 +959,7 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
             wrong.append("the server's exit code is %d" % server.code)
         if server.threads or server.descriptors:
             wrong.append("%d threads and %d descriptors were left" % (server.threads, server.descriptors))
-        if said.count("\n") > 20 + 3 * (len(cases) + clients):
+        if said.count("\n") > 45 + 3 * (len(cases) + clients):        # the table at the end has 20 rows
             wrong.append("a log of %d lines" % said.count("\n"))
         findings.done(server, len(cases))
         only = "%d-%d" % (numbers[0], numbers[-1]) if len(numbers) > 1 else numbers[0]
@@ -1046,8 +1001,8 @@ def pieces_of(generator, data):
 
 def parse_frames(kmcast, generator):
     """unpack_frame, field, unpack_group_info."""
-    fields = generator.choice((welcome_fields(), {"version": "1", "host": "h"}, {"ok": True, "bytes": 5, "sha256": None}))
-    data = change_frame(generator, frame(WELCOME, fields))
+    fields = generator.choice((wire.welcome_fields(), wire.hello_fields(), {"ok": True, "bytes": 5, "sha256": None}))
+    data = change_frame(generator, wire.frame(WELCOME, fields))
     if generator.randrange(3) == 0:
         data = change_bytes(generator, data)
     try:
@@ -1063,7 +1018,7 @@ def parse_frames(kmcast, generator):
                     assert len(value) <= 200 and re.match("[ -~]*$", value), repr(value)
     except kmcast.ProtocolError as error:
         assert re.match("[ -~]{,300}$", str(error)), str(error)
-    data = group_info("239.1.2.3", 18383)
+    data = wire.group_info("239.1.2.3", 18383)
     data = change_bytes(generator, data)[:16].ljust(16, b"\0")
     try:
         group, port, version = kmcast.unpack_group_info(data)
@@ -1075,9 +1030,21 @@ def parse_frames(kmcast, generator):
 
 def parse_messages(kmcast, generator):
     """Connection.messages: the same, however the bytes are cut."""
-    most = generator.choice((0, 1, 8, 65536))
-    messages = [generator.choice((ALIVE, READY, DONE, hello(), bye(False, reason="x"), frame(STATE, {}), request(range(generator.choice((1, 8))))))
-                for _ in range(generator.randrange(1, 12))]
+    dialect, ours = generator.choice(((kmcast.SessionDialect, SESSION), (kmcast.BaseDialect, BASE)))
+    counts = dict((number, generator.choice((1, 8, 100, 65536))) for number in range(3))
+
+    def count_of(number):
+        if number is not None and number not in counts:
+            raise kmcast.ProtocolError("no such round")
+        return counts[number or 0]
+
+    def one():
+        number = generator.randrange(3) if ours.session else 0
+        some = Round(number, counts[number], 0, counts[number], 0)
+        messages = [ours.ready(some), ours.done(some), ours.request(some, range(generator.choice((1, 8))))]
+        return generator.choice(messages + ([ALIVE, wire.hello(), wire.bye(False, reason="x"), wire.state()] if ours.session
+                                            else []))
+    messages = [one() for _ in range(generator.randrange(1, 12))]
     data = b"".join(messages)
     if generator.randrange(3):
         for _ in range(generator.randrange(1, 4)):
@@ -1088,8 +1055,15 @@ def parse_messages(kmcast, generator):
         got = []
         try:
             while True:
-                for message in peer.messages(lambda head: kmcast.SessionDialect.client_message_size(head, most)):
+                for message in peer.messages(lambda head: dialect.client_message_size(head, count_of)):
                     got.append(bytes(message))
+                    if message[:1] == REQUEST:
+                        try:
+                            count = count_of(dialect.number_of(message))
+                            assert 0 < dialect.gaps_asked(message, 0, count) < 1 << count
+                            assert len(dialect.figures_of(message) or range(4)) == 4
+                        except kmcast.ProtocolError:
+                            pass
         except kmcast.Gone:
             return got, "gone"
         except kmcast.ProtocolError as error:
@@ -1102,11 +1076,42 @@ def parse_messages(kmcast, generator):
     assert end != "gone" or whole == cut
 
 
+def bits_of(places):
+    """An int with the bits at these places."""
+    return sum(1 << place for place in set(places))
+
+
+def parse_bits(kmcast, generator):
+    """What is missing, from the wire and back."""
+    count = generator.choice((1, 7, 8, 9, 100, 1000) * 3 + (65536,))
+    most = generator.choice((1, min(count, 50)))
+    places = sorted(set(generator.randrange(count) for _ in range(most)))
+    if generator.randrange(4) == 0:
+        places = list(range(generator.randrange(count), count))
+    what, gaps = Round(3, count, 5, count, 0), bits_of(places)
+    said = SESSION.request(what, places)
+    assert kmcast.SessionDialect.request(3, wire.NO_FIGURES, gaps, 5, count) == said
+    assert kmcast.SessionDialect.gaps_asked(said, 5, count) == gaps
+    assert kmcast.places(gaps) == places and kmcast.how_many(gaps) == len(places)
+    assert [place for start, stop in kmcast.runs(gaps) for place in range(start, stop)] == places
+    flags = bytearray(b"\1" * count)
+    for place in places:
+        flags[place] = 0
+    assert kmcast.gaps_of(flags) == gaps
+    # Whatever else comes is bits of the round, or an error.
+    bitmap = change_bytes(generator, said[21:])[:len(said) - 21].ljust(len(said) - 21, b"\xff")
+    try:
+        assert 0 < kmcast.from_bitmap(bitmap, count) < 1 << count
+    except kmcast.ProtocolError:
+        pass
+
+
 def parse_packets(kmcast, generator):
-    """Buffer.put, against a model."""
+    """Buffer.put, against a model: with checksums, and without, when the digest is for finding out."""
     payload = generator.choice((16, 20, 64))
     count = generator.choice((1, 2, 7, 40, 150))
     any_size = generator.randrange(4) == 0
+    checking = any_size or generator.randrange(2) == 0
     base = generator.choice((0, 5, 2 ** 32 - 1, 2 ** 32 - 4, generator.getrandbits(32)))
     salt = generator.choice((0, MASK, generator.getrandbits(32)))
     sizes = [payload] * count
@@ -1115,19 +1120,19 @@ def parse_packets(kmcast, generator):
     elif generator.randrange(2):
         sizes[-1] = generator.randrange(1, payload + 1)
     payloads = [random_bytes(generator, size) for size in sizes]
-    buffer = kmcast.Buffer(payload, count + generator.randrange(3), salt)
+    buffer = kmcast.Buffer(payload, count + generator.randrange(3), salt, checking=checking)
     if generator.randrange(2):          # it was in use before
         buffer.start(base - 3, count, count * payload)
         buffer.put(bytearray(packet((base - 3) & MASK, b"o" * payload, salt)), 0, 1, payload)
     buffer.start(base, count, None if any_size else sum(sizes))
-    have = set()
+    have, wrong = set(), set()          # places; wrong are those that have come damaged, and were taken
     for _ in range(generator.randrange(1, 30)):
         first = generator.randrange(count)
         places = list(range(first, min(count, first + generator.choice((1, 2, 5, 50, 128)))))
         if generator.randrange(4) == 0:
             generator.shuffle(places)
-        data, size, taken = [], len(payloads[places[0]]), []
-        for place in places:
+        data, size, taken = [], len(payloads[places[0]]), []        # taken: (place, is right) as they come
+        for place in places[:kmcast.Batch.MOST // 2]:
             if len(payloads[place]) != size:
                 break
             one = packet((base + place) & MASK, payloads[place], salt)
@@ -1136,51 +1141,66 @@ def parse_packets(kmcast, generator):
                 one = packet((base + place + generator.choice((count, -1, 70000, 2 ** 31))) & MASK, payloads[place], salt)
                 if (U32.unpack(one[:4])[0] - base) & MASK < count:
                     break
-            elif way == 1:
+            elif way == 1:              # behind the seq and before the size: seen only by who looks at the checksum
                 damaged = bytearray(one)
-                damaged[generator.randrange(len(one))] ^= 1 << generator.randrange(8)
+                damaged[generator.choice([i for i in range(4, len(one)) if not 8 <= i < 12])] ^= 1 << generator.randrange(8)
                 one = bytes(damaged)
+                taken.append((place, False))
             elif way == 2:
                 data.append(one)
-                taken.append(place)
+                taken += [(place, True)] * 2
             else:
-                taken.append(place)
+                taken.append((place, True))
             data.append(one)
-        data = data[:kmcast.Batch.MOST]
-        have |= set((U32.unpack(one[:4])[0] - base) & MASK for one in data if one == packet(
-            U32.unpack(one[:4])[0], payloads[(U32.unpack(one[:4])[0] - base) % 2 ** 32 % count], salt)
-            and (U32.unpack(one[:4])[0] - base) & MASK < count)
+        for place, right in taken:
+            if place not in have and (right or not checking):
+                have.add(place)
+                if not right:
+                    wrong.add(place)
         if data:
             offset = generator.randrange(5)
             buffer.put(bytearray(b"x" * offset + b"".join(data) + b"y"), offset, len(data), size)
-        buffer.put(bytearray(random_bytes(generator, 100)), 0, 1, generator.randrange(0, 88))
-        assert buffer.missing() == [i for i in range(count) if i not in have], "missing"
+        if checking:                    # else anything that has a place is taken
+            buffer.put(bytearray(random_bytes(generator, 100)), 0, 1, generator.randrange(0, 88))
+        assert buffer.missing() == bits_of(range(count)) & ~bits_of(have), "missing"
         assert buffer.complete == (len(have) == count) and buffer.received == len(have), "count"
-    for place in range(count):
-        if not buffer.has(place):
-            buffer.put(bytearray(packet((base + place) & MASK, payloads[place], salt)), 0, 1, len(payloads[place]))
-    assert buffer.complete and bytes(buffer.flush().tobytes()) == b"".join(payloads), "flush"
+
+    def bring(places):
+        for place in places:
+            if not buffer.has(place):
+                buffer.put(bytearray(packet((base + place) & MASK, payloads[place], salt)), 0, 1, len(payloads[place]),
+                           checking=True)
+    bring(range(count))
+    if not checking:
+        assert buffer.damaged_packets() == bits_of(wrong), "damaged"
+        buffer.forget(bits_of(wrong))
+        assert buffer.missing() == bits_of(wrong)
+        bring(wrong)
+    assert buffer.complete and b"".join(bytes(piece) for piece in buffer.flush()) == b"".join(payloads), "flush"
 
 
 def parse_repairs(kmcast, generator):
     """combine, encode_repair, read_recipe, solve: what should be recovered is, and garbage is harmless."""
     payload = generator.choice((16, 20, 64, 1460))
     count = generator.choice((1, 3, 40, 200))
-    base, number = generator.choice((0, 2 ** 32 - 5)), generator.choice((0, 2 ** 32 - 3, 77))
+    base, number = generator.choice((0, 2 ** 31 - 250)), generator.choice((0, 2 ** 31 - 3000, 77))
     salt, repair_salt = generator.getrandbits(32), generator.getrandbits(32)
     payloads = [random_bytes(generator, payload) for _ in range(count)]
     payloads[-1] = payloads[-1][:generator.randrange(1, payload + 1)]
-    data = bytearray(b"".join(packet((base + i) & MASK, one, salt).ljust(12 + payload, b"\0") for i, one in enumerate(payloads)))
+    data = bytearray(b"".join(packet(base + i, one, salt).ljust(12 + payload, b"\0") for i, one in enumerate(payloads)))
     full = kmcast.Buffer(payload, count, salt)
     full.start(base, 0, 0)
     for one in payloads:
         full.add(one)
     requests = [sorted(generator.sample(range(count), generator.randrange(1, max(2, min(count, 20)))))
                 for _ in range(generator.randrange(1, 6))]
-    groups = kmcast.combine(requests, kmcast.most_members(payload))
+    groups = kmcast.combine([bits_of(places) for places in requests], kmcast.most_members(payload))
     assert sorted(i for group in groups for i in group) == sorted(set(i for places in requests for i in places))
     coded, recipe_count = kmcast.encode_repair(full, groups, number, repair_salt)
-    sent = [coded.get((number + i) & MASK).tobytes() for i in range(coded.count)]
+    recipes, combinations = wire.repair_pass(payloads, groups, number, payload)
+    sent = [coded.get(wire.REPAIR_BIT + number + i).tobytes() for i in range(coded.count)]
+    assert recipe_count == len(recipes) and sent == [
+        wire.repair(number + i, one, repair_salt) for i, one in enumerate(recipes + combinations)], "the wire"
     honest = generator.randrange(2)
     lost = set(i for i in range(len(sent)) if generator.randrange(4) == 0) if generator.randrange(2) else set()
     for lacks in requests:
@@ -1191,18 +1211,18 @@ def parse_repairs(kmcast, generator):
             if place not in lacks:
                 size = len(payloads[place])
                 buffer.put(data, place * (12 + payload), 1, size)
-        arrived = kmcast.Buffer(payload, coded.count, repair_salt)
-        arrived.start(number, coded.count, None)
+        arrived = kmcast.Buffer(payload, coded.count, repair_salt - wire.REPAIR_BIT)
+        arrived.start(wire.REPAIR_BIT + number, coded.count, None)
         for i, one in enumerate(sent):
             if i in lost:
                 continue
             text = one[12:]
             if not honest and i < recipe_count:
                 text = change_bytes(generator, text)[:payload] or b"\0"
-            one = packet((number + i) & MASK, text, repair_salt)
+            one = wire.repair(number + i, text, repair_salt)
             arrived.put(bytearray(one), 0, 1, len(text))
         kmcast.solve(buffer, arrived, generator.choice((recipe_count, coded.count)) if not honest else recipe_count)
-        assert len(buffer.missing()) <= len(lacks)
+        assert buffer.missing() & ~bits_of(lacks) == 0
         if honest:
             for place in range(count):
                 if buffer.has(place):
@@ -1211,7 +1231,7 @@ def parse_repairs(kmcast, generator):
                 assert buffer.complete, "not solved"
 
 
-PARSERS = (parse_frames, parse_messages, parse_packets, parse_repairs)
+PARSERS = (parse_frames, parse_messages, parse_bits, parse_packets, parse_repairs)
 
 
 def fuzz_parsers(rounds, seed, only):

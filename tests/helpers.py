@@ -22,6 +22,7 @@ import binascii
 import collections
 import errno
 import hashlib
+import json
 import os
 import random
 import re
@@ -37,6 +38,7 @@ import threading
 import time
 
 import nursery
+import wire
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KMCAST = os.path.join(ROOT, "kmcast.py")
@@ -199,12 +201,15 @@ class Process(object):
 
     stderr always goes to a nameless file, so a process that says much is never held up by a full pipe.
 
+    report  None, or the path where it will write what report() reads
+
     Attributes: `.popen`, `.pid`, and `.peak_kib`: the peak of its resident memory in KiB, as far as it was seen by
     poll(), which wait() and finish() call all the time.
     """
 
-    def __init__(self, argv, stdin=None, stdout=KEEP, env=None, cwd=None, warm=None):
+    def __init__(self, argv, stdin=None, stdout=KEEP, env=None, cwd=None, warm=None, report=None):
         self.argv = _texts(argv)
+        self._report = report
         self.peak_kib = 0
         self._threads = []
         self._chunks = []
@@ -279,6 +284,12 @@ class Process(object):
         # Opened once more: the process and self._stderr share one file offset, which each line of it moves.
         with open("/proc/self/fd/%d" % self._stderr.fileno(), "rb") as again:
             return again.read().decode("utf-8", "replace")
+
+    def report(self):
+        """Return what it wrote with --report, a dict; at its end."""
+        assert self._report and os.path.exists(self._report), "%r has written no report; its stderr:\n%s" % (self, self.stderr)
+        with open(self._report) as file:
+            return json.load(file)
 
     def poll(self):
         """Return the exit code (-N if signal N ended it), or None while the process runs."""
@@ -411,13 +422,17 @@ def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=N
     host     the Host of a laboratory to start it on; None: here
     kind     the class of what is returned
 
+    A server and a client are told to write a report, for Process.report(), unless there is a prefix or --report among `args`.
     Without prefix and program a nursery forks it, which takes a third of the time (and so it does with BASE_PEER).
     The newest Python 3 tells what nobody closed, and finish() then fails the test.
 
     The other options are those of Process. Returns the Process.
     """
-    python = python or sys.executable
-    command, arguments = [python], [program or compiled(python)] + list(args)
+    python, args = python or sys.executable, list(args)
+    if program != BASE_PEER and args[:1] in (["server"], ["client"]) and "--report" not in args and not prefix:
+        options["report"] = _report_path()
+        args[1:1] = ["--report", options["report"]]
+    command, arguments = [python], [program or compiled(python)] + args
     if change is not None:
         arguments[:1] = ["-c", _CHANGED % (os.path.dirname(compiled(python)), change)]
     elif program != BASE_PEER and version_of(python) == version_of(newest()) >= (3, 7):
@@ -427,6 +442,18 @@ def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=N
         warm = command, arguments, host.namespaces if host else ()
     argv = list(prefix) + command + arguments
     return kind(host.command(argv) if host else argv, warm=warm, **options)
+
+
+_reports = []       # the directory that they are in, and their paths
+
+
+def _report_path():
+    """Return the path of a report that is yet to be written."""
+    if not _reports:
+        _reports.append(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, _reports[0], True)
+    _reports.append(os.path.join(_reports[0], str(len(_reports))))
+    return _reports[-1]
 
 
 _CHANGED = "import sys; sys.path.insert(0, %r); import kmcast\n%s\nsys.exit(kmcast.main())"
@@ -472,12 +499,13 @@ def start_base_client(args, **options):
 # ---------------------------------------------------------------------------------------------------------------------
 # A whole transfer
 
-ServerResult = collections.namedtuple("ServerResult", "code stderr")
-ClientResult = collections.namedtuple("ClientResult", "code stderr data")
+ServerResult = collections.namedtuple("ServerResult", "code stderr report")
+ClientResult = collections.namedtuple("ClientResult", "code stderr data report")
 
 
 class Transfer(object):
-    """How a transfer ended: `.server` (code, stderr), `.clients` (a list of code, stderr, data), `.port`, `.seconds`."""
+    """How a transfer ended: `.server` (code, stderr, report), `.clients` (a list of code, stderr, data, report), `.port`,
+    `.seconds`. A report is a function, Process.report()."""
 
     def __init__(self, server, clients, port, seconds):
         self.server = server
@@ -532,27 +560,27 @@ def transfer(data, clients=1, server_args=(), client_args=(), server_python=None
         others = "\n".join("%r:\n%s" % (other, other.stderr) for other in [server] + started)
         raise AssertionError("%s\nAll processes:\n%s" % (error, others))
     seconds = time.time() - began
-    return Transfer(ServerResult(*ends[0][:2]), [ClientResult(*end) for end in ends[1:]], port, seconds)
+    return Transfer(ServerResult(*ends[0][:2], report=server.report),
+                    [ClientResult(*end, report=client.report) for end, client in zip(ends[1:], started)], port, seconds)
 
 
 Summary = collections.namedtuple("Summary", "packets bytes coded by_tcp served clients")
 
 
-def summary(stderr):
-    """Return what a server's summary says, as numbers: packets and bytes of the image, repair packets by multicast
-    (`coded`) and by TCP, clients that have the image, clients there were."""
-    found = [re.search(pattern, stderr) for pattern in (
-        r"data: (\d+) packets?.*? (\d+) bytes?", r"repair: (\d+) packets? by multicast, (\d+) packets? by TCP",
-        r"(\d+) of (\d+) clients? ha(?:ve|s) the image")]
-    assert all(found), "no summary in:\n" + stderr
-    return Summary(*[int(number) for match in found for number in match.groups()])
+def summary(server, mtu=1500):
+    """Return what a server's report says, in packets: those of the image that were multicast, bytes of the image, repairs by
+    multicast (`coded`) and by TCP; clients that have the image, and clients that took part or were awaited."""
+    report = server.report()
+    carried = [report["carried"][how] // payload_size(mtu) for how in ("multicast", "coded", "tcp")]
+    hosts = [host["result"] for host in report["hosts"]]
+    return Summary(carried[0], report["bytes"], carried[1], carried[2], hosts.count("complete"),
+                   len(hosts) - hosts.count("refused"))
 
 
-def repaired(stderr):
-    """Return what a client's summary says: (packets repaired by multicast, by TCP)."""
-    found = re.search(r"repaired (\d+) packets? by multicast, (\d+) by TCP", stderr)
-    assert found, "no summary in:\n" + stderr
-    return int(found.group(1)), int(found.group(2))
+def repaired(client, mtu=1500):
+    """Return what a client's report says: (packets repaired by multicast, by TCP)."""
+    carried = client.report()["carried"]
+    return carried["coded"] // payload_size(mtu), carried["tcp"] // payload_size(mtu)
 
 
 def leftovers(process):
@@ -615,7 +643,8 @@ class Network(object):
     """A bad network between a server and its clients on this host: no root, no laboratory, all in this process.
 
     A client gets a path of its own: it connects to the path's port, which passes TCP on to the server. On the way the
-    group info is changed to name a group of the path's own, to which the server's datagrams are passed on.
+    group info is changed to name a group of the path's own, to which the server's datagrams are passed on, and WELCOME to
+    name our socket as their source.
 
     server_port  the port of the server, for TCP and for its group
     """
@@ -628,6 +657,7 @@ class Network(object):
         self._from_server = self._keep(group_socket(group, server_port))
         self._to_clients = self._keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self._to_clients.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LOOPBACK))
+        self._to_clients.bind((LOOPBACK, 0))
         self._run(self._pass_datagrams)
         _networks.append(self)
 
@@ -694,15 +724,7 @@ class Network(object):
             for sock in (client, server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._keep(client)
-            address = bytearray(socket.inet_aton(group))
-
-            def from_server(data, offset, change=change):
-                data = bytearray(change(data, offset))
-                for i in range(4):
-                    if 0 <= 4 + i - offset < len(data):
-                        data[4 + i - offset] = address[i]
-                return bytes(data)
-            self._run(self._pump, server, client, from_server)
+            self._run(self._pump, server, client, _Renamed(change, group, self._to_clients.getsockname()[1]))
             self._run(self._pump, client, server, lambda data, offset: data)
 
     @staticmethod
@@ -726,3 +748,41 @@ class Network(object):
                     sock.shutdown(socket.SHUT_RDWR)
                 except (OSError, socket.error):
                     pass
+
+
+class _Renamed(object):
+    """What a path makes of a server's bytes: `change` first, then the names of its group and of its source.
+
+    The bytes stay as many as they are. WELCOME waits until all of it is here.
+    """
+
+    def __init__(self, change, group, source_port):
+        self._change = change
+        self._address = socket.inet_aton(group)
+        self._port = source_port
+        self._head = b""                # what came until the end of WELCOME
+        self._passed = 0                # bytes of it
+
+    def __call__(self, data, offset):
+        try:
+            return self._rename(self._change(data, offset))
+        except Cut as cut:
+            raise Cut(self._rename(cut.args[0], True))
+
+    def _rename(self, data, end=False):
+        if self._head is None:
+            return data
+        head = self._head = self._head + data
+        ready = head[:4] + self._address[:max(0, len(head) - 4)] + head[8:16]
+        found = wire.welcome_in(head)
+        if found:
+            start, stop = found
+            named = re.search(br'"source": \["[0-9.]+", ([0-9]+)\]', head[start:stop])
+            at, port = start + named.start(1), str(self._port).encode("ascii").ljust(len(named.group(1)))
+            ready += head[16:at] + port + head[at + len(port):]
+        elif found is False or end:
+            ready += head[16:]
+        ready, self._passed = ready[self._passed:], len(ready)
+        if self._passed > 16:
+            self._head = None
+        return ready

@@ -21,8 +21,9 @@ How it works, from the bottom up:
   descriptors and fibres; when it ends, or is killed, its kernel closes the ones and the others are torn down.
 - At the edges DatagramSender, DatagramReceiver, Source and Sink are replaced; so is what asks for this machine's interfaces.
   Nothing here knows of the insides of windows, courses and drivers. What is used of them: the options of the command line,
-  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets() and .slot, the
-  queues of a Connection, and for the trace the events and the first byte of a message.
+  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets(), .base and .slot,
+  the queues of a Connection, the Hasher, what is set for a seed (the window of the SessionDialect, Course.FIRST_SEQ,
+  AT_A_TIME), for babble the number of rounds announced, and for the trace the events and how a message begins.
 
 The network is unfair, but within what the manual promises to survive: TCP cut anywhere, slow and stopping; multicast lost,
 late, twice, damaged; hosts that die, hang, stop, stand still for a while. What must hold: see Run.watch() and Run.verdict().
@@ -32,6 +33,7 @@ A finding is printed with its seed. Exit code: 0 nothing was found, 1 something 
 
 import argparse
 import builtins
+import collections
 import concurrent.futures
 import ctypes
 import errno
@@ -71,8 +73,7 @@ SLICE = 200                 # system calls in a row after which a thread that do
 MOMENT = 0.0001             # seconds: so much time passes then, as system calls take some
 SPIN = 1000                 # slices in a row after which it is taken to spin
 REAL_LIMIT = 20.0           # real seconds for a seed
-MEMORY = 2                  # rounds that may be queued for a connection
-BUFFERS = 5                 # Buffers that an end may have, of all kinds
+BUFFERS = 3                 # Buffers that an end may have, and two more for each round under way: it, and a pass for it
 
 # What a CRC-32 does not see, wherever it is added (XOR): its own polynomial, as zlib orders the bits.
 UNSEEN = bytes.fromhex("410671db01")
@@ -111,7 +112,9 @@ class Plan:
         self.compat = r.random() < 0.15
         self.payload = r.choice([16, 32, 64, 100, 200])
         self.capacity = r.choice([5, 17, 64, 70, 100, 130])
-        packets = min(r.choice([0, 1, 2, r.randrange(60), r.randrange(64, 300), r.randrange(600)]), 30 * self.capacity)
+        whole = min(64, self.capacity) + r.randrange(4) * self.capacity         # ends with a round
+        packets = r.choice([0, 1, 2, r.randrange(60), r.randrange(64, 300), r.randrange(600), whole])
+        packets = min(packets, 30 * self.capacity)
         size = max(0, packets * self.payload - r.choice([0, 0, 1, self.payload // 2]))
         self.image = r.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[1:]
         self.size_known = r.random() < 0.5
@@ -125,6 +128,8 @@ class Plan:
         self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
         self.unicast = r.random() < 0.07
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
+        self.window = r.choice([1, 2, 3, 4, 4, 4, 4, 8])         # rounds under way at once, in a session
+        self.at_a_time = r.choice([2, 20, 200])                  # packets to be worked at for a repair in a go
         self.pauses = r.choice([0, 0, 0, 0.05, 0.3])             # how often the producer pauses
         self.pause = r.choice([0.01, 0.1, 2, 20])
         self.shared = r.choice([0, 0, 0.01, 0.1])                # loss that all clients share
@@ -166,6 +171,7 @@ class ClientPlan:
     def __init__(self, r, plan, number):
         self.host, self.address = "node%d" % number, "10.0.1.%d" % number
         self.compat, self.allow_empty, self.stall = plan.compat, plan.allow_empty, plan.client_stall
+        self.window = plan.window if r.random() < 0.8 else r.choice([1, 2, 3, 8])       # rounds that it can hold
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
@@ -528,6 +534,7 @@ class Process:
         self.far = None                         # the other end of its last connection
         self.ended_at = None
         self.output, self.opened, self.committed = bytearray(), False, False
+        self.looks = 0                          # at how it stands
         self.in_output = False                  # its writer is in a system call, or in one that never ends
 
     def __str__(self):
@@ -751,6 +758,8 @@ class Lock(File):
 class Pair(File):
     """An end of a socketpair()."""
 
+    ROOM = 30                               # bytes; a real one has ten times as much
+
     def __init__(self):
         File.__init__(self)
         self.other = None
@@ -759,7 +768,10 @@ class Pair(File):
     def events(self):
         if self.other.fd < 0:
             return select.POLLIN | select.POLLHUP | select.POLLOUT
-        return select.POLLOUT | (select.POLLIN if self._unread else 0)
+        return (select.POLLOUT if self._room() else 0) | (select.POLLIN if self._unread else 0)
+
+    def _room(self):
+        return self.ROOM - len(self.other._unread)
 
     def recv(self, most):
         """Wait for bytes; b'' when the other end is closed."""
@@ -769,15 +781,19 @@ class Pair(File):
         world.wait([(self, select.POLLIN)])
         data = bytes(self._unread[:most])
         del self._unread[:most]
+        self.other.changed()
         return data
 
-    def send(self, data):
-        """Send bytes."""
+    def send(self, data, flags=0):
+        """Send a byte."""
         world.call()
         if self.fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self.other.fd < 0:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if not self._room() and flags & socket.MSG_DONTWAIT:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        world.wait([(self, select.POLLOUT)])
         self.other._unread += data
         self.other.changed()
         return len(data)
@@ -819,8 +835,19 @@ class Reader:
             world.process.reason = facts["reason"]
 
     @staticmethod
-    def look(_now):
-        """Time passes."""
+    def look(now):
+        """Time passes: how does it stand?"""
+        process = world.process
+        process.looks += 1
+        if process.job and not process.looks % 16:
+            process.job.status(now)
+            process.job.hosts()
+
+
+class EachItsWindow(type):
+    """Of the SessionDialect: each process has a window of its own."""
+
+    window = property(lambda cls: world.process.plan.window)
 
 
 class Uninterruptible:
@@ -867,6 +894,7 @@ def load(path=KMCAST):
     kmcast.DatagramSender, kmcast.DatagramReceiver = Sender, Receiver
     kmcast.Source, kmcast.Sink = Source, Sink
     kmcast.uninterruptible = Uninterruptible()
+    kmcast.SessionDialect = EachItsWindow("SessionDialect", (kmcast.SessionDialect,), {})
     kmcast.interfaces = lambda: [("eth0", world.process.address)]
     kmcast.local_address = lambda text: world.process.address
     kmcast.read_by_user = lambda options, job: None
@@ -891,6 +919,7 @@ def counted(class_):
 
     def init(self, *args, **options):
         begin(self, *args, **options)
+        self.made_by = world.process
         self.live.add(self)
     class_.__init__ = init
 
@@ -1119,7 +1148,8 @@ class Socket(File):
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         size = self.output.send(data)
         if world.trace:
-            what = "... %d bytes" % len(data) if self._continues else described(data)
+            what = "... %d bytes" % len(data) if self._continues else described(
+                data, self.process.plan.compat, self.local[1] == PORT)
             world.say("-> %-10s %s%s", self.output.sink.process, what, "" if size == len(data) else ", of these %d" % size)
             self._continues = bool(flags & socket.MSG_MORE) or size < len(data)
         return size
@@ -1146,7 +1176,11 @@ class Socket(File):
     def babble(self):
         """Say something that nobody asked for."""
         r = world.random
+        window = self.process.job and self.process.job.window
+        number = r.choice([0, 1, 2**32 - 1] + [max(0, window.announced - r.randrange(4))] * 3 if window else [0])
+        number = struct.pack("<I", number)
         some = r.choice([b"\x04", b"\x01", b"\x02" + struct.pack("<2I", 1, r.getrandbits(32)), b"\x10\2\0\0\0{}",
+                         b"\x01" + number, b"\x04" + number + bytes(16), b"\x02" + number + bytes(r.randrange(16, 40)),
                          b"\x80\2\0\0\0{}", r.getrandbits(80).to_bytes(10, "big")])
         if not self.output.finished and self.output.under_way < self.output.plan.room:
             self.output.send(some)
@@ -1190,11 +1224,21 @@ class Socket(File):
             self.input._end("broken")
 
 
-def described(message):
+def described(message, compat, by_server):
     """A message, or what may be a part of one, for the trace."""
-    for name in ("ALIVE", "READY", "REQUEST", "DONE", "SENT", "HELLO", "WELCOME", "AGAIN", "BYE", "STATE"):
-        if bytes(message[:1]) == getattr(kmcast, name, None):
-            return {"READY": "READY/INFO", "REQUEST": "REQUEST/PACKETS"}.get(name, name) + " (%d bytes)" % len(message)
+    kind = bytes(message[:1])
+    if by_server and len(message) == kmcast.GROUP_INFO.size and kind == b"\2":
+        return "group info"
+    if by_server:
+        names = {kmcast.BUFFER_INFO: "INFO", kmcast.PACKETS: "PACKETS", kmcast.SENT: "SENT", kmcast.AGAIN: "AGAIN"}
+    else:
+        names = {kmcast.READY: "READY", kmcast.REQUEST: "REQUEST", kmcast.DONE: "DONE"}
+    if kind in names:
+        number = " %d" % struct.unpack_from("<I", message, 1) if not compat and len(message) >= 5 else ""
+        return "%s%s (%d bytes)" % (names[kind], number, len(message))
+    for name in ("ALIVE", "HELLO", "WELCOME", "STATE", "BYE"):
+        if kind == getattr(kmcast, name) and not compat:
+            return "%s (%d bytes)%s" % (name, len(message), " " + bytes(message[5:]).decode() if name == "BYE" else "")
     return "%d bytes" % len(message)
 
 
@@ -1269,15 +1313,18 @@ class Air:
 class Receiver(File):
     """A kmcast.DatagramReceiver."""
 
-    def __init__(self, _local_ip, group, port, *_args, **_options):
+    def __init__(self, _local_ip, group, port, _payload, _way="auto", source=None):
         world.call()
         File.__init__(self)
+        self.source = source                    # from whom datagrams are taken; None: from anybody
+        self.first = self.last = 0.0            # when the first and the last message of a call came
+        self.in_first = 0                       # datagrams in the first
         self.process = world.process
         self.plan = self.process.plan
         self.process.install(self)
         self.way, self.socket_buffer = "simulated", self.plan.socket_buffer * 1500
         self.air = Air(self.plan, self)
-        self._waiting, self._dropped = [], 0
+        self._waiting, self._dropped = [], 0    # (datagram, when it came)
         self._group = world.groups.setdefault((group, port), [])
         self._group.append(self)
 
@@ -1288,7 +1335,7 @@ class Receiver(File):
         """Datagrams come out of the air."""
         if self.fd >= 0:
             room = self.plan.socket_buffer - len(self._waiting)
-            self._waiting += datagrams[:room]
+            self._waiting += [(data, world.now) for data in datagrams[:room]]
             self._dropped += max(0, len(datagrams) - room)
             self.changed()
 
@@ -1299,14 +1346,16 @@ class Receiver(File):
             return None
         batches, r, header = [], world.random, kmcast.PACKET.size
         some, self._waiting = self._waiting[:200], self._waiting[200:]
-        i = 0
+        self.first, self.in_first, i = some[0][1], 0, 0
         while i < len(some):
-            size, start = len(some[i]), i
+            size, start = len(some[i][0]), i
             i += 1
-            while i < len(some) and len(some[i]) == size and i - start < 40 and r.random() < 0.9:
+            while i < len(some) and len(some[i][0]) == size and i - start < 40 and r.random() < 0.9:
                 i += 1
+            self.last = some[start][1]
+            self.in_first = self.in_first or i
             if size > header:
-                batches.append((bytearray(b"".join(some[start:i])), 0, i - start, size - header))
+                batches.append((bytearray(b"".join(data for data, _ in some[start:i])), 0, i - start, size - header))
         return batches
 
     def overflows(self):
@@ -1330,12 +1379,18 @@ class Sender(File):
         self.plan = world.process.plan
         self.mtu = self.plan.payload + kmcast.PACKET.size + kmcast.UDP_OVERHEAD
         self.way, self.trouble = "simulated", None
+        self.sock = self
+        self._name = world.process.address, world.random.randrange(20000, 60000)
         self._group = group, port
         self._busy_until = 0.0
         world.process.install(self)
 
     def events(self):
         return select.POLLOUT if self._busy_until - world.now < self.QUEUE else 0
+
+    def getsockname(self):
+        """Where the datagrams come from."""
+        return self._name
 
     def most(self, _slot):
         """How many packets a call takes."""
@@ -1346,7 +1401,9 @@ class Sender(File):
         world.call()
         if not self.events():
             return first
-        last = min(last, first + self.most(buffer.slot))
+        queued = max(0, self._busy_until - world.now)
+        room = int((self.QUEUE - queued) * self.plan.line / buffer.slot)
+        last = min(last, first + max(1, min(self.most(buffer.slot), room)))
         if self.plan.refused and 0 <= world.now - self.plan.refused[0] < self.plan.refused[1]:
             self.trouble = os.strerror(errno.EPERM)
             return last
@@ -1354,13 +1411,13 @@ class Sender(File):
                      for i in range(0, len(part), buffer.slot)]
         if len(datagrams) != last - first:
             raise Finding("%d packets instead of %d are sent" % (len(datagrams), last - first))
-        world.say("=> %d packets from %d on", last - first, first)
+        world.say("=> %d packets from %d on, seq 0x%x", last - first, first, buffer.base + first)
         if self.plan.shared:
             datagrams = [data for data in datagrams if world.random.random() >= self.plan.shared]
-        departure = max(0, self._busy_until - world.now)
         for receiver in world.groups.get(self._group, ()):
-            receiver.air.send(datagrams, departure)
-        self._busy_until = world.now + departure + sum(map(len, datagrams)) / self.plan.line
+            if receiver.source in (None, self._name):
+                receiver.air.send(datagrams, queued)
+        self._busy_until = world.now + queued + sum(map(len, datagrams)) / self.plan.line
         if not self.events():
             world.at(self._busy_until - world.now - self.QUEUE + 1e-6, self.changed)
         return last
@@ -1370,7 +1427,7 @@ class Sender(File):
 # The ends of the image
 
 class Source(File):
-    """A kmcast.Source: what makes the image, with pauses."""
+    """A kmcast.Source: what makes the image, with pauses; it is hashed by the real Hasher, if there is one."""
 
     name, drained = "image", False
 
@@ -1379,22 +1436,29 @@ class Source(File):
         self.plan = world.process.plan
         self.size = len(self.plan.image) if self.plan.size_known else None
         self.bytes = 0
-        self._hash = hashlib.sha256() if digest else None
-        self._staging = bytearray()
+        self._digest, self._hasher = digest, None
+        self._areas = [bytearray(), bytearray()]
         self._again = 0.0                       # when there is more
         world.process.install(self)
 
     def events(self):
         return select.POLLIN if world.now >= self._again else 0
 
+    def image(self):
+        """What names it."""
+        return hashlib.sha256(self.plan.image).hexdigest()[:32]
+
     def start(self):
         """All is well here."""
+        if self._digest:
+            self._hasher = kmcast.Hasher()
+            kmcast.start_thread(self._hasher)
 
-    def staging(self, size):
-        """Where to read into."""
-        if len(self._staging) != size:
-            self._staging = bytearray(size)
-        return memoryview(self._staging)
+    def area(self, size):
+        """Where to read into; the one before is still being hashed."""
+        self._areas.reverse()
+        self._areas[0] = bytearray(size)
+        return memoryview(self._areas[0])
 
     def read_into(self, view):
         """Some bytes of the image; None while it pauses."""
@@ -1413,19 +1477,28 @@ class Source(File):
         data = plan.image[self.bytes:self.bytes + r.randint(1, len(view))] if len(view) else b""
         view[:len(data)] = data
         self.bytes += len(data)
-        if self._hash:
-            self._hash.update(data)
         return len(data)
+
+    def hash(self, view):
+        """The next bytes of the image are there."""
+        if self._hasher:
+            self._hasher.give(view)
 
     def look(self):
         """There is no command to look at."""
 
-    def digest(self):
-        """SHA-256 of what was read so far."""
-        return self._hash.digest() if self._hash else b""
+    def digest(self, parts=None):
+        """SHA-256 of so many parts that were hashed, or of all."""
+        return self._hasher.digest(parts) if self._hasher else b""
 
     def end(self):
         """Nobody reads on."""
+
+    def close(self):
+        """Stop reading."""
+        File.close(self)
+        if self._hasher:
+            self._hasher.close()
 
 
 class Sink:
@@ -1510,8 +1583,9 @@ class Run:
         world.watch = self.watch
         kmcast.Buffer.live.clear()
         kmcast.Connection.live.clear()
-        if hasattr(kmcast.Course, "FIRST_SEQ"):
-            kmcast.Course.FIRST_SEQ = plan.first_seq
+        kmcast.Course.FIRST_SEQ = plan.first_seq
+        kmcast.AT_A_TIME = plan.at_a_time
+        self.window = 1 if plan.compat else max([plan.window] + [client.window for client in plan.clients])
         self.server = Process("server", "server", SERVER, plan, plan.arguments())
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
                         for number, client in enumerate(plan.clients, 1)]
@@ -1526,7 +1600,7 @@ class Run:
         world.at(plan.server_start, self.server.start)
         world.at(PATIENCE, self._operator)
         if plan.server_fault == "threads":
-            self.server.most_threads = 2
+            self.server.most_threads = 2 + plan.digest
         elif plan.server_fault and plan.server_fault not in NO_EVENTS:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
         for number, start in enumerate(plan.strangers):
@@ -1579,12 +1653,14 @@ class Run:
         """Raises Finding."""
         server = self.server
         for connection in list(kmcast.Connection.live):
-            most = MEMORY * self.round + 4096
+            most = (1 + self.window) * self.round + 4096
             if connection.outgoing.size > most or connection.incoming.size > most + 65536:
                 raise Finding("memory: %d bytes are queued for %s, and %d are not understood" % (
                     connection.outgoing.size, connection.address, connection.incoming.size))
-        if len(kmcast.Buffer.live) > BUFFERS * (1 + len(self.clients)):
-            raise Finding("memory: %d buffers" % len(kmcast.Buffer.live))
+        buffers = collections.Counter(buffer.made_by for buffer in list(kmcast.Buffer.live))
+        for process, count in buffers.items():
+            if count > BUFFERS + 2 * (1 if self.plan.compat else process.plan.window):
+                raise Finding("memory: %d buffers of %s" % (count, process))
         if server.ended:
             for client in self.clients:
                 patience = AFTERLIFE if client.plan.stall else AFTERLIFE + RETRANSMISSIONS

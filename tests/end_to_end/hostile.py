@@ -1,21 +1,15 @@
-"""What the tests of hostile and broken peers share: strangers, floods, and how a transfer goes that they disturb.
-
-Built with the functions of tests/fuzz.py, which know the wire without any code of kmcast.
-"""
+"""What the tests of hostile and broken peers share: strangers, floods, and how a transfer goes that they disturb."""
 
 import contextlib
-import json
 import os
 import random
 import socket
-import struct
 import sys
 import time
 
-import fuzz
 import helpers
-from fuzz import packet
 from helpers import LOOPBACK
+from wire import HEADER, packet
 
 #: Of resident memory that strangers can make a server take: 256 of them with up to 64 KiB of a frame each, and as much again
 #: for the pieces that those come in.
@@ -34,32 +28,6 @@ def orderly(stderr):
     assert "Traceback" not in stderr and "internal error" not in stderr, stderr
     assert all(" " <= character <= "~" or character == "\n" for character in stderr), repr(stderr)
     assert all(len(line) < 600 for line in stderr.splitlines()), stderr
-
-
-def reset(sock):
-    """Close a connection with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def receive(sock, size):
-    """Exactly `size` bytes."""
-    data = b""
-    while len(data) < size:
-        piece = sock.recv(size - len(data))
-        assert piece, "the connection ended after %r" % data
-        data += piece
-    return data
-
-
-def receive_fields(sock):
-    """The dict of a frame whose signal has been read."""
-    return json.loads(receive(sock, fuzz.U32.unpack(receive(sock, 4))[0]).decode())
-
-
-def receive_frame(sock):
-    """The signal of a frame, and its dict."""
-    return receive(sock, 1), receive_fields(sock)
 
 
 def all_receive(data, clients, server, timeout=60):
@@ -117,11 +85,12 @@ def undisturbed(python=None):
 
 
 def noise(generator, port):
-    return fuzz.random_bytes(generator, generator.choice((0, 1, 11, 12, 13, 100, 1472, 1473, 9000)))
+    size = generator.choice((1, 11, 12, 13, 100, 1472, 1473, 9000, 0))
+    return generator.getrandbits(8 * size).to_bytes(size, "big") if size else b""
 
 
 def wrong_checksums(generator, port):
-    return fuzz.HEADER.pack(generator.randrange(3000), generator.getrandbits(32), 1460) + b"x" * 1460
+    return HEADER.pack(generator.randrange(3000), generator.getrandbits(32), 1460) + b"x" * 1460
 
 
 def another_session(generator, port):
@@ -129,7 +98,7 @@ def another_session(generator, port):
 
 
 def wrong_sizes(generator, port):
-    return fuzz.HEADER.pack(generator.randrange(3000), 0, generator.choice((0, 1459, 0xffffffff))) + b"x" * 1460
+    return HEADER.pack(generator.randrange(3000), 0, generator.choice((0, 1459, 0xffffffff))) + b"x" * 1460
 
 
 @contextlib.contextmanager

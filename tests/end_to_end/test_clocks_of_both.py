@@ -4,17 +4,16 @@ The short ones are tried on the server, on the clients and on both, in three tra
 """
 
 import contextlib
-import socket
 import time
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import ALIVE, HELLO, WELCOME
+import wire
 from helpers import LOOPBACK
-from hostile import IMAGE, receive, receive_frame
+from hostile import IMAGE
 from pythons import BOTH, NEWEST, OLDEST
+from wire import ALIVE, STATE
 
 #: Seconds of a pause, longer than all the short timeouts, and shorter than an ALIVE every 5 s takes.
 PAUSE = 4
@@ -122,39 +121,21 @@ TOLD = pytest.mark.parametrize("args, stall", [([], 30), (["--stall-timeout", 7]
                                ids=["by default", "7 s", "never"])
 
 
-def said_hello(port, **fields):
-    """A connection to a server that has said HELLO with these fields, too, and the fields of its WELCOME."""
-    sock = socket.create_connection((LOOPBACK, port))
-    sock.settimeout(20)
-    receive(sock, 16)
-    sock.sendall(fuzz.frame(HELLO, dict({"version": "1.0.0", "host": "raw"}, **fields)))
-    kind, answer = receive_frame(sock)
-    assert kind == WELCOME, kind
-    return sock, answer
-
-
 @TOLD
 @BOTH
 def test_a_server_tells_its_stall_timeout(args, stall, python):
     port = helpers.free_port()
     helpers.start_server(args + [LOOPBACK, 1, port], python=python, stdin=IMAGE)
-    sock, welcome = said_hello(port)
-    sock.close()
-    assert welcome["stall"] == stall
+    with contextlib.closing(wire.Client(port).greet()) as client:
+        assert client.welcome["stall"] == stall
 
 
 @TOLD
 @BOTH
 def test_a_client_tells_its_stall_timeout(args, stall, python):
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind((LOOPBACK, 0))
-        listener.listen(1)
-        helpers.start_client(args + [LOOPBACK, LOOPBACK, listener.getsockname()[1]], python=python)
-        sock, _ = listener.accept()
-        with contextlib.closing(sock):
-            sock.sendall(fuzz.group_info(helpers.GROUP, 20000))
-            kind, hello = receive_frame(sock)
-    assert kind == HELLO and hello["stall"] == stall
+    with contextlib.closing(wire.Server()) as server:
+        helpers.start_client(args + [LOOPBACK, LOOPBACK, server.port], python=python)
+        assert server.accept().greet().hello["stall"] == stall
 
 
 @BOTH
@@ -162,8 +143,8 @@ def test_a_client_that_waits_for_the_start_hears_from_the_server_three_times_wit
     """So that one sign of life may be late, or two."""
     port = helpers.free_port()
     helpers.start_server([LOOPBACK, 2, port], python=python, stdin=IMAGE)
-    sock, _ = said_hello(port, stall=1)
+    client = wire.Client(port).greet(stall=1)
     began = time.time()
-    assert receive(sock, 6) == 6 * ALIVE
-    sock.close()
+    assert all(client.expect(ALIVE, STATE) for _ in range(6))
+    client.close()
     assert time.time() - began < 10         # 2 would do; who has not asked for more hears it every 5 s

@@ -28,26 +28,24 @@ def serve_base_clients(data, clients=2, server_args=(), client_args=(), python=N
         assert received == data
     code, stderr, _ = server.finish(20)
     assert code == 0, stderr
-    summary = helpers.summary(stderr)
+    summary = helpers.summary(server)
     assert summary.served == clients
     return summary
 
 
 def take_from_base_server(data, clients=2, server_args=(), client_args=(), pythons=(None,)):
-    """One server of base_peer.py and kmcast's clients; returns their stderrs."""
+    """One server of base_peer.py and kmcast's clients; returns these."""
     port = helpers.free_port()
     server = helpers.start_base_server(list(server_args) + [LOOPBACK, clients, port], stdin=data)
     started = [helpers.start_client(list(client_args) + [LOOPBACK, LOOPBACK, port], python=pythons[number % len(pythons)])
                for number in range(clients)]
-    said = []
     for client in started:
         code, stderr, received = client.finish(60)
         assert code == 0, stderr + server.stderr
         assert received == data
-        said.append(stderr)
     code, stderr, _ = server.finish(20)
     assert code == 0, stderr
-    return said
+    return started
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ def test_clients_at_the_largest_mtu(size):
     result = helpers.transfer(data, 2, ["--compat", "--mtu", 9000, "--buffer-packets", 10], client_python=[OLDEST, NEWEST])
     result.check(data)
     for client in result.clients:
-        assert helpers.repaired(client.stderr) == (0, 0)
+        assert helpers.repaired(client) == (0, 0)
 
 
 def test_base_clients_by_unicast():
@@ -118,7 +116,7 @@ def test_a_base_client_that_goes_away_does_not_stall_the_others():
     code, stderr, arrived = other.finish(20)
     assert code == 0 and arrived == data, stderr
     code, stderr, _ = server.finish(20)
-    assert code == 3 and helpers.summary(stderr).served == 1, stderr
+    assert code == 3 and helpers.summary(server).served == 1, stderr
 
 
 def test_a_base_client_that_hangs_is_given_up_before_the_others_give_up():
@@ -165,10 +163,10 @@ def test_every_way_to_receive_from_a_base_server(python, way):
 @pytest.mark.parametrize("checksum", ["sum", "crc"])
 def test_a_base_server_whose_multicast_does_not_arrive(checksum):
     """Then the first packet that decides between the checksums is a repair."""
-    said = take_from_base_server(helpers.random_bytes(30 * PAYLOAD + 7), 2,
-                                 ["--drop", 100, "--buffer-packets", 10, "--checksum", checksum])
-    for stderr in said:
-        assert helpers.repaired(stderr) == (0, 31)
+    clients = take_from_base_server(helpers.random_bytes(30 * PAYLOAD + 7), 2,
+                                    ["--drop", 100, "--buffer-packets", 10, "--checksum", checksum])
+    for client in clients:
+        assert helpers.repaired(client) == (0, 31)
 
 
 def test_a_base_server_with_buffers_of_full_size():

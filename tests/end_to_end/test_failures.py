@@ -12,6 +12,7 @@ import time
 import pytest
 
 import helpers
+import wire
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
 from pythons import BOTH, NEWEST, OLDEST
@@ -109,7 +110,7 @@ def test_a_killed_client_does_not_stall_the_others(victim):
     session.write_rest()
     code, stderr, _ = session.server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 3
+    assert helpers.summary(session.server).served == 3
     assert stderr.count("does not have the image") == 1
     for number, client in enumerate(session.clients):
         if number != victim:
@@ -131,7 +132,7 @@ def test_a_client_killed_while_it_receives_does_not_stall_the_others(python):
         assert code == 0 and received == data, stderr
     code, stderr, _ = server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 2
+    assert helpers.summary(server).served == 2
 
 
 @BOTH
@@ -148,7 +149,7 @@ def test_a_client_whose_output_does_not_take_the_end_is_not_served(python):
     slow.go_on.set()
     code, stderr, _ = server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 1
+    assert helpers.summary(server).served == 1
 
 
 @BOTH
@@ -162,7 +163,7 @@ def test_a_server_without_clients_stops_at_once(python, a_thread):
     assert code == 1, stderr
     assert "no client is left" in stderr and "Traceback" not in stderr
     assert stderr.count("does not have the image") == 3
-    assert helpers.summary(stderr).served == 0
+    assert helpers.summary(session.server).served == 0
 
 
 def test_a_hung_client_is_given_up_after_the_stall_timeout():
@@ -171,7 +172,7 @@ def test_a_hung_client_is_given_up_after_the_stall_timeout():
     session.write_rest()
     code, stderr, _ = session.server.finish(30)
     assert code == 3, stderr
-    assert helpers.summary(stderr).served == 2 and "stalled" in stderr
+    assert helpers.summary(session.server).served == 2 and "stalled" in stderr
     assert [session.clients[number].finish(10)[0] for number in (0, 2)] == [0, 0]
     session.clients[1].signal(signal.SIGCONT)
     assert session.clients[1].finish(10)[0] == 1
@@ -487,7 +488,7 @@ class Spot(object):
     def __call__(self, data, offset):
         self._head += data[:max(0, 21 - offset)]        # group info, signal, length of the frame
         if len(self._head) == 21:
-            at = 21 + struct.unpack("<I", self._head[17:21])[0] + self._place - offset
+            at = 21 + wire.U32.unpack(self._head[17:21])[0] + self._place - offset
             if 0 <= at < len(data):
                 return self.change(data, at)
         return data
@@ -509,9 +510,10 @@ class End(Spot):
         raise helpers.Cut(data[:at])
 
 
-BUFFER_INFO, SENT, HEADER = 1 + 16, 1 + 32, 12
-DIGEST = BUFFER_INFO + 1
-REPAIRED = BUFFER_INFO + SENT + 1
+ANY = wire.Round(0, 0, 0, 0, 0)
+BUFFER_INFO, SENT, HEADER = len(wire.SESSION.info(ANY)), len(wire.SESSION.sent(ANY)) + 32, wire.HEADER.size
+DIGEST = BUFFER_INFO + SENT - 32
+REPAIRED = BUFFER_INFO + SENT + len(wire.SESSION.packets(ANY))
 LAST_BYE = 2 * (BUFFER_INFO + SENT)     # of an image of one round
 
 
@@ -541,7 +543,7 @@ def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
     assert code == 0, stderr
     assert (tmp_path / "image").read_bytes() == data
     code, stderr, _ = server.finish(20)
-    assert code == 3 and helpers.summary(stderr).served == 1, stderr
+    assert code == 3 and helpers.summary(server).served == 1, stderr
     assert stderr.count("warning: ") >= len(places) and "it says" in stderr, stderr
 
 
@@ -561,7 +563,7 @@ def test_a_digest_of_the_image_that_differs_fails_and_leaves_no_file(tmp_path):
         assert code == 1, stderr
     assert list(tmp_path.iterdir()) == []
     code, stderr, _ = server.finish(20)
-    assert code == 1 and helpers.summary(stderr).served == 0 and "it says" in stderr, stderr
+    assert code == 1 and helpers.summary(server).served == 0 and "it says" in stderr, stderr
 
 
 @pytest.mark.parametrize("place, code", [
@@ -583,7 +585,7 @@ def test_a_connection_that_ends_early_is_no_image(place, code, tmp_path):
 @pytest.mark.parametrize("size", [0, 10, 16])
 def test_a_server_that_says_too_little_is_none(size, tmp_path):
     """It accepts, sends a part of the group info and closes, as one that is just being stopped."""
-    info = struct.pack("<H2s4s", socket.AF_INET, b"\x47\xcf", socket.inet_aton(helpers.GROUP)) + b"KMCAST\x01\x00"
+    info = wire.group_info(helpers.GROUP, 18383)
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         listener.listen(8)

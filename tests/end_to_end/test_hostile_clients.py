@@ -3,60 +3,15 @@
 Real processes on loopback; what is hostile is in this process.
 """
 
-import socket
-import struct
 import time
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import ALIVE, BYE, DONE, INFO, PACKETS, READY, REQUEST, SENT
+import wire
 from helpers import LOOPBACK
-from hostile import (all_receive, DELAY, IMAGE, MEMORY_KIB, orderly, receive, receive_fields, receive_frame, reset,
-                     undisturbed)
-
-
-class Member(object):
-    """A hostile client: a bare connection that has a place, and what it hears."""
-
-    def __init__(self, port, host="hostile"):
-        self.sock = socket.create_connection((LOOPBACK, port))
-        self.sock.settimeout(20)
-        receive(self.sock, 16)
-        self.send(fuzz.hello(host))
-        self.welcome = receive_frame(self.sock)[1]
-
-    def send(self, data):
-        self.sock.sendall(data)
-
-    def info(self):
-        """Wait for a buffer info; returns base and count."""
-        self.signal(INFO)
-        _, _, base, count = struct.unpack("<4I", receive(self.sock, 16))
-        return base, count
-
-    def signal(self, expected):
-        """Wait for a signal; ALIVE is passed over."""
-        kind = ALIVE
-        while kind == ALIVE:
-            kind = receive(self.sock, 1)
-        assert kind == expected, kind
-
-    def ready(self):
-        """READY to a buffer info, and wait for SENT; returns base and count."""
-        base, count = self.info()
-        self.send(READY)
-        self.signal(SENT)
-        receive(self.sock, 32)
-        return base, count
-
-    def bye(self):
-        """The reason of a BYE that must come now; packets that were on their way are passed over."""
-        self.signal(BYE)
-        fields = receive_fields(self.sock)
-        assert fields["ok"] is False
-        return fields["reason"]
+from hostile import all_receive, DELAY, IMAGE, MEMORY_KIB, orderly, undisturbed
+from wire import ALIVE, BYE, PACKETS, SENT, SESSION
 
 
 def until_refused(member, data):
@@ -64,73 +19,86 @@ def until_refused(member, data):
     deadline = time.time() + 20
     try:
         while time.time() < deadline:
-            member.send(data)
+            member.say(data)
     except OSError:
         return
     raise AssertionError("the server takes it for 20 s")
 
 
 def hostile_alive(member):
-    member.info()
+    member.announced()
     until_refused(member, ALIVE * 65536)
 
 
 def hostile_ready(member):
-    member.info()
-    until_refused(member, READY * 1000)
+    until_refused(member, SESSION.ready(member.announced()) * 1000)
 
 
 def hostile_ready_too_often(member):
-    member.ready()
-    member.send(READY)
-    return member.bye()
+    member.say(SESSION.ready(member.take_round()))
+    return member.reason()
 
 
 def hostile_done_too_early(member):
-    member.info()
-    member.send(READY + DONE)
-    return member.bye()
+    what = member.announced()
+    member.say(SESSION.ready(what), SESSION.done(what))
+    return member.reason()
+
+
+def hostile_done_for_the_image_too_early(member):
+    member.take_round()
+    member.say(SESSION.done(wire.IMAGE))
+    return member.reason()
 
 
 def hostile_request_too_early(member):
-    member.info()
-    member.send(READY + fuzz.request([0]))
-    return member.bye()
+    what = member.announced()
+    member.say(SESSION.ready(what), SESSION.request(what, [0]))
+    return member.reason()
 
 
 def hostile_request_outside_the_round(member):
-    base, count = member.ready()
-    member.send(fuzz.request([base + count]))
-    return member.bye()
-
-
-def hostile_request_before_the_round(member):
-    base, _ = member.ready()
-    member.send(fuzz.request([base - 1]))
-    return member.bye()
+    """A bit in the last byte of the map, behind those of the round."""
+    what = member.take_round()
+    assert what.count % 8, "each bit of the map is one of the round"
+    member.ask([what.count])
+    return member.reason()
 
 
 def hostile_request_for_nothing(member):
-    member.ready()
-    member.send(fuzz.request([]))
-    return member.bye()
+    member.take_round()
+    member.ask([])
+    return member.reason()
 
 
-def hostile_request_for_too_many(member):
-    base, count = member.ready()
-    member.send(fuzz.request([base] * (count + 1)))
-    return member.bye()
+def hostile_request_for_a_round_not_in_flight(member):
+    member.say(SESSION.request(member.take_round()._replace(number=4000000000), [0]))
+    return member.reason()
 
 
-def hostile_request_for_four_billion(member):
-    member.ready()
-    member.send(REQUEST + b"\xff\xff\xff\xff")
-    return member.bye()
+def hostile_ready_for_a_round_not_in_flight(member):
+    member.say(SESSION.ready(member.announced()._replace(number=9)))
+    return member.reason()
+
+
+def hostile_done_for_a_round_not_in_flight(member):
+    member.say(SESSION.done(member.take_round()._replace(number=9)))
+    return member.reason()
+
+
+def hostile_request_again_and_again(member):
+    """One more than twenty times for the same packet, which it got each time."""
+    member.take_round()
+    for _ in range(25):
+        member.ask([0])
+        if member.expect(PACKETS, BYE).kind == BYE:
+            return None
+        member.packet()
 
 
 def hostile_second_request(member):
-    base, count = member.ready()
-    member.send(fuzz.request(range(base, base + count)) + fuzz.request([base]))
+    what = member.take_round()
+    member.say(SESSION.request(what, range(what.count)) + SESSION.request(what, [0]))
     member.sock.settimeout(5)
     try:
         while member.sock.recv(65536):
@@ -140,68 +108,67 @@ def hostile_second_request(member):
 
 
 def hostile_hello(member):
-    member.info()
-    member.send(fuzz.hello())
-    return member.bye()
+    member.announced()
+    member.say(wire.hello())
+    return member.reason()
 
 
 def hostile_unknown_signal(member):
-    member.info()
-    member.send(b"\x47")
-    return member.bye()
+    member.announced()
+    member.say(b"\x47")
+    return member.reason()
 
 
 def hostile_bye_without_reason(member):
-    member.info()
-    member.send(fuzz.bye(False))
-    return member.bye()
+    member.announced()
+    member.say(wire.bye(False))
+    return member.reason()
 
 
 def hostile_bye_that_is_nested(member):
-    member.info()
-    member.send(fuzz.frame(BYE, "[" * 60000))
-    return member.bye()
+    member.announced()
+    member.say(wire.frame(BYE, "[" * 60000))
+    return member.reason()
 
 
 def hostile_bye_of_four_gib(member):
-    member.info()
-    member.send(BYE + b"\xff\xff\xff\xff{")
-    return member.bye()
+    member.announced()
+    member.say(BYE + b"\xff\xff\xff\xff{")
+    return member.reason()
 
 
 def hostile_bye_for_a_terminal(member):
-    member.info()
-    member.send(fuzz.bye(False, reason="\x1b[2J\x1b[31m\r\nkmcast server: 3 of 3 clients have the image\n" + "x" * 50000))
+    member.announced()
+    member.say(wire.bye(False, reason="\x1b[2J\x1b[31m\r\nkmcast server: 3 of 3 clients have the image\n" + "x" * 50000))
 
 
 def hostile_half_close(member):
-    member.info()
-    member.sock.shutdown(socket.SHUT_WR)
+    member.announced()
+    member.half_close()
 
 
 def hostile_rst(member):
-    member.info()
-    reset(member.sock)
+    member.announced()
+    member.reset()
 
 
 def hostile_request_and_rst(member):
-    base, count = member.ready()
-    member.send(fuzz.request(range(base, base + count)))
-    reset(member.sock)
+    member.ask(range(member.take_round().count))
+    member.reset()
 
 
 def hostile_reader(member):
     """Asks for all and never reads; ended by the stall timeout."""
-    base, count = member.ready()
-    member.send(fuzz.request(range(base, base + count)))
+    member.ask(range(member.take_round().count))
 
 
 HOSTILE = {
     hostile_alive: "far too many signs of life", hostile_ready: "out of turn", hostile_ready_too_often: "out of turn",
-    hostile_done_too_early: "out of turn", hostile_request_too_early: "out of turn",
-    hostile_request_outside_the_round: "outside the round", hostile_request_before_the_round: "outside the round",
-    hostile_request_for_nothing: "a request for 0 packets", hostile_request_for_too_many: "a request for",
-    hostile_request_for_four_billion: "a request for 4294967295 packets", hostile_second_request: "out of turn",
+    hostile_done_too_early: "out of turn", hostile_done_for_the_image_too_early: "out of turn",
+    hostile_request_too_early: "out of turn", hostile_request_outside_the_round: "outside the round",
+    hostile_request_for_nothing: "outside the round, or for none", hostile_request_for_a_round_not_in_flight: "not under way",
+    hostile_ready_for_a_round_not_in_flight: "out of turn", hostile_done_for_a_round_not_in_flight: "out of turn",
+    hostile_request_again_and_again: "again and again", hostile_second_request: "out of turn",
     hostile_hello: "out of turn", hostile_unknown_signal: "unknown signal", hostile_bye_without_reason: "protocol error",
     hostile_bye_that_is_nested: "not JSON", hostile_bye_of_four_gib: "a frame of 4294967295 bytes",
     hostile_bye_for_a_terminal: "it says: ?[2J?[31m??kmcast server",
@@ -213,14 +180,15 @@ HOSTILE = {
 def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(hostile):
     port = helpers.free_port()
     data = IMAGE[:1000000]
-    server = helpers.start_server(["--rate", "40M", "--stall-timeout", 3, LOOPBACK, 3, port], stdin=data)
+    server = helpers.start_server(["--rate", "40M", "--stall-timeout", 3, "--buffer-packets", 50, LOOPBACK, 3, port],
+                                  stdin=data)
     server.wait_stderr("waiting for")
     began = time.time()
     clients = [helpers.start_client([LOOPBACK, LOOPBACK, port]) for _ in range(2)]
-    member = Member(port)
+    member = wire.Client(port, "hostile").greet(window=4)
     told = hostile(member)
     if told:
-        member.sock.close()             # as who has heard a BYE does; the others stay as they are
+        member.close()                  # as who has heard a BYE does; the others stay as they are
     all_receive(data, clients, server)
     code, stderr, _ = server.finish(30)
     seconds, _, peak = undisturbed()
@@ -232,24 +200,22 @@ def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(ho
     lines = [line for line in stderr.splitlines() if line.startswith("kmcast server: warning: hostile (127.0.0.1): ")]
     assert len(lines) == 1 and HOSTILE[hostile] in lines[0], stderr
     assert told is None or told in lines[0]
-    member.sock.close()
+    member.close()
 
 
-def test_requests_for_a_packet_over_and_over_are_answered_as_asked():
-    """Odd, but allowed: exactly req_count packets, in the order asked."""
+def test_packets_come_as_they_were_asked_for():
+    """All of them, ascending, and no other; again, if they are asked for again."""
     port = helpers.free_port()
     data = IMAGE[:100000]
-    server = helpers.start_server([LOOPBACK, 1, port], stdin=data)
+    server = helpers.start_server(["--unicast", LOOPBACK, 1, port], stdin=data)
     server.wait_stderr("waiting for")
-    member = Member(port)
-    base, count = member.ready()
-    places = [count - 1] * (count // 2) + [0] * (count - count // 2)
-    member.send(fuzz.request([base + place for place in places]))
-    member.signal(PACKETS)
-    payload = member.welcome["payload"]
-    for place in places:
-        seq, _, size = fuzz.HEADER.unpack(receive(member.sock, 12))
-        assert seq == base + place
-        assert receive(member.sock, size) == data[place * payload:place * payload + size]
-    reset(member.sock)
+    member = wire.Client(port).greet()
+    what, payload = member.take_round(), member.welcome["payload"]
+    for places in (range(0, what.count, 3), [what.count - 1], range(what.count)):
+        member.ask(places)
+        assert member.expect(PACKETS).round == what
+        for place in places:
+            piece = data[place * payload:(place + 1) * payload]
+            assert member.packet() == (what.base + place, wire.salted(piece, member.welcome["salt"] + what.base + place), piece)
+    member.reset()
     assert server.finish(10)[0] == 1

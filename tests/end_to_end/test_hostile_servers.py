@@ -5,47 +5,31 @@ The clients are real processes on loopback; the servers are scripts in this proc
 
 import hashlib
 import os
-import random
 import socket
-import struct
 import threading
 import time
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import ALIVE, BYE, DONE, HELLO, INFO, PACKETS, READY, REQUEST, SENT, STATE, WELCOME, packet
+import wire
 from helpers import LOOPBACK
-from hostile import flooded, GARBAGE, noise, orderly, receive, receive_fields, receive_frame, reset, wrapped
+from hostile import flooded, GARBAGE, noise, orderly, wrapped
 from pythons import BOTH, NEWEST, OLDEST
+from wire import ABSENT, ALIVE, BASE, BYE, HEADER, Round, SESSION, packet
 
 PAYLOAD = 100
 ROUNDS = [helpers.random_bytes(300, seed=1), helpers.random_bytes(150, seed=2)]
 SALT, REPAIR_SALT = 7, 9
 
 
-class Script(object):
-    """A server that follows a script, and the client that talks to it.
+class Script(wire.Server):
+    """A server that follows a script, a function of it, and the client that talks to it."""
 
-    The script is a function of a Script; what it does not do with the methods below it does with `.sock`.
-    """
-
-    def __init__(self, script, args=(), to_file=None, python=None, compat=False):
-        self.port = helpers.free_port()
-        self.group = "239.255.92.%d" % random.randrange(1, 255)
-        self.base = 0
-        self.session = not compat
-        self.hash = hashlib.sha256()
+    def __init__(self, script, args=(), to_file=None, python=None, dialect=SESSION):
+        wire.Server.__init__(self, dialect, wire.salted if dialect is SESSION else wire.plain_crc, payload=PAYLOAD,
+                             salt=SALT if dialect is SESSION else 0, repair_salt=REPAIR_SALT)
         self.error = None
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind((LOOPBACK, self.port))
-        self._listener.listen(20)
-        self._listener.settimeout(20)
-        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LOOPBACK))
-        self._udp.connect((self.group, self.port))
         self.client = helpers.start_client(["--wait", 0] + list(args) + (["-o", to_file] if to_file else []) +
                                            [LOOPBACK, LOOPBACK, self.port], python=python)
         self._thread = threading.Thread(target=self._run, args=(script,))
@@ -54,10 +38,7 @@ class Script(object):
 
     def _run(self, script):
         try:
-            self.sock, _ = self._listener.accept()
-            self.sock.settimeout(20)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            script(self)
+            script(self.accept())
         except Exception as error:      # pylint: disable=broad-except
             self.error = error          # most scripts are cut short by their client
 
@@ -65,104 +46,15 @@ class Script(object):
         """The client's exit code, stderr and output; the connection stays open until it has ended."""
         result = self.client.finish(timeout)
         self._thread.join(20)
-        for sock in (self._listener, self._udp, self.sock):
-            sock.close()
+        self.close()
         return result
-
-    # What a script does
-
-    def send(self, data):
-        self.sock.sendall(data)
-
-    def cast(self, *datagrams):
-        """Multicast."""
-        for data in datagrams:
-            self._udp.send(data)
-        time.sleep(0.02)                # so that they arrive before what goes by TCP
-
-    def group_info(self, data=None):
-        self.send(data or fuzz.group_info(self.group, self.port, self.session))
-
-    def hello(self):
-        assert receive_frame(self.sock)[0] == HELLO
-
-    def greet(self, **fields):
-        self.group_info()
-        if self.session:
-            self.hello()
-            self.send(fuzz.frame(WELCOME, dict(fuzz.welcome_fields(PAYLOAD, SALT, REPAIR_SALT), **fields)))
-
-    def info(self, data, count=None, size=None, base=None):
-        """Announce a round with `data` in it."""
-        self.data = data
-        self.count = -(-len(data) // PAYLOAD)
-        self.hash.update(data)
-        self.send((INFO if self.session else b"") + fuzz.buffer_info(
-            self.base if base is None else base, self.count if count is None else count, len(data) if size is None else size))
-
-    def expect(self, signal):
-        """Read a signal; a client may say that it is alive, or what it is doing, before it."""
-        said = ALIVE
-        while said in (ALIVE, STATE):
-            said = receive(self.sock, 1)
-            if said == STATE:
-                receive_fields(self.sock)
-        assert said == signal
-
-    def packets(self):
-        """The packets of the round."""
-        return [packet(self.base + i, self.data[i * PAYLOAD:(i + 1) * PAYLOAD], SALT) for i in range(self.count)]
-
-    def digest(self):
-        return self.hash.digest()
-
-    def asked(self):
-        """Read a REQUEST; returns the seqs."""
-        self.expect(REQUEST)
-        count = fuzz.U32.unpack(receive(self.sock, 4))[0]
-        return list(struct.unpack("<%dI" % count, receive(self.sock, 4 * count)))
-
-    def start_round(self, data):
-        """Up to READY."""
-        self.info(data)
-        self.expect(READY)
-
-    def send_round(self, data, lost=()):
-        """Up to SENT."""
-        self.start_round(data)
-        self.cast(*[one for i, one in enumerate(self.packets()) if i not in lost])
-        self.send(SENT + self.digest())
-
-    def done(self):
-        self.expect(DONE)
-        self.base = (self.base + self.count) & fuzz.MASK
-
-    def round(self, data):
-        self.send_round(data)
-        self.done()
-
-    def last(self):
-        """Up to READY of the last round."""
-        self.info(b"")
-        self.expect(READY)
-
-    def last_words(self, **fields):
-        """The last SENT and BYE."""
-        self.send(SENT + self.digest() + fuzz.bye(True, **dict(
-            {"bytes": len(b"".join(ROUNDS)), "sha256": self.hash.hexdigest()}, **fields)))
-
-    def end(self, **fields):
-        """The end of a good session."""
-        self.last_words(**fields)
-        self.expect(DONE)
 
 
 def until_the_end(script):
     """A session as it should be, up to its last words."""
     script.greet()
     for data in ROUNDS:
-        script.round(data)
-    script.last()
+        script.whole_round(data)
 
 
 def good(script):
@@ -176,11 +68,11 @@ def up_to(point):
     def script(server):
         if point == "instead of the group info":
             return
-        server.group_info()
-        server.hello()
+        server.say(server.group_info())
+        server.take_hello()
         if point == "instead of WELCOME":
             return
-        server.send(fuzz.welcome(payload=PAYLOAD, salt=SALT, repair_salt=REPAIR_SALT))
+        server.say(server.welcome())
         if point == "instead of the first buffer info":
             return
         if point == "while the first buffer comes":
@@ -191,52 +83,55 @@ def up_to(point):
         if point == "while a repair comes":
             server.send_round(ROUNDS[0], lost=(1,))
             server.asked()
-            return server.send(fuzz.again(0, 1, 1))
+            return server.say(server.again(0, 1, 1))
+        if point == "while two rounds are under way":
+            first = server.start_round(ROUNDS[0])
+            server.start_round(ROUNDS[1])
+            server.multicast(first, lost=(1,))
+            server.say(server.sent(first))
+            return server.asked(first)
         for data in ROUNDS:
-            server.round(data)
-        if point == "instead of the last buffer info":
-            return
-        server.last()
-        if point == "instead of the last SENT":
-            return
-        server.send(SENT + server.digest())
+            server.whole_round(data)
     return script
 
 
 POINTS = ("instead of the group info", "instead of WELCOME", "instead of the first buffer info", "while the first buffer comes",
-          "instead of the packets asked for", "while a repair comes", "instead of the last buffer info",
-          "instead of the last SENT", "instead of the last BYE")
+          "instead of the packets asked for", "while a repair comes", "while two rounds are under way", "instead of the last BYE")
 #: Points from which on the image had begun to arrive: then a client that fails exits with 1, else with 3.
 BEGUN = POINTS[3:]
 
-DIGEST = hashlib.sha256(b"another image").digest()
+SOME = Round.of(ROUNDS[0], PAYLOAD)
 MESSAGES = {
     "random bytes": bytes(bytearray([0x6b])) + GARBAGE,
     "HTTP": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
-    "HELLO": fuzz.hello(),
-    "WELCOME": fuzz.welcome(payload=PAYLOAD, salt=SALT, repair_salt=REPAIR_SALT),
-    "buffer info": INFO + fuzz.buffer_info(0, 3, 300),
-    "SENT": SENT + DIGEST,
-    "packets": PACKETS + packet(0, b"x" * PAYLOAD, SALT),
-    "AGAIN": fuzz.again(0, 1, 1),
-    "DONE": DONE,
+    "HELLO": wire.hello(),
+    "WELCOME": wire.welcome(payload=PAYLOAD, salt=SALT, repair_salt=REPAIR_SALT),
+    "buffer info": SESSION.info(SOME),
+    "SENT": SESSION.sent(SOME, hashlib.sha256(b"another image").digest()),
+    "SENT for a round not in flight": SESSION.sent(SOME._replace(number=7), hashlib.sha256(ROUNDS[0]).digest()),
+    "packets": SESSION.packets(SOME, [packet(0, b"x" * PAYLOAD, SALT)]),
+    "packets of a round not in flight": SESSION.packets(SOME._replace(number=7), [packet(0, b"x" * PAYLOAD, SALT)]),
+    "AGAIN": SESSION.again(SOME, 0, 1, 1),
+    "AGAIN for a round not in flight": SESSION.again(SOME._replace(number=7), 0, 1, 1),
+    "DONE": SESSION.done(SOME),
     "unknown signal": b"\x03",
     "signal with all bits": b"\xff" * 100,
-    "BYE that is fine": fuzz.bye(True, bytes=0, sha256=hashlib.sha256(b"").hexdigest()),
-    "BYE with a reason": fuzz.bye(False, reason="go away\x1b[31m\r\n"),
-    "BYE without a reason": fuzz.bye(False),
-    "BYE with a long reason": fuzz.bye(False, reason="x" * 60000),
-    "BYE that is no JSON": fuzz.frame(BYE, "{"),
-    "BYE that is a list": fuzz.frame(BYE, "[]"),
-    "BYE nested deeply": fuzz.frame(BYE, "[" * 65536),
+    "BYE that is fine": wire.bye(True, bytes=0, sha256=hashlib.sha256(b"").hexdigest()),
+    "BYE with a reason": wire.bye(False, reason="go away\x1b[31m\r\n"),
+    "BYE without a reason": wire.bye(False),
+    "BYE with a long reason": wire.bye(False, reason="x" * 60000),
+    "BYE that is no JSON": wire.frame(BYE, "{"),
+    "BYE that is a list": wire.frame(BYE, "[]"),
+    "BYE nested deeply": wire.frame(BYE, "[" * 65536),
     "BYE of 4 GiB": BYE + b"\xff\xff\xff\xff{}",
-    "BYE that says ok in words": fuzz.bye("true", reason=None),
+    "BYE that says ok in words": wire.bye("true", reason=None),
 }
 #: What is right at that point.
 ALLOWED = {
     "instead of WELCOME": ("WELCOME",),
-    "instead of the first buffer info": ("buffer info",),
+    "instead of the first buffer info": ("buffer info", "BYE that is fine"),
     "instead of the packets asked for": ("AGAIN",),
+    "while two rounds are under way": ("AGAIN",),
 }
 
 
@@ -266,7 +161,7 @@ def test_a_wrong_message(tmp_path, point):
 
         def script(server, data=MESSAGES[what]):
             up_to(point)(server)
-            server.send(data)
+            server.say(data)
         folder = tmp_path / str(number)
         folder.mkdir()
         # Some of them are the beginning of what is right: then the rest never comes.
@@ -291,13 +186,13 @@ def test_the_connection_ends(tmp_path, end):
         def script(server, point=point):
             up_to(point)(server)
             if end == "half a message":
-                server.send(fuzz.group_info(server.group, server.port)[:10] if point == POINTS[0] else
-                            (fuzz.bye(True, bytes=450, sha256="0" * 64) if "BYE" in point else
-                             SENT + server.digest() if "SENT" in point or "comes" in point else
-                             PACKETS + b"\0" * 50 if "packets" in point else
-                             INFO + b"\0" * 16 if "info" in point else fuzz.welcome())[:12])
+                server.say(server.group_info()[:10] if point == POINTS[0] else
+                           (server.last_bye(bytes=450, sha256="0" * 64) if "BYE" in point else
+                            server.sent() if "comes" in point or "under way" in point else
+                            SESSION.packets(SOME, [b"\0" * 50]) if "packets" in point else
+                            SESSION.info(SOME) if "info" in point else server.welcome())[:12])
             if end == "RST":
-                reset(server.sock)
+                server.reset()
             else:
                 server.sock.close()
         folder = tmp_path / str(number)
@@ -315,9 +210,9 @@ def test_a_server_that_goes_away_before_it_is_told_the_end(tmp_path, python):
     def script(server):
         until_the_end(server)
         server.last_words()
-        server.send(after)
+        server.say(after)
         server.sock.close()
-    for after in (b"", fuzz.frame(BYE, {"ok": False, "reason": "stopped by SIGTERM"}), GARBAGE):
+    for after in (b"", wire.bye(False, reason="stopped by SIGTERM"), GARBAGE):
         server = Script(script, to_file=tmp_path / "image", python=python)
         code, stderr, _ = server.finish()
         assert code == 0, "%r %s" % (server.error, stderr)
@@ -347,7 +242,7 @@ GROUP_INFOS = {
     "address 0.0.0.0": lambda info: info[:4] + socket.inet_aton("0.0.0.0") + info[8:],
     "broadcast": lambda info: info[:4] + socket.inet_aton("255.255.255.255") + info[8:],
     "class E": lambda info: info[:4] + socket.inet_aton("240.0.0.1") + info[8:],
-    "another version": lambda info: info[:14] + b"\x02\0",
+    "another version": lambda info: info[:14] + bytes(bytearray([wire.VERSION + 1, 0])),
     "version 0": lambda info: info[:14] + b"\0\0",
 }
 
@@ -355,32 +250,28 @@ GROUP_INFOS = {
 @pytest.mark.parametrize("what", sorted(GROUP_INFOS))
 def test_a_group_info_that_is_none(tmp_path, what):
     def script(server):
-        server.group_info(GROUP_INFOS[what](fuzz.group_info(server.group, server.port)))
+        server.say(GROUP_INFOS[what](server.group_info()))
     code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
     judge(code, stderr, tmp_path, False, "protocol error")
 
 
 WELCOMES = [(key, value) for key, values in (
-    ("version", (None, 1, [], "absent")),
-    ("salt", (None, "7", -1, 1.5, True, 1 << 32, 10 ** 400, [], "absent")),
-    ("repair_salt", (None, "9", -1, 9.0, 1 << 32, "absent")),
-    ("payload", (None, "100", 0, 12, -100, 99, 100.0, True, 8964, 1 << 31, 1 << 64, 10 ** 400, 10 ** 4000, "absent")),
-    ("name", (7, [], {"a": 1}, "absent")),
-    ("size", ("450", -1, 4.5, True, "absent")),
-    ("digest", ("md5", "", 256, True, "\x1b[31msha", "absent"))) for value in values]
+    ("version", (None, 1, [], ABSENT)),
+    ("salt", (None, "7", -1, 1.5, True, 1 << 32, 10 ** 400, [], ABSENT)),
+    ("repair_salt", (None, "9", -1, 9.0, 1 << 32, ABSENT)),
+    ("payload", (None, "100", 0, 12, -100, 99, 100.0, True, 8964, 1 << 31, 1 << 64, 10 ** 400, 10 ** 4000, ABSENT)),
+    ("name", (7, [], {"a": 1}, ABSENT)),
+    ("size", ("450", -1, 4.5, True, ABSENT)),
+    ("digest", ("md5", "", 256, True, "\x1b[31msha", ABSENT)),
+    ("source", (None, "127.0.0.1", [], ["127.0.0.1"], ["127.0.0.1", 0], ["127.0.0.1", 65536], ["127.0.0.1", "9"], [9, 9],
+                ["127.0.0.1", 9, 9], ["no.address.invalid", 9], ABSENT))) for value in values]
 
 
 def test_a_welcome_with_a_wrong_value(tmp_path):
     started = []
     for number, (key, value) in enumerate(WELCOMES):
         def script(server, key=key, value=value):
-            server.group_info()
-            server.hello()
-            fields = fuzz.welcome_fields(PAYLOAD, SALT, REPAIR_SALT)
-            fields[key] = value
-            if value == "absent":
-                del fields[key]
-            server.send(fuzz.frame(WELCOME, fields))
+            server.greet(**{key: value})
         folder = tmp_path / str(number)
         folder.mkdir()
         started.append((key, value, folder, Script(script, to_file=folder / "image", python=OLDEST if number % 2 else NEWEST)))
@@ -400,8 +291,7 @@ def test_a_welcome_with_something_odd_that_does_no_harm(fields, python):
     def script(server):
         server.greet(**fields)
         for data in ROUNDS:
-            server.round(data)
-        server.last()
+            server.whole_round(data)
         server.end()
     code, stderr, received = Script(script, ["-v"], python=python).finish()
     orderly(stderr)
@@ -418,6 +308,12 @@ INFOS = {
     "a round that begins elsewhere": {"base": 4},
     "a round that begins again": {"base": 0},
     "a count that is a size": {"count": 300, "size": 3},
+    "no packets": {"count": 0, "size": 0},
+    "the number of the round before": {"number": 0},
+    "the number of a later round": {"number": 2},
+    "the place of the round before": {"place": 0},
+    "a place behind a gap": {"place": 400},
+    "a place that is no place": {"place": 2**64 - 1},
 }
 
 
@@ -425,8 +321,27 @@ INFOS = {
 def test_a_buffer_info_that_cannot_be(tmp_path, what):
     def script(server):
         server.greet()
-        server.round(ROUNDS[0])
-        server.info(ROUNDS[0], **INFOS[what])
+        server.whole_round(ROUNDS[0])
+        server.announce(ROUNDS[0], **INFOS[what])
+    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
+    judge(code, stderr, tmp_path, says="protocol error")
+
+
+def test_rounds_that_are_announced_without_end(tmp_path):
+    """Far more than the window has room for, and none of them is sent."""
+    def script(server):
+        server.greet()
+        for _ in range(100):
+            server.announce(ROUNDS[0])
+    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
+    judge(code, stderr, tmp_path, says="more rounds under way than agreed")
+
+
+def test_a_round_that_goes_beyond_the_last_seq(tmp_path):
+    """The seqs behind it are those of repair passes."""
+    def script(server):
+        server.greet()
+        server.announce(ROUNDS[0], base=wire.SEQS - 2)
     code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
     judge(code, stderr, tmp_path, says="protocol error")
 
@@ -436,11 +351,9 @@ def test_sent_with_a_wrong_digest(tmp_path, python):
     """Nothing of that round reaches the output, only the rounds before."""
     def script(server):
         server.greet()
-        server.round(ROUNDS[0])
+        server.whole_round(ROUNDS[0])
         server.hash.update(b"x")
-        server.round(ROUNDS[1])
-        server.info(b"")
-        server.expect(READY)
+        server.whole_round(ROUNDS[1])
     server = Script(script, python=python)
     code, stderr, received = server.finish()
     judge(code, stderr, says="digest")
@@ -468,25 +381,25 @@ def test_a_packet_by_tcp_that_is(tmp_path, what):
         server.greet()
         server.send_round(ROUNDS[0], lost=(1,))
         assert server.asked() == [1]
-        server.send(PACKETS + REPAIRS[what](server.packets()[1], server))
+        server.say(SESSION.packets(server.round, [REPAIRS[what](server.packets()[1], server)]))
     code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
     judge(code, stderr, tmp_path, says="protocol error")
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 0), (0, 0xffffffff, 1), (0, 1, 0xffffffff), (0, 65536, 1), (0, 0x80000000, 0x80000000),
-                                     (5, 0xffffffff, 0xffffffff)], ids=str)
+                                     (5, 0xffffffff, 0xffffffff), (2**31, 1, 1), (2**31 - 1, 1, 1)], ids=str)
 def test_again_with_absurd_numbers(tmp_path, numbers):
     def script(server):
         server.greet()
         server.send_round(ROUNDS[0], lost=(1,))
         server.asked()
-        server.send(fuzz.again(*numbers))
+        server.say(server.again(*numbers))
     code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
     judge(code, stderr, tmp_path, says="repair pass")
 
 
 def recipe_of(*groups, **options):
-    return fuzz.recipe(options.get("first", 1), groups)
+    return wire.recipe(options.get("first", 1), groups)
 
 
 RECIPES = {
@@ -518,34 +431,37 @@ def test_a_recipe_that_says(what, python):
         server.greet()
         server.send_round(ROUNDS[0], lost=(1,))
         assert server.asked() == [1]
-        server.send(fuzz.again(0, 1, 1))
-        coded = bytes(bytearray(a ^ b for a, b in zip(ROUNDS[0][:100], ROUNDS[0][100:200])))
-        server.cast(packet(0, RECIPES[what], REPAIR_SALT), packet(1, coded, REPAIR_SALT))
-        server.send(SENT + server.digest())
+        server.say(server.again(0, 1, 1))
+        coded = wire.combination([ROUNDS[0][:100], ROUNDS[0][100:200]], PAYLOAD)
+        server.cast(server.repair(0, RECIPES[what]), server.repair(1, coded))
+        server.say(server.sent())
         assert server.asked() == [1]
-        server.send(PACKETS + server.packets()[1])
+        server.give([1])
         server.done()
-        server.round(ROUNDS[1])
-        server.last()
+        server.whole_round(ROUNDS[1])
         server.end()
     server = Script(script, python=python)
     code, stderr, received = server.finish()
     assert code == 0 and received == b"".join(ROUNDS), "%s\n%r" % (stderr, server.error)
 
 
-def test_a_recipe_that_lies(tmp_path):
-    """The XOR of other packets than it says: what is solved for is wrong, and the digest tells."""
+def test_a_recipe_that_lies():
+    """The XOR of other packets than it says: what is solved for is wrong. The digest tells, and it is asked for again."""
     def script(server):
         server.greet()
         server.send_round(ROUNDS[0], lost=(1,))
         server.asked()
-        server.send(fuzz.again(0, 1, 1))
-        server.cast(packet(0, recipe_of([0, 1]), REPAIR_SALT), packet(1, b"x" * PAYLOAD, REPAIR_SALT))
-        server.send(SENT + server.digest())
+        server.say(server.again(0, 1, 1))
+        server.cast(server.repair(0, recipe_of([0, 1])), server.repair(1, b"x" * PAYLOAD))
+        server.say(server.sent())
+        assert server.asked() == [1]
+        server.give([1])
         server.done()
-        server.last()
-    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
-    judge(code, stderr, tmp_path, says="digest")
+        server.whole_round(ROUNDS[1])
+        server.end()
+    server = Script(script)
+    code, stderr, received = server.finish()
+    assert code == 0 and received == b"".join(ROUNDS), "%s\n%r" % (stderr, server.error)
 
 
 def test_again_and_again():
@@ -555,12 +471,11 @@ def test_again_and_again():
         server.send_round(ROUNDS[0], lost=(1,))
         for number in range(300):
             assert server.asked() == [1]
-            server.send(fuzz.again(number, 1, 1) + SENT + server.digest())
+            server.say(server.again(number, 1, 1), server.sent())
         server.asked()
-        server.send(PACKETS + server.packets()[1])
+        server.give([1])
         server.done()
-        server.round(ROUNDS[1])
-        server.last()
+        server.whole_round(ROUNDS[1])
         server.end()
     code, stderr, received = Script(script).finish(40)
     assert code == 0 and received == b"".join(ROUNDS), stderr
@@ -575,11 +490,8 @@ def test_the_last_bye_with(tmp_path, fields, python):
     def script(server):
         server.greet()
         for data in ROUNDS:
-            server.round(data)
-        server.last()
-        right = {"ok": True, "bytes": 450, "sha256": server.hash.hexdigest()}
-        server.send(SENT + server.digest() + fuzz.frame(BYE, dict(right, **fields)))
-        server.expect(DONE)
+            server.whole_round(data)
+        server.end(**fields)
     code, stderr, _ = Script(script, to_file=tmp_path / "image", python=python).finish()
     judge(code, stderr, tmp_path)
 
@@ -597,19 +509,18 @@ def test_a_server_that_trickles():
                 for i in range(len(data)):
                     sock.sendall(data[i:i + 1])
                     time.sleep(0.003)
-        for byte in bytearray(fuzz.group_info(server.group, server.port)[:4]):
+        for byte in bytearray(server.group_info()[:4]):
             sock.sendall(bytes([byte]))
             time.sleep(1)
-        sock.sendall(fuzz.group_info(server.group, server.port)[4:])
-        server.hello()
+        sock.sendall(server.group_info()[4:])
+        server.take_hello()
         server.sock = Trickle()
-        server.send(fuzz.welcome(payload=PAYLOAD, salt=SALT, repair_salt=REPAIR_SALT))
+        server.say(server.welcome())
         server.send_round(ROUNDS[0], lost=(0, 2))
         server.asked()
-        server.send(PACKETS + server.packets()[0] + server.packets()[2])
+        server.give([0, 2])
         server.done()
-        server.round(ROUNDS[1])
-        server.last()
+        server.whole_round(ROUNDS[1])
         server.end()
     code, stderr, received = Script(script, ["--stall-timeout", 3]).finish(60)
     assert code == 0 and received == b"".join(ROUNDS), stderr
@@ -617,17 +528,16 @@ def test_a_server_that_trickles():
 
 def test_alive_everywhere_does_no_harm():
     def script(server):
-        send = server.send
-        server.group_info()
-        server.hello()
-        server.send = lambda data: send(ALIVE * 1000 + data)
-        server.send(fuzz.welcome(payload=PAYLOAD, salt=SALT, repair_salt=REPAIR_SALT))
+        say = server.say
+        server.say(server.group_info())
+        server.take_hello()
+        server.say = lambda *messages: say(*[ALIVE * 1000 + message for message in messages])
+        server.say(server.welcome())
         server.send_round(ROUNDS[0], lost=(0,))
         server.asked()
-        server.send(PACKETS + server.packets()[0])
+        server.give([0])
         server.done()
-        server.round(ROUNDS[1])
-        server.last()
+        server.whole_round(ROUNDS[1])
         server.end()
     code, stderr, received = Script(script).finish()
     assert code == 0 and received == b"".join(ROUNDS), stderr
@@ -651,53 +561,50 @@ def test_a_base_server_whose_packets_do_not_make_up_the_size_that_it_announced(t
     """In the base protocol any packet may be short, and only the size tells that one is not the right one."""
     def script(server):
         server.greet()
-        server.send(fuzz.buffer_info(0, 2, 200))
-        server.expect(READY)
-        server.cast(packet(0, ROUNDS[0][:100], 0, fuzz.plain_crc), packet(1, ROUNDS[0][100:150], 0, fuzz.plain_crc))
-        server.send(SENT)
-        server.expect(DONE)
-        server.send(fuzz.buffer_info(2, 0, 0))
-        server.expect(READY)
-        server.send(SENT)
-    code, stderr, _ = Script(script, to_file=tmp_path / "image", compat=True).finish()
+        server.announce(ROUNDS[0][:150], size=200)
+        server.take_ready()
+        server.cast(*server.packets())
+        server.say(server.sent())
+        server.done()
+        server.last_words()
+    code, stderr, _ = Script(script, to_file=tmp_path / "image", dialect=BASE).finish()
     judge(code, stderr, tmp_path)
 
 
 BASE_ENDS = {
-    "a packet of 0 bytes": fuzz.HEADER.pack(1, 0, 0),
-    "a packet of 4 GiB": fuzz.HEADER.pack(1, 0, 0xffffffff),
-    "a packet of 1464 bytes": packet(1, b"x" * 1464, 0, fuzz.plain_crc),
-    "another packet": packet(0, ROUNDS[0][:100], 0, fuzz.plain_crc),
-    "a damaged packet": packet(1, b"x" * 100, 1, fuzz.salted),
+    "a packet of 0 bytes": HEADER.pack(1, 0, 0),
+    "a packet of 4 GiB": HEADER.pack(1, 0, 0xffffffff),
+    "a packet of 1464 bytes": packet(1, b"x" * 1464, 0, wire.plain_crc),
+    "another packet": packet(0, ROUNDS[0][:100], 0, wire.plain_crc),
+    "a damaged packet": packet(1, b"x" * 100, 1, wire.salted),
 }
 
 
 def base_round(server):
     """A round of the base protocol of which the second packet is lost, up to READY."""
     server.greet()
-    server.send(fuzz.buffer_info(0, 2, 200))
-    server.expect(READY)
-    server.cast(packet(0, ROUNDS[0][:100], 0, fuzz.plain_crc))
+    server.start_round(ROUNDS[0][:200])
+    server.cast(server.packets()[0])
 
 
 @pytest.mark.parametrize("what", sorted(BASE_ENDS))
 def test_a_base_server_that_repairs_with(tmp_path, what):
     def script(server):
         base_round(server)
-        server.send(SENT)
+        server.say(server.sent())
         assert server.asked() == [1]
-        server.send(BASE_ENDS[what])
-    code, stderr, _ = Script(script, to_file=tmp_path / "image", compat=True).finish()
+        server.say(BASE_ENDS[what])
+    code, stderr, _ = Script(script, to_file=tmp_path / "image", dialect=BASE).finish()
     judge(code, stderr, tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"\x09", fuzz.bye(True), ALIVE * 10, SENT + SENT + b"\xff" * 16], ids=repr)
+@pytest.mark.parametrize("data", [b"\x09", wire.bye(True), ALIVE * 10, 2 * BASE.sent(SOME) + b"\xff" * 16], ids=repr)
 def test_a_base_server_that_says(tmp_path, data):
     """Signals of a session are none of the base protocol."""
     def script(server):
         base_round(server)
-        server.send(data)
-    code, stderr, _ = Script(script, to_file=tmp_path / "image", compat=True).finish()
+        server.say(data)
+    code, stderr, _ = Script(script, to_file=tmp_path / "image", dialect=BASE).finish()
     judge(code, stderr, tmp_path)
 
 
@@ -715,12 +622,11 @@ def test_a_flood_does_not_keep_a_client_from_asking_for_what_it_lost(lost):
         for _ in range(5):
             server.send_round(ROUNDS[0], lost=lost)
             began = time.time()
-            assert server.asked() == [server.base + lost[0]]
+            assert server.asked() == list(lost)
             waits.append(time.time() - began)
-            server.send(PACKETS + server.packets()[lost[0]])
+            server.give(lost)
             server.done()
-        server.last()
-        server.end(bytes=5 * len(ROUNDS[0]))
+        server.end()
     started = Script(lambda server: _flood_then(server, script))
     code, stderr, received = started.finish(60)
     assert code == 0 and received == 5 * ROUNDS[0], "%s\n%r" % (stderr, started.error)
@@ -746,16 +652,12 @@ def test_a_flood_does_not_hide_a_silent_server():
 
 
 def test_a_flood_does_not_hide_a_silent_server_from_a_small_socket_buffer():
-    port = helpers.free_port()
-    listener = socket.socket()
-    listener.bind((LOOPBACK, port))
-    listener.listen(1)
-    listener.settimeout(20)
-    client = wrapped("kmcast.SOCKET_BUFFER = 100000", ["client", "--stall-timeout", 1, LOOPBACK, LOOPBACK, port])
-    sock, _ = listener.accept()
-    with flooded(port, noise, helpers.GROUP, 0.001):
-        sock.sendall(fuzz.group_info(helpers.GROUP, port))
-        receive_frame(sock)
-        sock.sendall(fuzz.welcome(payload=PAYLOAD) + INFO + fuzz.buffer_info(0, 3, 300))
+    server = wire.Server()
+    client = wrapped("kmcast.SOCKET_BUFFER = 100000", ["client", "--stall-timeout", 1, LOOPBACK, LOOPBACK, server.port])
+    server.accept()
+    with flooded(server.port, noise, server.group, 0.001):
+        server.greet()
+        server.announce(ROUNDS[0])
         code, stderr, _ = client.finish(20)
+    server.close()
     judge(code, stderr, says="silent for 1 s")

@@ -17,8 +17,7 @@ RATE = ["--rate", "30M"]
 
 
 def transfer(data, changes, server_args=(), client_args=(), server_python=None, client_pythons=(None,)):
-    """Send `data` to one client for each of `changes` (for Network.path()); check it; return the server's result and the
-    clients' stderrs."""
+    """Send `data` to one client for each of `changes` (for Network.path()); check it; return the server and the clients."""
     port = helpers.free_port()
     server = helpers.start_server(["-v"] + list(server_args) + [LOOPBACK, len(changes), port], server_python, stdin=data)
     server.wait_stderr("waiting")
@@ -26,16 +25,14 @@ def transfer(data, changes, server_args=(), client_args=(), server_python=None, 
     clients = [helpers.start_client(list(client_args) + [LOOPBACK, LOOPBACK, network.path(change)],
                                     client_pythons[number % len(client_pythons)])
                for number, change in enumerate(changes)]
-    said = []
     for client in clients:
         code, stderr, received = client.finish(60)
         assert code == 0, stderr + server.stderr
         equal = received == data
         assert equal, stderr
-        said.append(stderr)
     code, stderr, _ = server.finish(20)
     assert code == 0, stderr
-    return stderr, said
+    return server, clients
 
 
 @pytest.mark.parametrize("server_python, client_pythons", [
@@ -44,24 +41,24 @@ def transfer(data, changes, server_args=(), client_args=(), server_python=None, 
 @pytest.mark.parametrize("percent", [1, 5, 30])
 def test_independent_loss_is_repaired_by_multicast(percent, server_python, client_pythons):
     """In two TCP threads; the coded packets and their recipes are lost like all others."""
-    packets, clients = 1500, 6
+    packets, count = 1500, 6
     data = helpers.random_bytes(packets * PAYLOAD - 7, seed=percent)
-    server, said = transfer(data, [helpers.loss(percent, seed) for seed in range(clients)],
+    server, clients = transfer(data, [helpers.loss(percent, seed) for seed in range(count)],
                             RATE + ["--clients-per-thread", 4], (), server_python, client_pythons)
     summary = helpers.summary(server)
-    lost = sum(sum(helpers.repaired(stderr)) for stderr in said)
-    assert lost > 0.8 * clients * packets * percent / 100
+    lost = sum(sum(helpers.repaired(client)) for client in clients)
+    assert lost > 0.8 * count * packets * percent / 100
     assert summary.coded > 0
     assert summary.coded + summary.by_tcp < lost, "coding saved nothing: %d packets lost, %r" % (lost, summary)
-    assert all(helpers.repaired(stderr)[0] > 0 for stderr in said)
+    assert all(helpers.repaired(client)[0] > 0 for client in clients)
 
 
 def test_shared_loss_is_repaired_once_for_all():
     """Every client lacks the same packets: one coded packet a lost one."""
     data = helpers.random_bytes(1500 * PAYLOAD)
-    server, said = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE)
+    server, clients = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE)
     summary = helpers.summary(server)
-    losses = [sum(helpers.repaired(stderr)) for stderr in said]
+    losses = [sum(helpers.repaired(client)) for client in clients]
     shared = min(losses)
     others = sum(losses) - 4 * shared           # a busy loopback loses some of its own, now here, now there
     assert shared > 0.8 * 1500 * 5 / 100
@@ -77,11 +74,11 @@ def test_one_client_with_loss_is_repaired_by_tcp_or_multicast(python):
 @BOTH
 def test_multicast_that_reaches_nobody(python):
     data = helpers.random_bytes(300 * PAYLOAD + 5)
-    server, said = transfer(data, [lambda datagram: []] * 2, (), (), python, [python])
+    server, clients = transfer(data, [lambda datagram: []] * 2, (), (), python, [python])
     assert helpers.summary(server)[2:4] == (0, 602)
-    for stderr in said:
-        assert "multicast does not reach this host" in stderr and "firewall" in stderr
-        assert "IGMP snooping" in stderr and "LOCAL_IP" in stderr
+    for client in clients:
+        assert "multicast does not reach this host" in client.stderr and "firewall" in client.stderr
+        assert "IGMP snooping" in client.stderr and "LOCAL_IP" in client.stderr
 
 
 def test_multicast_that_does_not_arrive_is_said_long_before_the_end():
@@ -107,14 +104,14 @@ def test_multicast_that_is_slow_but_arrives_gets_no_warning():
     server = helpers.start_server(["--rate", "500k", LOOPBACK, 1, port], stdin=helpers.random_bytes(30 * PAYLOAD))
     client = wrapped("kmcast.Client.QUIET = 0.2", ["client", LOOPBACK, LOOPBACK, port])
     code, stderr, _ = client.finish(20)
-    assert code == 0 and helpers.repaired(stderr) == (0, 0) and "warning" not in stderr, stderr
+    assert code == 0 and helpers.repaired(client) == (0, 0) and "warning" not in stderr, stderr
     assert server.finish(10)[0] == 0
 
 
 def test_multicast_that_reaches_all_but_one():
     data = helpers.random_bytes(800 * PAYLOAD + 5)
-    server, said = transfer(data, [lambda datagram: [], helpers.loss(2, 1), helpers.loss(2, 2), None], RATE)
-    assert ["multicast does not reach this host" in stderr for stderr in said] == [True, False, False, False]
+    server, clients = transfer(data, [lambda datagram: [], helpers.loss(2, 1), helpers.loss(2, 2), None], RATE)
+    assert ["multicast does not reach this host" in client.stderr for client in clients] == [True, False, False, False]
     assert helpers.summary(server).by_tcp >= 801
 
 

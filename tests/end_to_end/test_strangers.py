@@ -7,19 +7,18 @@ import os
 import random
 import re
 import socket
-import struct
 import threading
 import time
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import ALIVE, BYE, DONE, HELLO, READY, REQUEST
+import wire
 from helpers import LOOPBACK
 from hostile import (all_receive, another_session, CLIENTS, DELAY, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, noise, orderly,
-                     receive, receive_frame, reset, undisturbed, wrong_checksums, wrong_sizes)
+                     undisturbed, wrong_checksums, wrong_sizes)
 from pythons import BOTH, NEWEST, OLDEST
+from wire import ALIVE, HELLO, REQUEST, SESSION, U32, reset
 
 #: Lines that strangers can fill a log with in such a transfer: 10 in 10 seconds, and a few for what went before.
 LINES = 30
@@ -33,27 +32,28 @@ def limited(descriptors):
 # ---------------------------------------------------------------------------------------------------------------------
 # Strangers, who have no place
 
+SOME = wire.Round(0, 1, 0, 1, 0)
 SAYINGS = {
     "random bytes": GARBAGE,
     "an HTTP request": b"GET / HTTP/1.1\r\nHost: server\r\nUser-Agent: curl/8.0\r\n\r\n",
     "a TLS greeting": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + GARBAGE[:500],
     "an SSH greeting": b"SSH-2.0-OpenSSH_9.6\r\n",
-    "a frame of 4 GiB": HELLO + struct.pack("<I", 0xffffffff) + b"{" * 60000,
-    "a frame just too long": HELLO + struct.pack("<I", 65537) + b" " * 65537,
-    "a frame without its end": HELLO + struct.pack("<I", 65536) + b" " * 65535,
-    "a frame that is not UTF-8": fuzz.frame(HELLO, "{}")[:5] + b"\xff\xfe",
-    "a frame that is no JSON": fuzz.frame(HELLO, "{version"),
-    "a frame that is a list": fuzz.frame(HELLO, "[1]"),
-    "JSON nested deeply": fuzz.frame(HELLO, "[" * 65536),
-    "objects nested deeply": fuzz.frame(HELLO, '{"a":' * 10000),
-    "a number of 65,000 digits": fuzz.frame(HELLO, '{"version":"1","host":%s}' % ("9" * 65000)),
-    "a HELLO without a host": fuzz.frame(HELLO, {"version": "1"}),
-    "a HELLO of wrong types": fuzz.frame(HELLO, {"version": 1, "host": ["x"]}),
-    "READY first": READY,
-    "a REQUEST first": fuzz.request([0]),
-    "a REQUEST of 65,536 packets": REQUEST + struct.pack("<I", 65536) + b"\0" * 200000,
-    "DONE first": DONE,
-    "BYE first": fuzz.bye(False, reason="no"),
+    "a frame of 4 GiB": HELLO + U32.pack(0xffffffff) + b"{" * 60000,
+    "a frame just too long": HELLO + U32.pack(65537) + b" " * 65537,
+    "a frame without its end": HELLO + U32.pack(65536) + b" " * 65535,
+    "a frame that is not UTF-8": wire.frame(HELLO, "{}")[:5] + b"\xff\xfe",
+    "a frame that is no JSON": wire.frame(HELLO, "{version"),
+    "a frame that is a list": wire.frame(HELLO, "[1]"),
+    "JSON nested deeply": wire.frame(HELLO, "[" * 65536),
+    "objects nested deeply": wire.frame(HELLO, '{"a":' * 10000),
+    "a number of 65,000 digits": wire.frame(HELLO, '{"version":"1","host":%s}' % ("9" * 65000)),
+    "a HELLO without a host": wire.frame(HELLO, {"version": "1"}),
+    "a HELLO of wrong types": wire.frame(HELLO, {"version": 1, "host": ["x"]}),
+    "READY first": SESSION.ready(SOME),
+    "a REQUEST first": SESSION.request(SOME, [0]),
+    "a REQUEST of 65,536 packets": REQUEST + U32.pack(65536) + b"\0" * 200000,
+    "DONE first": SESSION.done(SOME),
+    "BYE first": wire.bye(False, reason="no"),
     "64 KiB of ALIVE": ALIVE * 65536,
     "nothing at all": b"",
 }
@@ -113,7 +113,7 @@ def dribble(sock):
     """An act: a HELLO of one byte a second, for whose end nobody waits. The connection stays."""
     def run():
         try:
-            for byte in bytearray(fuzz.hello()):
+            for byte in bytearray(wire.hello()):
                 sock.send(bytes([byte]))
                 time.sleep(1)
         except OSError:
@@ -195,7 +195,7 @@ def test_two_thousand_connections_at_once_in_mid_transfer():
 def test_clients_too_many_and_their_names():
     """A name is a stranger's text: no control character of it gets into a terminal, and it is cut."""
     log = harmless(None, refused=True, meanwhile=lambda port: [
-        Strangers(port, say(fuzz.hello(host))).stop() for host in (
+        Strangers(port, say(wire.hello(host=host))).stop() for host in (
             "\x1b]0;owned\x07\x1b[31mred\x1b[0m\r\nkmcast server: 3 of 3 clients\n", u"h\u00f6st\u202eexe.\ud800", "n" * 60000, "")])
     assert "was refused: the transfer has begun" in log
     assert "\nkmcast server: 3 of 3 clients\n" not in log
@@ -206,10 +206,7 @@ def test_who_greets_and_leaves_again_and_again_does_not_fill_the_log():
     server = helpers.start_server([LOOPBACK, 2, port], stdin=b"image")
     server.wait_stderr("waiting for")
     for _ in range(400):
-        with socket.create_connection((LOOPBACK, port)) as sock:
-            receive(sock, 16)
-            sock.sendall(fuzz.hello())
-            receive_frame(sock)
+        wire.Client(port).greet().close()
     time.sleep(0.2)
     clients = [helpers.start_client([LOOPBACK, LOOPBACK, port]) for _ in range(2)]
     all_receive(b"image", clients, server, 30)
@@ -223,14 +220,11 @@ def test_who_says_nothing_is_closed_within_the_time_for_a_greeting():
     port = helpers.free_port()
     helpers.start_server([LOOPBACK, 2, port], stdin=b"image").wait_stderr("waiting for")
     began = time.time()
-    with socket.create_connection((LOOPBACK, port)) as silent, socket.create_connection((LOOPBACK, port)) as slow:
-        dribble(slow)
-        for sock in (silent, slow):
-            sock.settimeout(10)
-            receive(sock, 16)
-            kind, fields = receive_frame(sock)
-            assert kind == BYE and fields["ok"] is False and "HELLO" in fields["reason"]
-            assert sock.recv(1) == b""
+    silent, slow = wire.Client(port), wire.Client(port)
+    dribble(slow.sock)
+    for client in (silent, slow):
+        assert "HELLO" in client.reason()
+        client.close()
     assert 4.5 < time.time() - began < 9
 
 
@@ -258,19 +252,17 @@ def test_a_server_does_not_spin_while_it_says_good_bye():
     port = helpers.free_port()
     server = helpers.start_server([LOOPBACK, 2, port], stdin=b"image")
     server.wait_stderr("waiting for")
-    with socket.create_connection((LOOPBACK, port)) as peer:
-        receive(peer, 16)
-        peer.sendall(fuzz.hello())
-        receive_frame(peer)
-        server.signal(15)
-        spent = 0.0
-        while server.poll() is None:
-            with open("/proc/%d/stat" % server.pid) as stat:
-                fields = stat.read().rsplit(")", 1)[1].split()
-            if fields[0] != "Z":
-                spent = (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
-            time.sleep(0.02)
-        assert receive_frame(peer) == (BYE, {"ok": False, "reason": "stopped by SIGTERM"})
+    peer = wire.Client(port).greet()
+    server.signal(15)
+    spent = 0.0
+    while server.poll() is None:
+        with open("/proc/%d/stat" % server.pid) as stat:
+            fields = stat.read().rsplit(")", 1)[1].split()
+        if fields[0] != "Z":
+            spent = (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+        time.sleep(0.02)
+    assert peer.reason() == "stopped by SIGTERM"
+    peer.close()
     assert spent < 1.0, "%.1f s of CPU" % spent
     assert server.finish(1)[0] == 1
 

@@ -7,42 +7,28 @@ import time
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import BYE, WELCOME
+import wire
 from helpers import LOOPBACK
-from hostile import MEMORY_KIB, receive, receive_frame
+from hostile import MEMORY_KIB
 from pythons import BOTH
 from test_failures import Started, wait_until
 
 
-class Peer(object):
+class Peer(wire.Client):
     """A client made by hand, which says HELLO when it is told to."""
-
-    def __init__(self, port, address=LOOPBACK, host="peer"):
-        self.host = host
-        self.sock = socket.socket()
-        self.sock.settimeout(10)
-        self.sock.bind((address, 0))
-        self.sock.connect((LOOPBACK, port))
-        receive(self.sock, 16)
-
-    def greet(self):
-        """Say HELLO; returns the signal that answers it, and its fields."""
-        self.sock.sendall(fuzz.hello(self.host))
-        return receive_frame(self.sock)
 
     def come(self, server):
         """Say HELLO, be welcome, and wait until the server says that we are here; returns the Peer."""
         here = len(numbers(server))
-        assert self.greet()[0] == WELCOME
+        self.greet()
         wait_until(lambda: len(numbers(server)) > here, "the server has said so")
         return self
 
     def go(self, server):
         """Be gone, and wait until the server has noticed."""
         gone = server.stderr.count("went away")
-        self.sock.close()
+        self.close()
         wait_until(lambda: server.stderr.count("went away") > gone, "the server has noticed")
 
 
@@ -126,10 +112,11 @@ def test_a_room_full_of_hosts_that_were_switched_on_together_gets_in(python):
     """All of them connect before the first one says HELLO."""
     port, places = helpers.free_port(), 400
     server = helpers.start_server([LOOPBACK, places, port], python, stdin=b"data")
-    peers = [Peer(port, "127.1.%d.%d" % divmod(number, 200), "host-%d" % number) for number in range(places)]
+    peers = [Peer(port, "host-%d" % number, "127.1.%d.%d" % divmod(number, 200)) for number in range(places)]
     for peer in peers:
-        peer.sock.sendall(fuzz.hello(peer.host))
-    assert [receive_frame(peer.sock)[0] for peer in peers] == [WELCOME] * places, server.stderr
+        peer.hello()
+    for peer in peers:
+        peer.take_welcome()
     assert server.poll() is None
     server.stop()
 
@@ -142,7 +129,7 @@ def test_who_connects_a_thousand_times_pushes_out_nobody_but_himself(python):
     server.wait_stderr("waiting for")
     server.poll()
     before = server.peak_kib
-    waiting = [Peer(port, "127.0.1.%d" % number, "host-%d" % number) for number in range(1, 11)]
+    waiting = [Peer(port, "host-%d" % number, "127.0.1.%d" % number) for number in range(1, 11)]
     flood = []
     for _ in range(1000):
         sock = socket.socket()
@@ -150,8 +137,9 @@ def test_who_connects_a_thousand_times_pushes_out_nobody_but_himself(python):
         sock.bind(("127.9.9.9", 0))
         sock.connect_ex((LOOPBACK, port))
         flood.append(sock)
-    last = Peer(port, "127.0.2.1", "last")     # which is heard when all of those have been
-    assert [peer.greet()[0] for peer in waiting + [last]] == [WELCOME] * 11, server.stderr
+    last = Peer(port, "last", "127.0.2.1")     # which is heard when all of those have been
+    for peer in waiting + [last]:
+        peer.greet()
     helpers.start_client([LOOPBACK, LOOPBACK, port], python).wait_stderr("connected to")
     assert server.poll() is None
     assert server.peak_kib < before + MEMORY_KIB, "%d KiB instead of %d" % (server.peak_kib, before)
@@ -168,12 +156,11 @@ def test_who_connects_a_thousand_times_pushes_out_nobody_but_himself(python):
 def test_who_was_refused_is_named_at_the_end_and_in_the_exit_code(python, a_thread):
     """That host has no image, though nobody had counted it."""
     session = Started(2, ["--clients-per-thread", a_thread], python=python)
-    kind, fields = Peer(session.port, "127.0.0.7", "node7").greet()
-    assert kind == BYE and fields["ok"] is False and "refused" in fields["reason"]
+    assert "refused" in Peer(session.port, "node7", "127.0.0.7").hello().reason()
     session.write_rest()
     assert [client.finish(10)[0] for client in session.clients] == [0, 0]
     code, stderr, _ = session.server.finish(10)
-    assert code == 3 and helpers.summary(stderr).served == 2, stderr
+    assert code == 3 and helpers.summary(session.server).served == 2, stderr
     named = [line for line in stderr.splitlines() if "node7 (127.0.0.7)" in line and "error" in line]
     assert len(named) == 1 and "refused" in named[0], stderr
 

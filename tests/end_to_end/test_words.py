@@ -3,16 +3,15 @@
 import os
 import re
 import signal
-import socket
 
 import pytest
 
-import fuzz
 import helpers
-from fuzz import ALIVE, BYE, INFO, PACKETS, READY, SENT
+import wire
 from helpers import LOOPBACK
-from hostile import IMAGE, receive, receive_fields, receive_frame
+from hostile import IMAGE
 from pythons import BOTH, NEWEST
+from wire import BYE, PACKETS
 
 #: A rate at which the image of 3 MB takes six seconds, unless somebody ends it.
 SLOW = ["--rate", "4M"]
@@ -153,48 +152,26 @@ def test_a_client_that_stalled_is_said_in_words_to_have_failed_to_do_something(p
     assert re.search("for 1 s no [a-z]+ .*[a-z]+", said), said
 
 
-class Silent(object):
-    """A client that is a bare connection and says only what a test has it say."""
-
-    def __init__(self, port):
-        self.sock = socket.create_connection((LOOPBACK, port))
-        self.sock.settimeout(20)
-        receive(self.sock, 16)
-        self.sock.sendall(fuzz.hello())
-        receive_frame(self.sock)
-
-    def hear(self, expected, size=0):
-        """Wait for a signal, of which ALIVE is none; returns the `size` bytes behind it."""
-        kind = ALIVE
-        while kind == ALIVE:
-            kind = receive(self.sock, 1)
-        assert kind == expected, kind
-        return receive(self.sock, size)
-
-    def reason(self):
-        """Wait to be dropped; returns the reason that the server gives."""
-        self.hear(BYE)
-        reason = receive_fields(self.sock)["reason"]
-        self.sock.close()
-        return reason
-
-
 @BOTH
 def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port, python):
-    """To be ready for a round, to say what it received of it, to say that it has the rest."""
+    """To be ready for a round, to say what it received of it, to say that it has everything."""
     server = helpers.start_server(["--stall-timeout", 1, LOOPBACK, 3, port], python=python, stdin=b"data")
-    not_ready, no_answer, no_end = clients = [Silent(port) for _ in range(3)]
-    for client in clients:
-        info = client.hear(INFO, 16)
+    not_ready, no_answer, no_end = [wire.Client(port).greet() for _ in range(3)]
+    not_ready.announced()
     for client in (no_answer, no_end):
-        client.sock.sendall(READY)
+        client.ready()
     reasons = [not_ready.reason()]
     for client in (no_answer, no_end):
-        client.hear(SENT, 32)
-    no_end.sock.sendall(fuzz.request([fuzz.U32.unpack(info[8:12])[0]]))
+        client.sent()
+    no_end.ask([0])
     reasons.append(no_answer.reason())
-    no_end.hear(PACKETS, fuzz.HEADER.size + len(b"data"))
+    no_end.expect(PACKETS)
+    no_end.packet()
+    no_end.done()
+    assert no_end.expect(BYE).fields["ok"] is True
     reasons.append(no_end.reason())
+    for client in (not_ready, no_answer, no_end):
+        client.close()
     stderr = server.finish(20)[1]
     assert len(set(reasons)) == 3, reasons
     for reason in reasons:
@@ -210,7 +187,7 @@ def test_one_client_and_one_packet_are_no_plural(port):
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], NEWEST)
     of_client, of_server = client.finish(20)[1], server.finish(20)[1]
     assert "waiting for 1 client\n" in of_server
-    assert "data: 1 packet in 2 rounds, 1 byte in " in of_server
+    assert "data: 1 packet in 1 round, 1 byte in " in of_server
     assert "repair: 0 packets by multicast, 0 packets by TCP" in of_server
     assert "1 of 1 client has the image" in of_server
     assert "client: 1 byte in " in of_client and "repaired 0 packets by multicast" in of_client

@@ -1,8 +1,9 @@
 """A host that tampers with a group's datagrams: what a bad network, or somebody hostile, does to them.
 
-    relay.py LOCAL_IP SOURCE_IP GROUP PORT WAY      until SIGTERM
+    relay.py LOCAL_IP SOURCE_IP GROUP PORT WAY AS    until SIGTERM
 
-It takes the datagrams that SOURCE_IP multicasts and multicasts them again itself:
+It takes the datagrams that SOURCE_IP multicasts and multicasts them again itself, AS `server` from the address and port
+from which they came (ip(7), IP_TRANSPARENT), with a TTL that tells them apart, or AS `stranger` from its own:
 
     shuffle     every 32 of them in random order
     twice       each twice, one after the other
@@ -23,6 +24,8 @@ import struct
 import sys
 import time
 
+IP_TRANSPARENT = 19     # Linux's number
+TTL = 7                 # kmcast's is 8
 WINDOW = 32             # datagrams that are shuffled
 DELAY = 0.1             # seconds
 LONGEST_WAIT = 0.005    # seconds for which a window may stay incomplete
@@ -54,7 +57,7 @@ def noise():
     return [os.urandom(random.choice([0, 1, 11, 12, 13, 700, 1471, 1472])) for _ in range(6)]
 
 
-def main(local_ip, source_ip, group, port, way):
+def main(local_ip, source_ip, group, port, way, as_whom):
     address = (group, int(port))
     taken = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,6 +68,10 @@ def main(local_ip, source_ip, group, port, way):
     out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(local_ip))
     out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+    out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, TTL)
+    if as_whom == "server":
+        out.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    bound = as_whom != "server"                                 # to the source that we take on
 
     sent = 0
     ended = []
@@ -77,11 +84,14 @@ def main(local_ip, source_ip, group, port, way):
         ready = select.select([taken], [], [], 0.001)[0]
         while ready:
             try:
-                datagram, (source, _) = taken.recvfrom(65536)
+                datagram, (source, source_port) = taken.recvfrom(65536)
             except BlockingIOError:
                 break
             if source != source_ip:
                 continue
+            if not bound:
+                out.bind((source, source_port))
+                bound = True
             now = time.monotonic()
             if way == "damage" and random.randrange(3) == 0:
                 datagram = damaged(datagram)

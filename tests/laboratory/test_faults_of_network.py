@@ -14,10 +14,10 @@ from deployment import IMAGE, PACKETS, RATE, SLACK, firewall
 RELAY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.py")
 
 
-def start_relay(run, host, way, port=18383):
+def start_relay(run, host, way, as_whom, port=18383):
     """Start relay.py on a host; a Process."""
     relay = helpers.start(host.command([sys.executable, RELAY, host.address, run.lab.server.address, helpers.GROUP,
-                                        str(port), way]))
+                                        str(port), way, as_whom]))
     run.others.append(relay)
     relay.wait_stderr("ready")
     return relay
@@ -44,11 +44,12 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead):
     receivers, spare = lab.clients[:3], lab.clients[3]
     for host in receivers:
         if instead:
-            firewall(host, "input", "ip saddr %s ip daddr 224.0.0.0/4 drop" % lab.server.address)
+            firewall(host, "input", "ip ttl 8 ip daddr 224.0.0.0/4 drop")
         else:
             host.lose(WAYS[way])
     run = deploy(lab, IMAGE[:4000000], ["--rate", "20M", "--buffer-packets", "64" if instead else "128"], clients=0, places=3)
-    relay = start_relay(run, spare, way)
+    # What others forge from their own address is nothing to a client.
+    relay = start_relay(run, spare, way, "stranger" if way == "forge" and not instead else "server")
     for host in receivers:
         run.add_client(host)
     run.finish()
@@ -76,7 +77,7 @@ def test_flood_of_noise(laboratory, deploy, compat):
         host.lose(30)
     args = RATE + (["--compat"] if compat else [])
     run = deploy(lab, IMAGE, args, clients=0, places=3)
-    relay = start_relay(run, lab.clients[3], "noise")
+    relay = start_relay(run, lab.clients[3], "noise", "stranger")
     for host in lab.clients[:3]:
         run.add_client(host)
     run.finish(30)
@@ -102,9 +103,9 @@ def test_two_servers_on_one_group_and_port(laboratory, deploy):
             assert sum(client.repaired()) < 0.4 * PACKETS, str(run)
 
 
-@pytest.mark.parametrize("first", [2**32 - 64, 2**32 - 1000, 2**32 - 1, 2**31 - 100])
+@pytest.mark.parametrize("first", [2**31 - 64, 2**31 - 1000, 2**31 - 1, 2**31 - 100])
 def test_sequence_numbers_that_wrap(laboratory, deploy, first):
-    """More than 2^32 packets: here the wrap comes in the first round, in its middle or at its end."""
+    """More than 2^31 packets: here the wrap comes after the first round, which is cut short, or later."""
     lab = laboratory()
     for host in lab.clients:
         host.lose(3)
@@ -120,14 +121,14 @@ def test_packet_seqs_start_where_the_hook_says(laboratory, deploy):
     """What the test above rests on."""
     lab = laboratory(clients=2)
     run = deploy(lab, IMAGE[:20 * 1460], ["--rate", "5M"], clients=0, places=1,
-                 server={"change": "kmcast.Course.FIRST_SEQ = 2**32 - 6"})
+                 server={"change": "kmcast.Course.FIRST_SEQ = 2**31 - 6"})
     spy = helpers.start(lab.clients[1].command([sys.executable, "-c", SPY, lab.clients[1].address, helpers.GROUP]))
     spy.wait_stderr("ready")
     run.add_client(lab.clients[0])
     run.finish()
     run.check_complete()
     code, _, seqs = spy.finish(SLACK)
-    assert struct.unpack("<20I", seqs) == tuple((2**32 - 6 + i) % 2**32 for i in range(20))
+    assert struct.unpack("<20I", seqs) == tuple((2**31 - 6 + i) % 2**31 for i in range(20))
 
 
 SPY = """
