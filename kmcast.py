@@ -3099,6 +3099,7 @@ class Step(object):
 
 # Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
 Request = collections.namedtuple('Request', 'gaps count order')
+Request.__new__.__defaults__ = (None,)
 
 
 class Answers(object):
