@@ -5522,7 +5522,7 @@ class Multicaster(object):
     """
 
     ROUND = 4 << 20                     # bytes in a round at the most,
-    LARGE_ROUND = 16 << 20              # or where so many clients each cost time in a round,
+    LARGE_ROUND = 8 << 20               # or where so many clients each cost time in a round,
     MANY = 200
     LONE_ROUND = 8 << 20                # or where only one is under way
     STUCK = 5.0                         # seconds without room to send a packet
