@@ -228,9 +228,9 @@ class Talk(object):
             step.message = WIRE.bye(ok=True, bytes=len(IMAGE), sha256=hashlib.sha256(IMAGE).hexdigest())
         for verb, _, argument in self.server.begin(step, 0):
             if verb == "packets":
-                done, gaps = argument
+                done, request = argument
                 argument = WIRE.packets(done.number) + b"".join(
-                    datagram(done, done.buffer.base + place) for place in kmcast.places(gaps))
+                    datagram(done, done.buffer.base + place) for place in kmcast.places(request.gaps))
             title = names[what] + (" of round %d" % rounds[0].number if rounds else "")
             self.to_client("server: " + title, argument)
 

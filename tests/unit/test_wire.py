@@ -174,7 +174,7 @@ def test_what_a_message_says_of_a_round_is_understood():
     assert WIRE.read_info(WIRE.info(2, 3000, 7, 3, 1 << 33)) == (2, 3000, 7, 3, 1 << 33)
     assert [WIRE.number_of(message) for message in (WIRE.ready(2**32 - 2), DONE, REQUEST)] == [2**32 - 2, 5, 5]
     assert WIRE.figures_of(DONE) == WIRE.figures_of(REQUEST) == FIGURES
-    assert WIRE.gaps_asked(REQUEST, 1000, 10) == 1 | 1 << 9
+    assert WIRE.asked(REQUEST, 1000, 10) == (1 | 1 << 9, None)
 
 
 def test_the_base_protocol_has_neither_numbers_of_rounds_nor_figures():
@@ -189,14 +189,15 @@ def test_the_base_protocol_has_neither_numbers_of_rounds_nor_figures():
 def test_a_request_of_the_base_protocol_has_seqs(base):
     request = BASE.request(3, FIGURES, 1 | 1 << 9, base, 10)
     assert request == b"\x02" + struct.pack("<3I", 2, base, (base + 9) % 2**32)
-    assert BASE.gaps_asked(request, base, 10) == 1 | 1 << 9
+    assert BASE.asked(request, base, 10) == (1 | 1 << 9, [0, 9])
     for outside in (base - 1, base + 10):
         with pytest.raises(kmcast.ProtocolError):
-            BASE.gaps_asked(b"\x02" + struct.pack("<3I", 2, base, outside % 2**32), base, 10)
+            BASE.asked(b"\x02" + struct.pack("<3I", 2, base, outside % 2**32), base, 10)
 
 
-def test_a_packet_that_is_asked_for_twice_is_wanted_once():
-    assert BASE.gaps_asked(b"\x02" + struct.pack("<4I", 3, 104, 104, 105), 100, 10) == 1 << 4 | 1 << 5
+def test_a_request_of_the_base_protocol_is_for_these_packets_in_this_order():
+    """Its client counts what comes, be it that it asked for a packet twice."""
+    assert BASE.asked(b"\x02" + struct.pack("<4I", 3, 105, 104, 105), 100, 10) == (1 << 4 | 1 << 5, [5, 4, 5])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
