@@ -1060,7 +1060,7 @@ def parse_messages(kmcast, generator):
                     if message[:1] == REQUEST:
                         try:
                             count = count_of(dialect.number_of(message))
-                            assert 0 < dialect.gaps_asked(message, 0, count) < 1 << count
+                            assert 0 < dialect.asked(message, 0, count)[0] < 1 << count
                             assert len(dialect.figures_of(message) or range(4)) == 4
                         except kmcast.ProtocolError:
                             pass
@@ -1076,11 +1076,6 @@ def parse_messages(kmcast, generator):
     assert end != "gone" or whole == cut
 
 
-def bits_of(places):
-    """An int with the bits at these places."""
-    return sum(1 << place for place in set(places))
-
-
 def parse_bits(kmcast, generator):
     """What is missing, from the wire and back."""
     count = generator.choice((1, 7, 8, 9, 100, 1000) * 3 + (65536,))
@@ -1088,10 +1083,10 @@ def parse_bits(kmcast, generator):
     places = sorted(set(generator.randrange(count) for _ in range(most)))
     if generator.randrange(4) == 0:
         places = list(range(generator.randrange(count), count))
-    what, gaps = Round(3, count, 5, count, 0), bits_of(places)
+    what, gaps = Round(3, count, 5, count, 0), wire.bits(places)
     said = SESSION.request(what, places)
     assert kmcast.SessionDialect.request(3, wire.NO_FIGURES, gaps, 5, count) == said
-    assert kmcast.SessionDialect.gaps_asked(said, 5, count) == gaps
+    assert kmcast.SessionDialect.asked(said, 5, count) == (gaps, None)
     assert kmcast.places(gaps) == places and kmcast.how_many(gaps) == len(places)
     assert [place for start, stop in kmcast.runs(gaps) for place in range(start, stop)] == places
     flags = bytearray(b"\1" * count)
@@ -1162,7 +1157,7 @@ def parse_packets(kmcast, generator):
             buffer.put(bytearray(b"x" * offset + b"".join(data) + b"y"), offset, len(data), size)
         if checking:                    # else anything that has a place is taken
             buffer.put(bytearray(random_bytes(generator, 100)), 0, 1, generator.randrange(0, 88))
-        assert buffer.missing() == bits_of(range(count)) & ~bits_of(have), "missing"
+        assert buffer.missing() == wire.bits(range(count)) & ~wire.bits(have), "missing"
         assert buffer.complete == (len(have) == count) and buffer.received == len(have), "count"
 
     def bring(places):
@@ -1172,9 +1167,9 @@ def parse_packets(kmcast, generator):
                            checking=True)
     bring(range(count))
     if not checking:
-        assert buffer.damaged_packets() == bits_of(wrong), "damaged"
-        buffer.forget(bits_of(wrong))
-        assert buffer.missing() == bits_of(wrong)
+        assert buffer.damaged_packets() == wire.bits(wrong), "damaged"
+        buffer.forget(wire.bits(wrong))
+        assert buffer.missing() == wire.bits(wrong)
         bring(wrong)
     assert buffer.complete and b"".join(bytes(piece) for piece in buffer.flush()) == b"".join(payloads), "flush"
 
@@ -1194,9 +1189,9 @@ def parse_repairs(kmcast, generator):
         full.add(one)
     requests = [sorted(generator.sample(range(count), generator.randrange(1, max(2, min(count, 20)))))
                 for _ in range(generator.randrange(1, 6))]
-    groups = kmcast.combine([bits_of(places) for places in requests], kmcast.most_members(payload))
+    groups = list(kmcast.combine([wire.bits(places) for places in requests], kmcast.most_members(payload)))[-1]
     assert sorted(i for group in groups for i in group) == sorted(set(i for places in requests for i in places))
-    coded, recipe_count = kmcast.encode_repair(full, groups, number, repair_salt)
+    coded, recipe_count = list(kmcast.encode_repair(full, groups, number, repair_salt))[-1]
     recipes, combinations = wire.repair_pass(payloads, groups, number, payload)
     sent = [coded.get(wire.REPAIR_BIT + number + i).tobytes() for i in range(coded.count)]
     assert recipe_count == len(recipes) and sent == [
@@ -1222,7 +1217,7 @@ def parse_repairs(kmcast, generator):
             one = wire.repair(number + i, text, repair_salt)
             arrived.put(bytearray(one), 0, 1, len(text))
         kmcast.solve(buffer, arrived, generator.choice((recipe_count, coded.count)) if not honest else recipe_count)
-        assert buffer.missing() & ~bits_of(lacks) == 0
+        assert buffer.missing() & ~wire.bits(lacks) == 0
         if honest:
             for place in range(count):
                 if buffer.has(place):

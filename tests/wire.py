@@ -95,6 +95,16 @@ def cut(data, size):
     return [data[start:start + size] for start in range(0, len(data), size)]
 
 
+def bits(places):
+    """An int with the bits at these places: what is missing of a round, as it is counted."""
+    return sum(1 << place for place in set(places))
+
+
+def places(gaps):
+    """The places of the bits that are set in an int, ascending."""
+    return [place for place in range(gaps.bit_length()) if gaps >> place & 1]
+
+
 class Round(collections.namedtuple("Round", "number size base count place")):
     """What a buffer info says: buffer_id, bytes, seq of the first packet, packets, bytes of the image before it."""
 
@@ -239,10 +249,10 @@ class SESSION(object):
     @staticmethod
     def request(what, places, figures=NO_FIGURES):
         """CLIENT_REQ for packets by their place in the round, as bits. One outside makes it a wrong one, or too long a one."""
-        bits = bytearray(max([-(-what.count // 8)] + [1 + place // 8 for place in places]))
+        bitmap = bytearray(max([-(-what.count // 8)] + [1 + place // 8 for place in places]))
         for place in places:
-            bits[place // 8] |= 1 << place % 8
-        return REQUEST + U32.pack(what.number) + FIGURES.pack(*figures) + bytes(bits)
+            bitmap[place // 8] |= 1 << place % 8
+        return REQUEST + U32.pack(what.number) + FIGURES.pack(*figures) + bytes(bitmap)
 
     @staticmethod
     def packets(what, packets=()):
@@ -285,11 +295,11 @@ class SESSION(object):
         figures = FIGURES.unpack(end.read(FIGURES.size))
         if kind == DONE:
             return Message(kind, round=what, figures=figures)
-        bits = bytearray(end.read(-(-what.count // 8)))
-        places = [place for place in range(8 * len(bits)) if bits[place // 8] >> place % 8 & 1]
-        if not places or places[-1] >= what.count:
-            raise Unexpected("a request for %r of %r" % (places, what))
-        return Message(kind, round=what, figures=figures, places=places)
+        bitmap = bytearray(end.read(-(-what.count // 8)))
+        asked = [place for place in range(8 * len(bitmap)) if bitmap[place // 8] >> place % 8 & 1]
+        if not asked or asked[-1] >= what.count:
+            raise Unexpected("a request for %r of %r" % (asked, what))
+        return Message(kind, round=what, figures=figures, places=asked)
 
 
 class BASE(SESSION):

@@ -9,6 +9,7 @@ import pytest
 
 import helpers
 import kmcast
+import wire
 
 PAYLOAD = 40
 SALT = 0xfffffff0
@@ -59,10 +60,10 @@ def cut(data, size=PAYLOAD):
     return [data[start:start + size] for start in range(0, len(data), size)]
 
 
-def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None):
+def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None, checking=True):
     """(a client's buffer for a round of `data`, the packets of that round as bytes)."""
     pieces = cut(data) if pieces is None else pieces
-    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks)
+    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks, checking)
     buffer.start(base, len(pieces), None if any_size else len(data))
     return buffer, [packet(base + index, piece) for index, piece in enumerate(pieces)]
 
@@ -273,6 +274,62 @@ def test_a_buffer_serves_one_round_after_another():
             put(buffer, packet(base + index, piece))
         assert buffer.complete and data_of(buffer) == data
         base = (base + len(pieces)) % 2**32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a look at each checksum: where a digest covers the round
+
+def unchecked():
+    """(a client's buffer that does not look at checksums, the packets of a round, its bytes)."""
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=5)
+    buffer, packets = round_of(data, 2**32 - 5, checking=False)
+    return buffer, packets, data
+
+
+@pytest.mark.parametrize("damaged", [[], [0], [9], [3, 4, 9], list(range(10))], ids=str)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_damaged_packets_are_taken_and_found_out_afterwards(damaged, batch):
+    buffer, packets, data = unchecked()
+    sent = [one[:-1] + bytes(bytearray([bytearray(one)[-1] ^ 1])) if place in damaged else one
+            for place, one in enumerate(packets)]
+    for start in range(0, 9, batch):
+        put(buffer, *sent[start:min(9, start + batch)])
+    put(buffer, sent[9])
+    assert buffer.complete and buffer.damaged == 0
+    assert wire.places(buffer.damaged_packets()) == damaged
+    buffer.forget(wire.bits(damaged))
+    assert missing(buffer) == damaged
+    for place in damaged:
+        buffer.put(bytearray(packets[place]), 0, 1, len(packets[place]) - 12, checking=True)
+    assert buffer.complete and data_of(buffer) == data and not buffer.damaged_packets()
+
+
+@pytest.mark.parametrize("name", ["a wrong checksum", "another salt", "a damaged payload", "a seq that was changed"])
+def test_what_only_its_checksum_gives_away_is_found_out_afterwards(name):
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
+    buffer, packets = round_of(data, 100, checking=False)
+    wrong = WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD])
+    put(buffer, wrong)
+    for each in packets:
+        put(buffer, each)
+    assert buffer.complete and wire.places(buffer.damaged_packets()) == [4 if "seq" in name else 3]
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(WRONG) if "size" in name or "too" in name or "outside" in name])
+def test_what_has_no_place_in_the_round_is_not_taken_at_any_rate(name):
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
+    buffer, packets = round_of(data, 100, checking=False)
+    put(buffer, WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD]))
+    assert missing(buffer) == list(range(10))
+    for each in packets:
+        put(buffer, each)
+    assert data_of(buffer) == data and not buffer.damaged_packets()
+
+
+def test_what_comes_by_tcp_is_checked_all_the_same():
+    buffer, packets, _ = unchecked()
+    buffer.put(bytearray(packets[0][:-1] + b"?"), 0, 1, PAYLOAD, checking=True)
+    assert missing(buffer) == list(range(10)) and buffer.damaged == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,12 +33,14 @@ def gso_missing():
 class Ends(object):
     """A sender and a receiver on a group and port of their own, and a foreign socket that sends there, too."""
 
-    def __init__(self, send="plain", receive="plain", payload=PAYLOAD):
+    def __init__(self, send="plain", receive="plain", payload=PAYLOAD, picky=False):
+        """picky: whether the receiver takes only what the sender sends."""
         if "gso" in (send, receive) and gso_missing():
             pytest.skip(gso_missing())
         self.port = helpers.free_port()
-        self.receiver = kmcast.DatagramReceiver("127.0.0.1", GROUP, self.port, payload, receive)
         self.sender = kmcast.DatagramSender("127.0.0.1", GROUP, self.port, 1, send)
+        source = self.sender.sock.getsockname() if picky else None
+        self.receiver = kmcast.DatagramReceiver("127.0.0.1", GROUP, self.port, payload, receive, source)
         self.foreign = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.foreign.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
 
@@ -195,6 +197,35 @@ def test_joined_datagrams_that_are_smaller_than_a_slot_are_taken_apart(ends, pay
     both.take(target)
     assert not target.missing()
     assert b"".join(target.flush()) == b"".join(pieces)
+
+
+@pytest.mark.parametrize("receive", WAYS)
+def test_only_what_comes_from_the_source_is_taken(ends, receive):
+    """Not what looks the same and comes from another port of that host."""
+    both = ends("plain", receive, picky=True)
+    source, target = filled(helpers.random_bytes(3 * PAYLOAD))
+    both.send_foreign(*[packet(place, b"f" * PAYLOAD) for place in range(3)])
+    assert both.receiver.receive() is None
+    both.send_all(source, into=target)
+    both.take(target)
+    assert target.complete and b"".join(target.flush()) == b"".join(source.flush())
+
+
+@pytest.mark.parametrize("receive", WAYS)
+def test_when_packets_arrived_is_known(ends, receive):
+    """Of the first and the last message of a call, and how many packets the first one brought."""
+    both = ends("plain", receive)
+    source, _ = filled(helpers.random_bytes(5 * PAYLOAD))
+    both.sender.send(source, 0, 1)
+    time.sleep(0.05)
+    for place in range(1, 5):
+        both.sender.send(source, place, place + 1)
+    batches = both.receiver.receive()
+    assert sum(count for _, _, count, _ in batches) == 5
+    assert both.receiver.in_first == 1
+    if receive != "plain":              # there it is the clock at the call
+        assert both.receiver.last - both.receiver.first >= 0.05
+    assert both.receiver.last >= both.receiver.first
 
 
 def test_other_groups_do_not_get_in(ends):

@@ -8,6 +8,7 @@ import pytest
 
 import helpers
 import kmcast
+import wire
 
 PAYLOAD = 1460
 SALT, REPAIR_SALT = 0x12345678, 0x9abcdef0
@@ -233,6 +234,17 @@ def test_coded_datagrams_are_as_the_protocol_has_them():
     assert coded == struct.pack("<3I", 2**31 + 71, zlib.crc32(xor, REPAIR_SALT + 71 & 0xffffffff) & 0xffffffff, PAYLOAD) + xor
 
 
+@pytest.mark.parametrize("groups", [[[0]], [[3, 1], [2]], [[place, place + 150] for place in range(150)]])
+def test_a_pass_is_as_the_protocol_has_it(groups):
+    """With as many recipes as it takes."""
+    session = Session(300, short=50, payload=200, number=7)
+    datagrams, recipe_count, number = session.encode(groups)
+    recipes, combinations = wire.repair_pass(wire.cut(session.data, 200), groups, number, 200)
+    assert recipe_count == len(recipes)
+    assert datagrams == [wire.repair(number + place, payload, REPAIR_SALT)
+                         for place, payload in enumerate(recipes + combinations)]
+
+
 def test_each_client_recovers_its_own_from_one_combination():
     session = Session(10)
     clients = [session.client([place]) for place in range(10)]
@@ -359,6 +371,26 @@ def test_a_recipe_that_names_other_numbers_breaks_nothing():
         coded = session.encode([[2]])[0][1]
         assert session.receive(client, ([header + text, coded], 1, 0)) == 0
         assert missing(client) == [1]
+
+
+def test_what_was_solved_with_a_damaged_packet_is_damaged_too():
+    """Where a digest covers the round nobody has looked at checksums yet. Then both are asked for again."""
+    session = Session(10)
+    client = kmcast.Buffer(PAYLOAD, 10, SALT, checking=False)
+    client.start(0, 10, len(session.data))
+    for place in range(10):
+        if place != 1:
+            datagram = bytearray(session.server.get(place).tobytes())
+            if place == 2:
+                datagram[700] ^= 1
+            feed(client, datagram)
+    assert session.receive(client, session.encode([[1, 2]])) == 1 and client.complete
+    damaged = client.damaged_packets()
+    assert wire.places(damaged) == [1, 2]
+    client.forget(damaged)
+    for place in (1, 2):
+        feed(client, session.server.get(place).tobytes())
+    session.complete(client)
 
 
 @pytest.mark.parametrize("clients, packets, share, repair_share, payload", [

@@ -1,12 +1,16 @@
 """Wire format: every message byte by byte as kmcast-protocol(7) has it, and what is refused."""
 
 import json
+import os
+import re
 import struct
 import zlib
 
 import pytest
 
+import helpers
 import kmcast
+import wire
 
 SESSION_PADDING = b"KMCAST\x02\x00"
 
@@ -195,9 +199,40 @@ def test_a_request_of_the_base_protocol_has_seqs(base):
             BASE.asked(b"\x02" + struct.pack("<3I", 2, base, outside % 2**32), base, 10)
 
 
-def test_a_request_of_the_base_protocol_is_for_these_packets_in_this_order():
-    """Its client counts what comes, be it that it asked for a packet twice."""
-    assert BASE.asked(b"\x02" + struct.pack("<4I", 3, 105, 104, 105), 100, 10) == (1 << 4 | 1 << 5, [5, 4, 5])
+def test_packets_of_the_base_protocol_are_wanted_in_their_order_and_as_often_as_they_are_asked_for():
+    request = b"\x02" + struct.pack("<4I", 3, 105, 104, 105)
+    assert BASE.asked(request, 100, 10) == (1 << 4 | 1 << 5, [5, 4, 5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests' own peers, which share nothing with kmcast
+
+WHAT = wire.Round(258, 18 * 1460 - 7, 0x01020304, 18, 0x0102030405060708)
+DIGEST = bytes(bytearray(range(32)))
+BOTH_SAY = [
+    (WIRE.info(*WHAT), wire.SESSION.info(WHAT)), (WIRE.ready(258), wire.SESSION.ready(WHAT)),
+    (WIRE.sent(258, DIGEST), wire.SESSION.sent(WHAT, DIGEST)), (WIRE.sent(258, b""), wire.SESSION.sent(WHAT)),
+    (WIRE.done(258, FIGURES), wire.SESSION.done(WHAT, FIGURES)),
+    (WIRE.done(kmcast.END, (0, 0, 0, 0)), wire.SESSION.done(wire.IMAGE)),
+    (WIRE.request(258, FIGURES, wire.bits([0, 7, 17]), WHAT.base, 18), wire.SESSION.request(WHAT, [17, 0, 7], FIGURES)),
+    (WIRE.packets(258), wire.SESSION.packets(WHAT)), (WIRE.again(258, 5, 1, 2), wire.SESSION.again(WHAT, 5, 1, 2)),
+    (BASE.info(*WHAT), wire.BASE.info(WHAT)), (BASE.ready(258), wire.BASE.ready(WHAT)),
+    (BASE.sent(258, b""), wire.BASE.sent(WHAT)), (BASE.done(258, FIGURES), wire.BASE.done(WHAT)),
+    (BASE.request(258, FIGURES, wire.bits([0, 17]), WHAT.base, 18), wire.BASE.request(WHAT, [0, 17])),
+    (BASE.packets(258), wire.BASE.packets(WHAT)),
+    (kmcast.pack_group_info("239.1.2.3", 4, WIRE.padding), wire.group_info("239.1.2.3", 4)),
+    (kmcast.pack_group_info("239.1.2.3", 4, BASE.padding), wire.group_info("239.1.2.3", 4, wire.NO_PADDING)),
+]
+
+
+@pytest.mark.parametrize("ours, theirs", BOTH_SAY, ids=lambda value: repr(value)[:20])
+def test_the_tests_peers_say_what_kmcast_says(ours, theirs):
+    assert ours == theirs
+
+
+def test_the_tests_peers_have_nothing_of_kmcast():
+    with open(os.path.join(helpers.ROOT, "tests", "wire.py")) as source:
+        assert not re.search(r"^\s*(import|from) kmcast", source.read(), re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
