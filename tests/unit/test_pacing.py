@@ -281,8 +281,8 @@ class Taught(object):
     def round(self, ratio=1.0, lost=0.0, error=0.0, achieved=None, seconds=0.1, count=2000, **mean):
         self.now += seconds
         speed = self.control.speed(self.now, False)
-        return self.control.learn(speed, achieved or speed.rate, reception(ratio, lost, error, kmcast.Member("192.0.2.7", 0.0)),
-                                  count, self.now, **mean)
+        heard = reception(ratio, lost, error, kmcast.Member("192.0.2.7", 0.0))
+        return self.control.learn(speed, achieved or speed.rate, heard, count, self.now, **mean)
 
 
 def test_a_line_slower_than_the_sending_rate_is_found_from_two_trains_without_losses():

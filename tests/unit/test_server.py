@@ -82,6 +82,11 @@ def bits_of(places):
     return sum(1 << place for place in places)
 
 
+def wanted(*places):
+    """A Request for some packets, as they come."""
+    return kmcast.Request(bits_of(places), len(places), None)
+
+
 def request(number, *places, **options):
     return WIRE.request(number, options.get("figures", NO_FIGURES), bits_of(places), FIRST, options.get("count", COUNT))
 
@@ -136,7 +141,7 @@ def test_what_is_asked_for_is_sent_as_packets_or_comes_again_by_multicast():
     assert made.begin(step("sent", first), 6.0) == [("send", who, WIRE.sent(0, b"d" * 32))]
     made.heard(who, request(0, 9), 7.0)
     assert completed(made) == [("sent", 0, {who: [9]})]
-    assert made.begin(step("repair", first), 8.0) == [("packets", who, (first, 1 << 9))]
+    assert made.begin(step("repair", first), 8.0) == [("packets", who, (first, wanted(9)))]
     assert made.debtors() == [who]
     made.heard(who, done(0), 9.0)
     assert completed(made) == [("repair", 0, {})] and (who.lost, who.by_tcp) == (3, 1)
@@ -149,7 +154,7 @@ def test_a_round_can_be_repaired_for_some_by_tcp_and_for_others_by_multicast():
     made.heard(second, request(0, 2), 4.0)
     made.heard(third, done(0), 4.0)
     assert made.begin(step("repair", the_round, coded=[first], message=b"again"), 5.0) == [
-        ("send", first, b"again"), ("packets", second, (the_round, 1 << 2))]
+        ("send", first, b"again"), ("packets", second, (the_round, wanted(2)))]
     assert made.begin(step("sent", the_round), 6.0) == [("send", first, WIRE.sent(0, b"d" * 32))], "only who listens is told"
 
 
@@ -165,8 +170,8 @@ def test_rounds_go_their_way_side_by_side():
     assert completed(made) == [("sent", 1, {who: [4]})]
     made.heard(who, request(0, 2), 8.0)
     assert completed(made) == [("sent", 0, {who: [2]})]
-    assert made.begin(step("repair", second), 9.0) == [("packets", who, (second, 1 << 4))]
-    assert made.begin(step("repair", first), 9.0) == [("packets", who, (first, 1 << 2))]
+    assert made.begin(step("repair", second), 9.0) == [("packets", who, (second, wanted(4)))]
+    assert made.begin(step("repair", first), 9.0) == [("packets", who, (first, wanted(2)))]
     made.heard(who, done(0), 9.0)
     made.heard(who, done(1), 9.0)
     assert [kind for kind, _, _ in completed(made)] == ["repair", "repair"]
@@ -341,8 +346,9 @@ def test_the_window_of_the_base_protocol_is_one_round():
     assert made.begin(step("announce", the_round), 1.0) == [("send", who, BASE_WIRE.info(0, COUNT * PAYLOAD, FIRST, COUNT, 0))]
     made.heard(who, kmcast.READY, 2.0)
     assert made.begin(step("sent", the_round), 3.0) == [("send", who, kmcast.SENT)]
-    made.heard(who, BASE_WIRE.request(0, None, bits_of([3, 9]), FIRST, COUNT), 4.0)
-    assert made.begin(step("repair", the_round), 5.0) == [("packets", who, (the_round, bits_of([3, 9])))]
+    made.heard(who, kmcast.REQUEST + b"".join(map(kmcast.U32.pack, (2, FIRST + 9, FIRST + 3))), 4.0)
+    assert made.begin(step("repair", the_round), 5.0) == [
+        ("packets", who, (the_round, kmcast.Request(bits_of([3, 9]), 2, [9, 3])))], "in the order in which they were asked for"
     made.heard(who, kmcast.DONE, 6.0)
     assert [kind for kind, _, _ in completed(made)] == ["announce", "sent", "repair"]
     end = kmcast.Round(1, kmcast.Buffer(PAYLOAD, 0), COUNT * PAYLOAD)
@@ -554,7 +560,7 @@ class Drive(object):
         """All have done a step; reception: ratio of a round at the worst."""
         answers = kmcast.Answers()
         for who, places in (requests or {}).items():
-            answers.requests[self.members[who]] = kmcast.Request(bits_of(places), len(places))
+            answers.requests[self.members[who]] = wanted(*places)
         if kind == "sent":
             for who in self.members:
                 answers.heard(kmcast.Reception(reception or 1.0, 0.0, 0.0, who))
@@ -857,7 +863,7 @@ def silence(drive, number):
     answers = kmcast.Answers()
     for who in drive.members:
         answers.deaf.append(who)
-        answers.requests[who] = kmcast.Request((1 << drive.round(number).buffer.count) - 1, drive.round(number).buffer.count)
+        answers.requests[who] = wanted(*range(drive.round(number).buffer.count))
     drive.course.complete(kmcast.Step("sent", drive.round(number)), answers)
     while drive.course.busy:
         drive.course.work()
@@ -919,7 +925,7 @@ def plan(answers, count=1000, dialect=WIRE, multicasting=True):
     made = kmcast.Course(Hands(0), kmcast.Roster(1), dialect, PAYLOAD, 1000)
     made.multicasting = multicasting
     result = [], ()
-    for result in made.plan(buffer, dict((who, kmcast.Request(bits_of(places), len(places)))
+    for result in made.plan(buffer, dict((who, wanted(*places))
                                          for who, places in answers.items())):
         pass
     return result
