@@ -4943,7 +4943,6 @@ class JsonReport(object):
     def __init__(self, path, command, job):
         self._path, self._command, self._job = path, command, job
         self._steps, self._every, self._next = [], 1.0, 0.0
-        self._began = monotonic()
 
     def happened(self, what, facts):
         """An event."""
@@ -6145,10 +6144,7 @@ class Client(object):
         while not window.over:
             self._listen()
             now = monotonic()
-            todo = window.tick(now)
-            if todo:
-                self._carry_out(todo)
-                self._hear()            # what had to wait
+            self._carry_out(window.tick(now))
             self._look_at_clocks(now)
             wait = min(TICK, self.server.alive_every / 2)
             if window.deadline is not None:
