@@ -6159,6 +6159,7 @@ class Client(object):
                 self._hear()
             if self.server.outgoing.count:
                 self._flush()
+        self.started = self.started or monotonic()  # an empty image has no rounds
 
     def _look_at_writer(self):
         """Hear what has become of the rounds that the writer has.  Raises LinkClosed."""
