@@ -862,10 +862,10 @@ class Judge(object):
             self.find("%s has exited %d and does not say why", actor.name, actor.code)
 
     def threads(self, actor):
-        """Each has two; a server more where its places take more."""
-        most = 2
+        """A client has two, a server three, or more where its places take more."""
+        most = 3 if actor.name.startswith("server") else 2
         if actor is self.server and self.plan.per_thread:
-            most = 1 + -(-self.plan.places // self.plan.per_thread)
+            most = 2 + -(-self.plan.places // self.plan.per_thread)
         if actor.threads > most:
             self.find("%s had %d threads", actor.name, actor.threads)
 
