@@ -66,4 +66,4 @@ def test_packets_fit_the_mtu_of_the_interface(laboratory, deploy, python):
         run = deploy(lab, IMAGE[:1000000], server_python=python)
         run.finish()
         run.check_complete()
-        assert helpers.summary(run.server).packets == -(-1000000 // helpers.payload_size(used)), str(run)
+        assert helpers.summary(run.server, used).packets == -(-1000000 // helpers.payload_size(used)), str(run)
