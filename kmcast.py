@@ -1849,13 +1849,15 @@ class RateControl(object):
     JITTER = 0.001                      # seconds by which a clock may be wrong in a train
     AGREE = 0.05                        # share by which two estimates of a line may differ
     OVER = 1.1                          # times the rate, to know it better, or to look for more
+    LEAP = 0.25                         # how much faster at once, once there was an estimate
     MORE = 1.04                         # times the line's rate, which a head must find
     HEADS = 3                           # times in a row
     LOOK_EVERY = 4.0                    # seconds between two such heads
     STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
     FASTER = 1.5                        # times what we ever sent at: no rate above matters
     NOISE = 0.001                       # share of loss that is nobody's
-    YIELD, BACK = 0.7, 0.06             # times the rate for a rival; share of the line regained a second
+    GIVE, YIELD = 0.85, 0.7             # times the rate, for who may be a rival and for who is one
+    BACK = 0.06                         # share of the line that we take back in a second
     LEAST_SHARE = 0.35                  # of the line, whatever the rival takes
     SOON = 5.0                          # seconds in which a second loss tells of a rival
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
@@ -1867,7 +1869,8 @@ class RateControl(object):
         self._step = 1.0                # how much faster next, as a share, while it is sought
         self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
-        self._slow = False              # the last round lagged, without losses
+        self._usual = 0.0               # the share that was known then to be lost at any rate
+        self._slow = self._lossy = False            # whether the last round lagged, without and with losses
         self._common = 0.0              # share of packets that all clients lose at any rate, on average
         self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
         self._found = 0                 # heads in a row that found more
@@ -1908,19 +1911,23 @@ class RateControl(object):
         lags = 1 - worst.ratio > max(self.SLOWER, worst.error) and (steady or lossy)
         if speed.trial and self._trial:
             self._trial = None
-            if worst.lost > speed.trial / 2:
+            if worst.lost - self._usual > speed.trial / 2:
                 return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
         was_slow, self._slow = self._slow, lags and not lossy
-        if lags and (lossy or self.line is None or was_slow):
-            sent = achieved if steady else min(speed.rate, self.FASTER * self._fastest)
+        self._lossy, was_lossy = lags and lossy, self._lossy
+        if lags and (self.line is None or was_slow or was_lossy):
+            # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
+            most = UNLIMITED if self._estimate else self.FASTER * self._fastest
+            sent = achieved if steady else min(speed.rate, most)
             return self._slow_down(sent, worst, lossy)
         if lags:
             return None
         if self.line is None:
             faster = achieved * (1 + self._step)
-            if faster <= self.rate or not steady:
-                return None             # we are the slowest
-            self.rate, self._step = faster, min(1.0, 2 * self._step)
+            if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
+                return None             # we are the slowest, or it was sent before we learned more
+            self.rate = faster
+            self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
             return 'it keeps up'
         if lossy:
             return self._share(speed, worst, now)
@@ -1966,7 +1973,9 @@ class RateControl(object):
         else:                           # what was known is not given up at once: somebody may have been held up
             self.rate = self.OVER * (max(arrived, 0.5 * self.rate) if before else arrived)
             self.line = None
-        self._trial = worst.lost - worst.member.medium if lossy else self._trial
+        if lossy:
+            self._usual = worst.member.medium
+            self._trial = worst.lost - self._usual
         return 'it arrives at %s, %.1f %% lost' % (bits(arrived), 100 * worst.lost)
 
     def _look_for_more(self, achieved, why):
@@ -1981,12 +1990,10 @@ class RateControl(object):
         if speed.rate > self.rate:
             return None                 # of a round that was under way when we learned of others
         again, self._lost_at = now - self._lost_at < self.SOON, now
-        if again:
-            self.rate = max(self.LEAST_SHARE * self.line, self.YIELD * self.rate)
-            return '%.1f %% lost again, to a rival' % (100 * worst.lost)
-        self.line *= 1 - (worst.lost - worst.member.medium)
-        self.rate = min(self.rate, self.BELOW * self.line)
-        return '%.1f %% lost' % (100 * worst.lost)
+        if not again:                   # be it that we thought too much of the line
+            self.line *= 1 - (worst.lost - worst.member.medium)
+        self.rate = max(self.LEAST_SHARE * self.line, (self.YIELD if again else self.GIVE) * self.rate)
+        return '%.1f %% lost%s' % (100 * worst.lost, ' again, to a rival' if again else '')
 
 
 # ---------------------------------------------------------------------------
@@ -3092,6 +3099,7 @@ class Step(object):
 
 # Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
 Request = collections.namedtuple('Request', 'gaps count order')
+Request.__new__.__defaults__ = (None,)
 
 
 class Answers(object):
@@ -4935,7 +4943,6 @@ class JsonReport(object):
     def __init__(self, path, command, job):
         self._path, self._command, self._job = path, command, job
         self._steps, self._every, self._next = [], 1.0, 0.0
-        self._began = monotonic()
 
     def happened(self, what, facts):
         """An event."""
@@ -5514,7 +5521,7 @@ class Multicaster(object):
     """
 
     ROUND = 4 << 20                     # bytes in a round at the most,
-    LARGE_ROUND = 16 << 20              # or where so many clients each cost time in a round,
+    LARGE_ROUND = 8 << 20               # or where so many clients each cost time in a round,
     MANY = 200
     LONE_ROUND = 8 << 20                # or where only one is under way
     STUCK = 5.0                         # seconds without room to send a packet
@@ -6137,10 +6144,7 @@ class Client(object):
         while not window.over:
             self._listen()
             now = monotonic()
-            todo = window.tick(now)
-            if todo:
-                self._carry_out(todo)
-                self._hear()            # what had to wait
+            self._carry_out(window.tick(now))
             self._look_at_clocks(now)
             wait = min(TICK, self.server.alive_every / 2)
             if window.deadline is not None:
@@ -6155,6 +6159,7 @@ class Client(object):
                 self._hear()
             if self.server.outgoing.count:
                 self._flush()
+        self.started = self.started or monotonic()  # an empty image has no rounds
 
     def _look_at_writer(self):
         """Hear what has become of the rounds that the writer has.  Raises LinkClosed."""

@@ -324,6 +324,15 @@ def test_a_later_round_waits_while_a_damaged_one_is_asked_for(window):
     assert window.verified(first) + window.verified(second) == [done(0), done(1)]
 
 
+def test_a_damaged_round_takes_one_buffer(window):
+    window.room = 2
+    assert begin(window, 0) == ready(0)
+    damage(window, 0, 9)
+    (_, first), = answered(window, 0)
+    window.damaged(first, 1 << 9)
+    assert begin(window, 1, 2) == ready(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Coded repair
 

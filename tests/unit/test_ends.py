@@ -55,13 +55,54 @@ def umask():
 def test_a_file_has_a_name_a_size_and_a_digest(tmp_path):
     (tmp_path / "image.raw").write_bytes(DATA)
     source = kmcast.Source(str(tmp_path / "image.raw"))
+    source.start()
     assert (source.name, source.size, source.bytes) == ("image.raw", len(DATA), 0)
     assert source.digest() == hashlib.sha256(b"").digest()
-    view = memoryview(bytearray(1000))
+    view = source.area(1000)
     assert source.read_into(view) == 1000 and view.tobytes() == DATA[:1000]
+    source.hash(view)
     assert source.digest() == hashlib.sha256(DATA[:1000]).digest()
-    assert read_all(source) == DATA[1000:]
-    assert source.bytes == len(DATA) and source.digest() == hashlib.sha256(DATA).digest()
+    view = source.area(len(DATA) - 1000)
+    assert source.read_into(view) == len(DATA) - 1000 and view.tobytes() == DATA[1000:]
+    source.hash(view)
+    assert source.read_into(view) == 0 and source.bytes == len(DATA)
+    assert source.digest() == source.digest(2) == hashlib.sha256(DATA).digest()
+    assert source.digest(1) == hashlib.sha256(DATA[:1000]).digest(), "through any part of it"
+    source.close()
+
+
+def test_what_was_read_stays_where_it_is_until_the_next_but_one(tmp_path):
+    """For it is still being hashed while the next is read."""
+    (tmp_path / "image").write_bytes(DATA)
+    source = kmcast.Source(str(tmp_path / "image"))
+    source.start()
+    first = source.area(1000)
+    source.read_into(first)
+    second = source.area(1000)
+    source.read_into(second)
+    assert first.tobytes() == DATA[:1000] and second.tobytes() == DATA[1000:2000]
+    source.close()
+
+
+def test_a_file_is_called_the_same_as_long_as_nobody_changes_it(tmp_path):
+    (tmp_path / "image").write_bytes(DATA)
+    names = []
+    for data in (DATA, None, DATA + b"x"):
+        if data is not None:
+            (tmp_path / "image").write_bytes(data)
+        source = kmcast.Source(str(tmp_path / "image"), digest=False)
+        names.append(source.image())
+        source.close()
+    assert names[0] != names[2] and names[1] != names[2]
+    source = kmcast.Source(str(tmp_path / "image"), digest=False)
+    assert source.image() == names[2] and len(names[2]) == 32 and int(names[2], 16) >= 0
+    source.close()
+
+
+def test_what_has_no_size_has_another_name_each_time(tmp_path):
+    os.mkfifo(str(tmp_path / "fifo"))
+    source = kmcast.Source(str(tmp_path / "fifo"), digest=False)
+    assert source.image() != source.image()
     source.close()
 
 
@@ -120,6 +161,49 @@ def test_a_read_error_is_a_failure():
         source.read_into(memoryview(bytearray(10)))
     assert failure.value.code == 1
     source.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hasher
+
+@pytest.fixture
+def hasher():
+    thread = kmcast.Hasher()
+    thread.start()
+    yield thread
+    thread.close()
+    assert not thread.is_alive()
+
+
+def test_parts_are_hashed_in_their_order_and_each_has_a_digest(hasher):
+    whole = hashlib.sha256()
+    expected = [whole.digest()]
+    for number in range(20):
+        part = helpers.random_bytes(1000 * number, seed=number)
+        hasher.give(memoryview(bytearray(part)))
+        whole.update(part)
+        expected.append(whole.digest())
+    assert hasher.digest() == expected[-1]
+    assert [hasher.digest(parts) for parts in range(21)] == expected
+
+
+def test_nothing_has_a_digest_too(hasher):
+    assert hasher.digest() == hasher.digest(0) == hashlib.sha256(b"").digest()
+
+
+def test_a_part_may_change_when_the_next_but_one_is_given(hasher):
+    """Two areas do, of which one is filled while the other is hashed."""
+    areas, whole = [bytearray(100000), bytearray(100000)], hashlib.sha256()
+    for number in range(50):
+        area = areas[number % 2]
+        area[:] = helpers.random_bytes(100000, seed=number)
+        whole.update(bytes(area))
+        hasher.give(memoryview(area))
+    assert hasher.digest() == whole.digest()
+
+
+def test_a_hasher_that_was_not_started_can_be_closed():
+    kmcast.Hasher().close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,24 +1,21 @@
-"""What the server decides, by itself: who gets a place, who owes what, what is repaired how."""
+"""What the server decides, by itself: who gets a place, who owes what, which round is next, what is repaired how."""
+
+import collections
 
 import pytest
 
 import kmcast
 
-
-class Hands(object):
-    """The hands of a Course that does nothing yet."""
-
-    def fill(self, base, limit):
-        self.filling = base, limit
-
-
-def course(dialect=kmcast.SessionDialect, **options):
-    return kmcast.Course(Hands(), kmcast.Roster(1), dialect, 1460, 1000, **options)
+WIRE, BASE_WIRE = kmcast.SessionDialect, kmcast.BaseDialect
+NO_FIGURES = (0, 0, 0, 0)
+PAYLOAD, COUNT, FIRST = 1460, 10, 100
+GB = 1e9                                # bit/s
+CALM = kmcast.Speed(GB, GB, True, None)
 
 
-def member(host="node7", address="192.0.2.7"):
+def member(host="node7", address="192.0.2.7", window=4):
     made = kmcast.Member(address, 0.0)
-    made.host = host
+    made.host, made.window = host, window
     return made
 
 
@@ -61,112 +58,877 @@ def test_a_host_that_comes_twice_has_a_twin_but_not_on_loopback():
 # ---------------------------------------------------------------------------------------------------------------------
 # ServerWindow
 
-BUFFER = kmcast.Buffer(1460, 10)
-BUFFER.start(100, 10, 14600)
+def a_round(number=0, count=COUNT, multicast=None):
+    """A Round that is sent as a whole, at a rate that the line is known to carry."""
+    buffer = kmcast.Buffer(PAYLOAD, count)
+    buffer.start(FIRST + number * count, count, count * PAYLOAD)
+    made = kmcast.Round(number, buffer, number * count * PAYLOAD)
+    made.digest, made.speed = b"d" * 32, CALM
+    made.multicast = count if multicast is None else multicast
+    return made
 
 
-def window(*members):
-    made = kmcast.ServerWindow(kmcast.SessionDialect, 30.0)
+def window(*members, **options):
+    made = kmcast.ServerWindow(options.get("dialect", WIRE), 30.0)
     made.members += members
     return made
 
 
-def announced(who):
-    made = window(who)
-    assert made.begin(kmcast.Step("announce", buffer=BUFFER, info=BUFFER.info(0)), 1.0) == [
-        ("send", who, b"\x01" + BUFFER.info(0))]
-    assert made.awaited() == [who]
-    return made
+def step(kind, *args, **options):
+    return kmcast.Step(kind, *args, **options)
 
 
-def sent(who):
-    made = announced(who)
-    made.heard(who, kmcast.READY, 2.0)
-    assert made.awaited() == [] and who.listening
-    assert made.begin(kmcast.Step("sent", buffer=BUFFER, digest=b"d" * 32), 3.0) == [("send", who, b"\x08" + b"d" * 32)]
-    return made
+def bits_of(places):
+    return sum(1 << place for place in places)
 
 
-def request(*seqs):
-    return kmcast.REQUEST + b"".join(kmcast.U32.pack(number) for number in (len(seqs),) + seqs)
+def wanted(*places):
+    """A Request for some packets, as they come."""
+    return kmcast.Request(bits_of(places), len(places), None)
 
 
-def test_a_step_is_through_when_all_have_answered():
-    who = member()
-    made = sent(who)
-    assert made.awaited() == [who]
-    made.heard(who, kmcast.DONE, 4.0)
-    assert made.awaited() == [] and made.requests() == {} and who.paid == 4.0
+def request(number, *places, **options):
+    return WIRE.request(number, options.get("figures", NO_FIGURES), bits_of(places), FIRST, options.get("count", COUNT))
+
+
+def done(number, figures=NO_FIGURES):
+    return WIRE.done(number, figures)
+
+
+def announced(*members):
+    """A window in which round 0 is announced."""
+    made, first = window(*members), a_round()
+    assert made.begin(step("announce", first), 1.0) == [
+        ("send", who, WIRE.info(0, COUNT * PAYLOAD, FIRST, COUNT, 0)) for who in members]
+    assert made.complete() == [] and set(made.debtors()) == set(members)
+    return made, first
+
+
+def sent(*members):
+    """A window in which round 0 was multicast; nobody has answered yet."""
+    made, first = announced(*members)
+    for who in members:
+        assert made.heard(who, WIRE.ready(0), 2.0) == []
+    assert [awaited.step.kind for awaited in made.complete()] == ["announce"]
+    assert made.begin(step("sent", first), 3.0) == [("send", who, WIRE.sent(0, b"d" * 32)) for who in members]
+    return made, first
+
+
+def completed(made):
+    """The steps that are complete: (kind, number of the round, what is asked for)."""
+    return [(awaited.step.kind, awaited.step.round and awaited.step.round.number,
+             dict((who, kmcast.places(asked.gaps)) for who, asked in awaited.answers.requests.items()))
+            for awaited in made.complete()]
+
+
+def test_a_step_is_through_when_all_have_answered_and_is_told_once():
+    first, second = member("a"), member("b")
+    made, _ = sent(first, second)
+    made.heard(first, done(0), 4.0)
+    assert completed(made) == [] and made.debtors() == [second]
+    made.heard(second, done(0), 5.0)
+    assert completed(made) == [("sent", 0, {})] and completed(made) == [] and made.debtors() == []
+    assert first.oldest is None and first.owes is None
 
 
 def test_what_is_asked_for_is_sent_as_packets_or_comes_again_by_multicast():
     who = member()
-    made = sent(who)
-    made.heard(who, request(103, 109), 4.0)
-    assert made.requests() == {who: [3, 9]} and made.awaited() == []
-    assert made.begin(kmcast.Step("again", buffer=BUFFER, coded=[who], message=b"m" * 12), 5.0) == [
-        ("send", who, b"\x40" + b"m" * 12)]
-    made.begin(kmcast.Step("sent", buffer=BUFFER, digest=b""), 6.0)
-    made.heard(who, request(109), 7.0)
-    assert made.begin(kmcast.Step("repair", buffer=BUFFER), 8.0) == [("packets", who, [9])]
-    assert made.awaited() == [who]
-    made.heard(who, kmcast.DONE, 9.0)
-    assert made.awaited() == [] and (who.lost, who.by_tcp) == (3, 1)
+    made, first = sent(who)
+    assert made.heard(who, request(0, 3, 9), 4.0) == []
+    assert completed(made) == [("sent", 0, {who: [3, 9]})] and who.owes is None
+    assert made.begin(step("repair", first, coded=[who], message=b"again"), 5.0) == [("send", who, b"again")]
+    assert completed(made) == [("repair", 0, {})], "it owes nothing until the pass was sent"
+    assert made.begin(step("sent", first), 6.0) == [("send", who, WIRE.sent(0, b"d" * 32))]
+    made.heard(who, request(0, 9), 7.0)
+    assert completed(made) == [("sent", 0, {who: [9]})]
+    assert made.begin(step("repair", first), 8.0) == [("packets", who, (first, wanted(9)))]
+    assert made.debtors() == [who]
+    made.heard(who, done(0), 9.0)
+    assert completed(made) == [("repair", 0, {})] and (who.lost, who.by_tcp) == (3, 1)
 
 
-@pytest.mark.parametrize("message", [kmcast.READY, kmcast.DONE, request(100)], ids=repr)
+def test_a_round_can_be_repaired_for_some_by_tcp_and_for_others_by_multicast():
+    first, second, third = member("a"), member("b"), member("c")
+    made, the_round = sent(first, second, third)
+    made.heard(first, request(0, 1), 4.0)
+    made.heard(second, request(0, 2), 4.0)
+    made.heard(third, done(0), 4.0)
+    assert made.begin(step("repair", the_round, coded=[first], message=b"again"), 5.0) == [
+        ("send", first, b"again"), ("packets", second, (the_round, wanted(2)))]
+    assert made.begin(step("sent", the_round), 6.0) == [("send", first, WIRE.sent(0, b"d" * 32))], "only who listens is told"
+
+
+def test_rounds_go_their_way_side_by_side():
+    who = member()
+    made, first = sent(who)
+    second = a_round(1)
+    made.begin(step("announce", second), 4.0)
+    made.heard(who, WIRE.ready(1), 5.0)
+    assert completed(made) == [("announce", 1, {})], "though the first one is unanswered"
+    assert made.begin(step("sent", second), 6.0) == [("send", who, WIRE.sent(1, b"d" * 32))]
+    made.heard(who, request(1, 4), 7.0)
+    assert completed(made) == [("sent", 1, {who: [4]})]
+    made.heard(who, request(0, 2), 8.0)
+    assert completed(made) == [("sent", 0, {who: [2]})]
+    assert made.begin(step("repair", second), 9.0) == [("packets", who, (second, wanted(4)))]
+    assert made.begin(step("repair", first), 9.0) == [("packets", who, (first, wanted(2)))]
+    made.heard(who, done(0), 9.0)
+    made.heard(who, done(1), 9.0)
+    assert [kind for kind, _, _ in completed(made)] == ["repair", "repair"]
+
+
+def test_who_has_everything_hears_the_last_word_at_once_and_is_served_when_it_says_so():
+    first, second = member("a"), member("b")
+    made, _ = sent(first, second)
+    made.heard(first, done(0), 4.0)
+    assert made.begin(step("finish", message=b"bye"), 5.0) == [("send", first, b"bye")]
+    assert made.heard(second, done(0), 6.0) == [("send", second, b"bye")]
+    assert made.heard(second, WIRE.done(kmcast.END, NO_FIGURES), 7.0) == [("served", second, None)]
+    assert (second.outcome, second.ended) == ("complete", 7.0) and first.outcome is None
+    made.heard(first, WIRE.done(kmcast.END, NO_FIGURES), 8.0)
+    assert [kind for kind, _, _ in completed(made)] == ["sent", "finish"]
+
+
+def test_who_leaves_is_not_waited_for_and_gets_nothing_more():
+    first, second = member("a"), member("b")
+    made, the_round = sent(first, second)
+    made.heard(second, request(0, 3), 4.0)
+    made.heard(first, done(0), 4.0)
+    made.leave(second)
+    assert completed(made) == [("sent", 0, {})]
+    made, the_round = sent(first, member("c"))
+    made.leave(made.members[1])
+    made.heard(first, done(0), 4.0)
+    assert completed(made) == [("sent", 0, {})]
+    assert made.begin(step("repair", the_round), 5.0) == []
+
+
+@pytest.mark.parametrize("message", [
+    WIRE.ready(0), done(0), request(0, 1), done(kmcast.END), kmcast.HELLO + kmcast.U32.pack(2) + b"{}"], ids=repr)
 def test_what_is_not_owed_is_an_error(message):
     who = member()
     with pytest.raises(kmcast.ProtocolError):
         window(who).heard(who, message, 1.0)
 
 
-@pytest.mark.parametrize("seq", [99, 110, 2**32 - 1])
-def test_a_packet_outside_the_round_cannot_be_asked_for(seq):
+@pytest.mark.parametrize("message", [done(0), request(0, 1), WIRE.ready(1), done(1)], ids=repr)
+def test_who_owes_that_it_is_ready_can_say_nothing_else(message):
     who = member()
+    made, _ = announced(who)
     with pytest.raises(kmcast.ProtocolError):
-        sent(who).heard(who, request(100, seq), 4.0)
+        made.heard(who, message, 1.0)
+
+
+@pytest.mark.parametrize("message", [WIRE.ready(0), done(1), request(1, 1), WIRE.ready(1), done(kmcast.END)], ids=repr)
+def test_who_owes_an_answer_can_say_nothing_else(message):
+    who = member()
+    made, _ = sent(who)
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, message, 1.0)
+
+
+@pytest.mark.parametrize("before, message", [(done(0), done(0)), (done(0), request(0, 1)), (request(0, 1), done(0)),
+                                             (request(0, 1), request(0, 1))], ids=repr)
+def test_a_debt_is_paid_once(before, message):
+    who = member()
+    made, _ = sent(who)
+    made.heard(who, before, 4.0)
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, message, 5.0)
+
+
+@pytest.mark.parametrize("bitmap", [b"\0\0", b"\1\4", b"\0\x80"], ids=["nothing", "packet 10 of 10", "packet 15 of 10"])
+def test_only_packets_of_the_round_can_be_asked_for(bitmap):
+    who = member()
+    made, _ = sent(who)
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, request(0, 1)[:-2] + bitmap, 4.0)
+
+
+def test_the_size_of_a_request_for_a_round_that_is_not_under_way_is_not_known():
+    who = member()
+    made, _ = sent(who)
+    assert made.size_of(request(0, 1)[:5]) == len(request(0, 1))
+    for number in (1, 7, kmcast.END):
+        with pytest.raises(kmcast.ProtocolError):
+            made.size_of(request(number, 1)[:5])
+
+
+def test_the_same_round_can_be_asked_for_twenty_times():
+    who = member()
+    made, the_round = sent(who)
+    for _ in range(20):
+        made.heard(who, request(0, 1), 4.0)
+        made.begin(step("repair", the_round), 5.0)
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, request(0, 1), 6.0)
 
 
 def test_only_who_gets_nothing_done_has_stalled():
     who = member()
-    made = announced(who)
+    made, _ = announced(who)
     assert made.stalled(who, 0.0, 31.0) is None
     assert "ready for the next round" in made.stalled(who, 0.0, 31.1)
     assert made.stalled(who, 20.0, 31.1) is None, "its kernel took something"
     made.heard(who, kmcast.ALIVE, 30.0)
     assert made.stalled(who, 0.0, 59.0) is None
-    made.heard(who, kmcast.SessionDialect.state(busy="writing"), 59.0)
+    made.heard(who, WIRE.state(busy="writing"), 59.0)
     assert made.stalled(who, 0.0, 60.1), "words alone move nothing"
+
+
+def test_a_member_is_blamed_for_its_oldest_round_only():
+    """It writes and hashes in order: what it owes for later rounds may have to wait."""
+    who = member()
+    made, _ = sent(who)
+    made.begin(step("announce", a_round(1)), 10.0)
+    assert (who.oldest, who.owes) == (0, kmcast.ANSWER)
+    assert who.moved == 3.0, "that it owes more is no move"
+    made.heard(who, WIRE.ready(1), 20.0)
+    assert who.moved == 3.0, "nor that it pays for a later round"
+    assert kmcast.ANSWER in made.stalled(who, 0.0, 33.1)
+    made.heard(who, request(0, 1), 32.0)
+    assert (who.oldest, who.owes) == (0, None), "now that waits for us"
+    assert made.stalled(who, 0.0, 62.0) is None
+    assert "takes what is sent" in made.stalled(who, 0.0, 62.1)
+
+
+def test_what_it_owes_for_the_next_round_begins_when_that_is_the_oldest():
+    who = member()
+    made, _ = sent(who)
+    made.begin(step("announce", a_round(1)), 4.0)
+    made.heard(who, done(0), 30.0)
+    assert (who.oldest, who.owes, who.moved) == (1, kmcast.READINESS, 30.0)
+    assert made.stalled(who, 0.0, 60.0) is None and kmcast.READINESS in made.stalled(who, 0.0, 60.1)
+
+
+def test_without_a_stall_timeout_nobody_is_dropped():
+    who = member()
+    made, _ = announced(who)
+    made.stall_timeout = 0
+    assert made.stalled(who, 0.0, 1e9) is None
 
 
 def test_signs_of_life_have_a_limit():
     who = member()
-    made = announced(who)
+    made, _ = announced(who)
     with pytest.raises(kmcast.ProtocolError):
         for _ in range(100):
             made.heard(who, kmcast.ALIVE, 10.0)
 
 
+def test_signs_of_life_that_are_asked_for_have_none():
+    who = member()
+    made, _ = announced(who)
+    for number in range(1000):
+        made.heard(who, kmcast.ALIVE, number * kmcast.alive_every(30.0))
+
+
 def test_a_client_says_what_it_is_busy_with():
     who = member()
-    made = announced(who)
-    made.heard(who, kmcast.SessionDialect.state(busy="writing", overflows=5), 2.0)
+    made, _ = announced(who)
+    made.heard(who, WIRE.state(busy="writing", overflows=5), 2.0)
     assert who.busy == "writing" and who.figures == {"overflows": 5}
     with pytest.raises(kmcast.ProtocolError):
-        made.heard(who, kmcast.SessionDialect.state(busy=7), 2.0)
+        made.heard(who, WIRE.state(busy=7), 2.0)
+
+
+def test_a_client_that_ends_says_why():
+    who = member()
+    made, _ = announced(who)
+    with pytest.raises(kmcast.Refused) as refused:
+        made.heard(who, WIRE.bye(ok=False, reason="disk full"), 2.0)
+    assert "disk full" in refused.value.reason
+
+
+def test_the_window_of_the_base_protocol_is_one_round():
+    who = member()
+    made, the_round = window(who, dialect=BASE_WIRE), a_round()
+    assert made.begin(step("announce", the_round), 1.0) == [("send", who, BASE_WIRE.info(0, COUNT * PAYLOAD, FIRST, COUNT, 0))]
+    made.heard(who, kmcast.READY, 2.0)
+    assert made.begin(step("sent", the_round), 3.0) == [("send", who, kmcast.SENT)]
+    made.heard(who, kmcast.REQUEST + b"".join(map(kmcast.U32.pack, (2, FIRST + 9, FIRST + 3))), 4.0)
+    assert made.begin(step("repair", the_round), 5.0) == [
+        ("packets", who, (the_round, kmcast.Request(bits_of([3, 9]), 2, [9, 3])))], "in the order in which they were asked for"
+    made.heard(who, kmcast.DONE, 6.0)
+    assert [kind for kind, _, _ in completed(made)] == ["announce", "sent", "repair"]
+    end = kmcast.Round(1, kmcast.Buffer(PAYLOAD, 0), COUNT * PAYLOAD)
+    made.begin(step("announce", end), 7.0)
+    made.heard(who, kmcast.READY, 8.0)
+    assert made.begin(step("finish", end), 9.0) == [("send", who, kmcast.SENT)]
+    assert made.heard(who, kmcast.DONE, 10.0) == [("served", who, None)] and who.outcome == "complete"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the clients hear
+
+def heard(who, message, count=1000, multicast=None, tail=(GB, 0.01), head=None, speed=CALM):
+    """The Answers to the first `sent` of a round, of one member."""
+    made, the_round = window(who), a_round(0, count, multicast)
+    the_round.tail, the_round.head, the_round.speed = tail, head, speed
+    made.begin(step("announce", the_round), 1.0)
+    made.heard(who, WIRE.ready(0), 2.0)
+    made.begin(step("sent", the_round), 3.0)
+    awaited = made.awaited[-1]
+    made.heard(who, message, 4.0)
+    return awaited.answers
+
+
+def figures(rate, count=500, packet=PAYLOAD + 40):
+    """What a train of `count` packets that arrives at a rate makes."""
+    return count, int(1e6 * count * packet * 8 / rate)
+
+
+def test_a_round_that_arrives_as_it_was_sent_has_the_ratio_1():
+    answers = heard(member(), done(0, (0, 0) + figures(GB)))
+    reception, = answers.worst
+    assert answers.hearing == 1 and answers.deaf == [] and reception.lost == 0
+    assert reception.ratio == pytest.approx(1.0, abs=0.001)
+
+
+def test_a_round_that_arrives_slower_tells_at_which_share_of_the_rate():
+    who = member()
+    reception, = heard(who, done(0, (0, 0) + figures(GB / 10))).worst
+    assert reception.member is who and reception.lost == 0
+    assert reception.ratio == pytest.approx(0.1, rel=0.001) and reception.error < 0.1
+
+
+def test_a_clock_that_does_not_tell_leaves_it_to_the_losses():
+    reception, = heard(member(), done(0, (0, 0, 500, 9))).worst
+    assert reception.ratio == 1.0
+    speed = kmcast.Speed(GB, GB, False, None)
+    reception, = heard(member(), request(0, *range(500, 1000, 2), count=1000), speed=speed).worst
+    assert reception.ratio == pytest.approx(0.5) and reception.lost == 0.25
+
+
+def test_only_a_rate_that_the_line_carries_tells_what_a_medium_loses():
+    who, message = member(), request(0, *range(500, 1000, 2), count=1000)
+    heard(who, message, speed=kmcast.Speed(GB, GB, False, None))
+    assert who.medium == 0.0
+    heard(who, done(0))
+    assert who.medium == 0.0
+    who = member()
+    heard(who, message)
+    assert 0.0 < who.medium < 0.25, "little by little"
+    who = member()
+    heard(who, message, speed=kmcast.Speed(GB / 2, GB / 2, False, 0.25))
+    assert who.medium == 0.25, "at once, where it was lost at another rate, too"
+
+
+def test_what_a_clients_medium_loses_is_allowed_for():
+    who = member()
+    who.medium = 0.1
+    reception, = heard(who, request(0, *range(0, 1000, 10), count=1000)).worst
+    assert reception.ratio == pytest.approx(1.0) and reception.lost == pytest.approx(0.1)
+
+
+def test_who_hears_nothing_is_deaf_and_its_losses_are_not_the_rates():
+    who = member()
+    answers = heard(who, request(0, *range(1000), count=1000))
+    assert answers.deaf == [who] and answers.hearing == 0 and answers.worst == [] and who.deaf_since == 4.0
+
+
+def test_only_what_was_multicast_can_have_been_heard():
+    who = member()
+    answers = heard(who, request(0, *range(16, 1000), count=1000), multicast=16, tail=None)
+    assert answers.deaf == [] and answers.worst[0].lost == 0
+    who = member()
+    answers = heard(who, request(0, *range(1000), count=1000), multicast=16, tail=None)
+    assert answers.deaf == [who]
+
+
+def test_who_loses_too_much_counts_but_does_not_decide():
+    who = member()
+    who.ignored = True
+    answers = heard(who, request(0, *range(900), count=1000))
+    assert answers.hearing == 1 and answers.worst == []
+
+
+def test_a_head_that_was_sent_faster_tells_how_fast_it_came():
+    assert heard(member(), done(0, figures(2 * GB, 187) + figures(GB))).head is None
+    answers = heard(member(), done(0, figures(2 * GB, 187) + figures(GB)), head=(2 * GB, 0.01))
+    assert answers.head == pytest.approx(2 * GB, rel=0.001)
+
+
+def test_only_the_first_answer_tells_how_a_round_was_heard():
+    who = member()
+    made, the_round = sent(who)
+    made.heard(who, request(0, 1), 4.0)
+    made.complete()
+    made.begin(step("repair", the_round, coded=[who], message=b""), 5.0)
+    made.complete()
+    made.begin(step("sent", the_round), 5.0)
+    awaited = made.awaited[-1]
+    made.heard(who, done(0), 6.0)
+    assert awaited.answers.hearing == 0 and awaited.answers.worst == []
+
+
+def test_answers_of_many_keep_the_two_worst_and_the_last_two():
+    whole, other = kmcast.Answers(), kmcast.Answers()
+    for number, ratio in enumerate((0.9, 0.2, 1.0, 0.5)):
+        answers = whole if number % 2 else other
+        answers.heard(kmcast.Reception(ratio, 0.0, 1 - ratio, number))
+        answers.heard_head(ratio * GB)
+        answers.paid(number, float(number))
+    whole.add(other)
+    assert [reception.ratio for reception in whole.worst] == [0.2, 0.5]
+    assert whole.hearing == 4 and whole.head == 0.2 * GB and whole.lost == pytest.approx(1.4)
+    assert whole.late == [(3.0, 3), (2.0, 2)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Course
+
+class Hands(object):
+    """The hands of a Course, with a clock that is set and a producer that gives buffers of what is left."""
+
+    def __init__(self, packets, short=0):
+        self.clock, self.left, self.short = 10.0, packets, short
+        self.steps, self.released, self.room = collections.deque(), [], []
+        self.filling, self.digests = None, []
+
+    def now(self):
+        return self.clock
+
+    def fill(self, base, limit):
+        assert self.filling is None, "one after the other"
+        self.filling = base, limit
+
+    def digest(self, number):
+        self.digests.append(number)
+        return ("d%d" % number).encode("ascii")
+
+    def do(self, step):
+        self.steps.append(step)
+
+    def release(self, buffer):
+        self.released.append(buffer)
+
+    def leave_room(self, size):
+        self.room.append(size)
+
+    def trouble(self):
+        return None
+
+
+class Drive(object):
+    """A Course and its fake hands, and who answers for the TCP servers."""
+
+    def __init__(self, packets=0, members=1, windows=None, dialect=WIRE, capacity=1000, short=0, **options):
+        self.hands = Hands(packets, short)
+        self.members = [member("node%d" % number, "192.0.2.%d" % number, (windows or [4] * members)[number])
+                        for number in range(members)]
+        self.roster = kmcast.Roster(members)
+        options.setdefault("rate", GB)
+        self.course = kmcast.Course(self.hands, self.roster, dialect, PAYLOAD, capacity, farewell=lambda: b"bye", **options)
+        self.course.begin()
+        for each in self.members:
+            self.roster.admit(each)
+        assert self.roster.begin(0.0)
+
+    def start(self):
+        self.fill()
+        self.course.start()
+        return self
+
+    def fill(self):
+        """The producer gives what the next buffer has room for."""
+        (base, limit), self.hands.filling = self.hands.filling, None
+        buffer = kmcast.Buffer(PAYLOAD, limit)
+        count = min(limit, self.hands.left)
+        self.hands.left -= count
+        last = count < limit            # that an image ends with a full buffer is known by an empty one
+        buffer.start(base, count, count * PAYLOAD - (self.hands.short if last and count else 0))
+        buffer.ended = last
+        self.course.filled(buffer)
+
+    def fill_all(self):
+        while self.hands.filling:
+            self.fill()
+
+    def took(self):
+        """The steps since the last call: (kind, number)."""
+        steps, self.hands.steps = self.hands.steps, collections.deque()
+        return [(each.kind, each.round and each.round.number) for each in steps]
+
+    def round(self, number):
+        """A round that is under way."""
+        found, = [underway.round for underway in self.course._underway          # pylint: disable=protected-access
+                  if underway.round.number == number]
+        return found
+
+    def complete(self, kind, number=None, requests=None, reception=None):
+        """All have done a step; reception: ratio of a round at the worst."""
+        answers = kmcast.Answers()
+        for who, places in (requests or {}).items():
+            answers.requests[self.members[who]] = wanted(*places)
+        if kind == "sent":
+            for who in self.members:
+                answers.heard(kmcast.Reception(reception or 1.0, 0.0, 0.0, who))
+        self.course.complete(kmcast.Step(kind, None if number is None else self.round(number)), answers)
+        while self.course.busy:
+            self.course.work()
+
+    def send(self):
+        """Multicast what is due; returns (number, packets, whether a repair), or None."""
+        sending = self.course.next()
+        if sending is None:
+            return None
+        done = sending.underway.round
+        if sending.buffer is done.buffer:
+            done.tail = GB, 0.01
+        self.course.sent(sending)
+        return done.number, sending.last, sending.buffer is not done.buffer
+
+
+def test_a_round_is_announced_when_it_is_full_and_multicast_when_all_are_ready():
+    drive = Drive(100).start()
+    assert drive.took() == [("announce", 0)] and drive.send() is None
+    drive.complete("announce", 0)
+    assert drive.send() == (0, 64, False)
+    assert drive.took() == [("sent", 0)]
+    assert drive.hands.digests == [0], "known when it is sent"
+    assert drive.send() is None
+
+
+def test_the_next_round_goes_out_while_the_first_is_unanswered():
+    drive = Drive(1000).start()
+    drive.fill_all()
+    assert drive.took() == [("announce", number) for number in range(4)]
+    for number in range(4):
+        drive.complete("announce", number)
+    assert [drive.send()[0] for _ in range(4)] == [0, 1, 2, 3] and drive.send() is None
+
+
+def test_rounds_are_multicast_in_their_order_though_a_later_one_is_ready_first():
+    drive = Drive(1000).start()
+    drive.fill_all()
+    drive.complete("announce", 1)
+    assert drive.send() is None
+    drive.complete("announce", 0)
+    assert [drive.send()[0] for _ in range(2)] == [0, 1]
+
+
+def test_a_round_begins_where_the_one_before_ends():
+    drive = Drive(1000).start()
+    drive.fill_all()
+    rounds = [drive.round(number) for number in range(4)]
+    for before, after in zip(rounds, rounds[1:]):
+        assert after.buffer.base == before.buffer.base + before.buffer.count
+        assert after.place == before.place + before.buffer.size
+    assert rounds[0].place == 0 and [each.buffer.count for each in rounds] == [64, 128, 256, 512]
+
+
+def test_a_round_is_through_when_nobody_asks_and_makes_room_for_the_next():
+    drive = Drive(5000).start()
+    drive.fill_all()
+    assert drive.took()[-1] == ("announce", 3)
+    drive.complete("announce", 0)
+    drive.send()
+    drive.took()
+    first = drive.round(0)
+    drive.complete("sent", 0)
+    assert drive.hands.released == [first.buffer] and drive.course.delivered == 64 * PAYLOAD
+    assert drive.took() == [("announce", 4)]
+
+
+@pytest.mark.parametrize("windows, expected", [([4], 4), ([2], 2), ([1, 4], 1), ([9, 3], 3), ([8, 8], 4)])
+def test_no_more_rounds_are_under_way_than_the_smallest_window(windows, expected):
+    drive = Drive(5000, len(windows), windows).start()
+    drive.fill_all()
+    assert drive.took() == [("announce", number) for number in range(expected)]
+
+
+def test_a_window_is_that_of_who_was_here_at_the_start():
+    drive = Drive(5000, 2, [4, 1])
+    drive.roster.leave(drive.members[1])
+    drive.start()
+    drive.fill_all()
+    assert len(drive.took()) == 1
+
+
+def test_what_is_missing_comes_by_tcp_and_the_round_is_through_after_it():
+    drive = Drive(64, 2).start()
+    drive.complete("announce", 0)
+    drive.send()
+    drive.took()
+    drive.complete("sent", 0, {1: [3, 9]})
+    repair, = drive.hands.steps
+    assert (repair.kind, list(repair.coded), repair.message) == ("repair", [], b"")
+    assert drive.took() == [("repair", 0)] and drive.send() is None
+    assert drive.course.by_tcp == 2 and drive.hands.room, "the line is left to these"
+    drive.complete("repair", 0)
+    assert drive.course.idle
+
+
+def coded_drive(packets=5000):
+    """A Drive where round 2, of 256 packets, has been multicast."""
+    drive = Drive(packets, 10).start()
+    drive.fill_all()
+    for number in range(3):
+        drive.complete("announce", number)
+        assert drive.send() == (number, 64 << number, False)
+    for number in range(2):
+        drive.complete("sent", number)
+    drive.fill_all()
+    drive.took()
+    return drive
+
+
+LOSSES = dict((client, list(range(client, 256, 50))) for client in range(10))
+
+
+def test_a_repair_pass_comes_before_the_next_round():
+    drive = coded_drive()
+    drive.complete("announce", 3)
+    drive.complete("sent", 2, LOSSES)
+    repair = drive.hands.steps[0]
+    assert repair.kind == "repair" and set(repair.coded) == set(drive.members)
+    combinations = max(map(len, LOSSES.values()))
+    assert repair.message == WIRE.again(2, 0, 1, combinations)
+    drive.took()
+    assert drive.send() == (2, 1 + combinations, True)
+    assert drive.took() == [("sent", 2)]
+    assert drive.send() == (3, 512, False)
+
+
+def test_a_pass_is_complete_when_both_again_and_what_it_brought_are_answered():
+    drive = coded_drive()
+    drive.complete("sent", 2, LOSSES)
+    drive.send()
+    drive.complete("repair", 2)
+    assert drive.round(2)
+    drive.complete("sent", 2)
+    assert 2 not in [underway.round.number for underway in drive.course._underway]      # pylint: disable=protected-access
+
+
+def test_repair_numbers_count_over_all_passes_and_there_are_three_for_a_round():
+    drive = coded_drive()
+    expected = 0
+    for number in range(5):
+        drive.complete("sent", 2, LOSSES)
+        repair = [each for each in drive.hands.steps if each.kind == "repair"][-1]
+        drive.took()
+        if number < 3:
+            assert kmcast.REPAIR.unpack(repair.message[5:])[0] == expected
+            expected += drive.send()[1]
+        else:
+            assert (repair.coded, repair.message) == ((), b""), "then by TCP"
+            break
+        drive.complete("repair", 2)
+    assert expected == drive.course.repair_number == drive.course.coded
+
+
+def test_a_pass_never_goes_beyond_the_last_repair_number():
+    drive = coded_drive()
+    drive.course.repair_number = 2**31 - 10
+    drive.complete("sent", 2, LOSSES)
+    repair = [each for each in drive.hands.steps if each.kind == "repair"][-1]
+    assert kmcast.REPAIR.unpack(repair.message[5:])[0] == 0
+
+
+def test_who_has_left_is_not_repaired_for():
+    drive = Drive(64, 2).start()
+    drive.complete("announce", 0)
+    drive.send()
+    drive.roster.leave(drive.members[1])
+    drive.took()
+    drive.complete("sent", 0, {1: [3, 9]})
+    assert drive.course.idle and drive.course.by_tcp == 0
+    assert ("repair", 0) not in drive.took()
+
+
+def test_the_last_word_comes_when_the_last_round_is_announced_and_it_is_over_when_that_is_said():
+    drive = Drive(100, short=60).start()
+    drive.fill_all()
+    assert drive.took() == [("announce", 0), ("announce", 1), ("finish", None)]
+    for number in range(2):
+        drive.complete("announce", number)
+        drive.send()
+    for number in range(2):
+        drive.complete("sent", number)
+    assert drive.took() == [("sent", 0), ("sent", 1)] and not drive.course.over
+    drive.complete("finish")
+    assert drive.course.over and drive.course.delivered == 100 * PAYLOAD - 60
+
+
+def test_the_last_word_is_not_said_while_a_round_waits_for_its_announcement():
+    drive = Drive(1000, windows=[1]).start()
+    drive.fill_all()
+    for number in range(3):
+        assert drive.took() == [("announce", number)]
+        drive.complete("announce", number)
+        drive.send()
+        drive.took()
+        drive.complete("sent", number)
+        drive.fill_all()
+    assert drive.took()[0] == ("announce", 3)
+
+
+def test_an_image_of_nothing_has_no_rounds():
+    with pytest.raises(kmcast.Failure):
+        Drive(0).start()
+    drive = Drive(0, allow_empty=True).start()
+    assert drive.took() == [("finish", None)] and drive.send() is None
+    assert len(drive.hands.released) == 1
+
+
+def test_an_image_that_ends_with_a_full_buffer_ends_too():
+    drive = Drive(64).start()
+    drive.fill_all()
+    assert drive.took() == [("announce", 0), ("finish", None)]
+
+
+def test_the_base_protocol_never_has_two_rounds_under_way():
+    drive = Drive(200, dialect=BASE_WIRE).start()
+    for number in range(2):
+        drive.fill_all()
+        assert drive.took() == [("announce", number)] and drive.send() is None
+        drive.complete("announce", number)
+        assert drive.send() == (number, (64, 128)[number], False)
+        drive.fill_all()
+        assert drive.took() == [("sent", number)] and drive.send() is None
+        drive.complete("sent", number, {0: [1]})
+        assert drive.took() == [("repair", number)] and drive.send() is None
+        drive.complete("repair", number)
+    drive.fill_all()
+    assert drive.took() == [("announce", 2)]
+    drive.complete("announce", 2)
+    drive.send()
+    drive.took()
+    drive.complete("sent", 2)
+    assert drive.took() == [("announce", 3)], "a round of nothing ends the image"
+    end = drive.round(3)
+    assert (end.buffer.count, end.buffer.size) == (0, 0)
+    drive.complete("announce", 3)
+    assert drive.took() == [("finish", 3)] and drive.send() is None
+
+
+def test_rounds_last_a_quarter_of_a_second_at_the_most_and_have_64_packets_at_least():
+    for rate, most in ((1e6, 64), (20e6, 424), (1e12, 1000)):
+        drive = Drive(10**5, rate=rate).start()
+        for number in range(8):
+            drive.fill_all()
+            drive.complete("announce", number)
+            count = drive.send()[1]
+            drive.complete("sent", number)
+        assert count == most
+
+
+def test_rounds_do_not_cross_the_last_seq():
+    class Late(kmcast.Course):
+        FIRST_SEQ = 2**31 - 100
+    known, kmcast.Course = kmcast.Course, Late
+    try:
+        drive = Drive(1000).start()
+    finally:
+        kmcast.Course = known
+    drive.fill_all()
+    assert [(drive.round(number).buffer.base, drive.round(number).buffer.count) for number in range(3)] == [
+        (2**31 - 100, 64), (2**31 - 36, 36), (0, 72)]
+
+
+def test_while_the_rate_is_unknown_little_is_under_way_unanswered():
+    """Else a slow line would be buried before anybody could say so."""
+    drive = Drive(10**5, rate="auto").start()
+    drive.fill_all()
+    for number in range(4):
+        drive.complete("announce", number)
+    assert [drive.send()[:2] for _ in range(2)] == [(0, 64), (1, 128)]
+    assert drive.send() is None, "no more until somebody has answered"
+    drive.complete("sent", 0)
+    drive.complete("sent", 1)
+    assert drive.send()[:2] == (2, 256)
+    drive.course.control.line = GB
+    assert drive.send()[:2] == (3, 512), "now it is known"
+
+
+def test_a_rate_that_the_user_sets_needs_no_slow_start():
+    drive = Drive(10**5, rate=GB).start()
+    drive.fill_all()
+    for number in range(4):
+        drive.complete("announce", number)
+    assert [drive.send()[0] for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_with_unicast_nothing_is_multicast_and_all_rounds_go():
+    drive = Drive(200, unicast=True).start()
+    drive.complete("announce", 0)
+    assert drive.send() == (0, 0, False)
+    drive.complete("sent", 0, {0: list(range(64))})
+    assert drive.took()[-1] == ("repair", 0) and drive.course.by_tcp == 64
+
+
+def silence(drive, number):
+    """Nobody hears a round."""
+    answers = kmcast.Answers()
+    for who in drive.members:
+        answers.deaf.append(who)
+        answers.requests[who] = wanted(*range(drive.round(number).buffer.count))
+    drive.course.complete(kmcast.Step("sent", drive.round(number)), answers)
+    while drive.course.busy:
+        drive.course.work()
+
+
+def test_where_nobody_hears_multicast_the_first_packets_go_out_to_see_whether_one_does():
+    drive = Drive(1000, 2).start()
+    drive.fill_all()
+    for number in range(4):
+        drive.complete("announce", number)
+    drive.send()
+    silence(drive, 0)
+    assert not drive.course.multicasting and drive.took()[-1] == ("repair", 0)
+    assert drive.send() == (1, 16, False)
+    drive.complete("sent", 1, {0: list(range(16, 128)), 1: list(range(16, 128))})
+    assert drive.course.multicasting
+    assert drive.send() == (2, 256, False)
+
+
+def test_who_alone_is_waited_for_is_known_while_there_is_nothing_to_multicast():
+    drive = Drive(64, 2).start()
+    drive.fill_all()
+    drive.complete("announce", 0)
+    drive.send()
+    assert drive.send() is None
+    answers = kmcast.Answers()
+    answers.paid(drive.members[0], 11.0)
+    answers.paid(drive.members[1], 13.0)
+    drive.course.complete(kmcast.Step("sent", drive.round(0)), answers)
+    assert drive.members[1].waited == {"output": 2.0} and drive.members[0].waited == {}
+
+
+def test_a_client_that_alone_keeps_the_transfer_below_the_least_rate_is_condemned():
+    drive = Drive(10**5, 2, windows=[1, 1], min_rate=GB).start()
+    slow = drive.members[1]
+    for number in range(12):
+        drive.fill_all()
+        drive.complete("announce", number)
+        drive.send()
+        assert drive.send() is None
+        answers = kmcast.Answers()
+        for who in drive.members:
+            answers.heard(kmcast.Reception(1.0, 0.0, 0.0, who))
+        answers.paid(drive.members[0], drive.hands.clock)
+        drive.hands.clock += 1.0
+        answers.paid(slow, drive.hands.clock)
+        assert slow.sentence is None or number >= 10
+        drive.course.complete(kmcast.Step("sent", drive.round(number)), answers)
+    assert "below 1 Gbit/s" in slow.sentence and drive.members[0].sentence is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is repaired by multicast
 
-def plan(answers, count=1000, dialect=kmcast.SessionDialect, multicasting=True):
-    """Course.plan() for clients that asked for these places of a round."""
-    buffer = kmcast.Buffer(1460, count)
-    buffer.start(0, count, count * 1460)
-    made = course(dialect)
+def plan(answers, count=1000, dialect=WIRE, multicasting=True):
+    """What Course.plan() comes to for clients that asked for these places of a round: (groups, members)."""
+    buffer = kmcast.Buffer(PAYLOAD, count)
+    buffer.start(0, count, count * PAYLOAD)
+    made = kmcast.Course(Hands(0), kmcast.Roster(1), dialect, PAYLOAD, 1000)
     made.multicasting = multicasting
-    return made.plan(buffer, answers)
+    result = [], ()
+    for result in made.plan(buffer, dict((who, wanted(*places))
+                                         for who, places in answers.items())):
+        pass
+    return result
 
 
 def test_different_losses_of_many_are_repaired_together():
@@ -178,10 +940,21 @@ def test_different_losses_of_many_are_repaired_together():
 
 
 @pytest.mark.parametrize("answers", [
-    {}, {"a": [1, 2, 3]}, {"a": list(range(200))}, {"a": [1], "b": [2]}],
-    ids=["nothing", "little", "one client", "one packet each"])
-def test_few_packets_or_one_client_are_repaired_by_tcp(answers):
+    {}, {"a": [1, 2, 3]}, {"a": [1], "b": [2]}, {"a": list(range(16))}], ids=["nothing", "little", "one packet each", "16"])
+def test_few_packets_are_repaired_by_tcp(answers):
     assert plan(answers) == ([], ())
+
+
+def test_losses_that_cannot_be_combined_are_repaired_by_tcp():
+    """A pass would be as long as what it replaces."""
+    assert plan({"a": list(range(17)), "b": [17]}) == ([], ())
+    assert len(plan({"a": list(range(17)), "b": list(range(17, 34))})[0]) == 17
+
+
+def test_many_packets_of_a_client_alone_come_again_by_multicast():
+    """Its line carries these as well as packets by TCP, at the rate that it is known to bear."""
+    groups, peers = plan({"a": list(range(200))})
+    assert sorted(groups) == [[place] for place in range(200)] and sorted(peers) == ["a"]
 
 
 def test_who_lost_most_of_a_round_gets_it_by_tcp():
@@ -190,7 +963,7 @@ def test_who_lost_most_of_a_round_gets_it_by_tcp():
     assert sorted(peers) == ["a", "b"]
 
 
-@pytest.mark.parametrize("options", [{"dialect": kmcast.BaseDialect}, {"multicasting": False}],
+@pytest.mark.parametrize("options", [{"dialect": BASE_WIRE}, {"multicasting": False}],
                          ids=["base protocol", "no multicast"])
 def test_without_a_session_or_multicast_all_is_repaired_by_tcp(options):
     assert plan({"a": list(range(0, 500, 5)), "b": list(range(1, 500, 5))}, **options) == ([], ())
