@@ -83,10 +83,8 @@ class Client(helpers.Process):
         return None
 
     def repaired(self):
-        """How many packets it got by repair, as its summary says: (by multicast, by TCP)."""
-        match = re.search(r"repaired (\d+) packets? by multicast, (\d+) by TCP", self.stderr)
-        assert match, self.stderr
-        return int(match.group(1)), int(match.group(2))
+        """How many packets it got by repair, as its report says: (by multicast, by TCP)."""
+        return helpers.repaired(self)
 
 
 class Deployment(object):
@@ -207,14 +205,13 @@ class Deployment(object):
         said = self.server.stderr
         assert self.server.poll() == code, str(self)
         assert "Traceback" not in said and "internal error" not in said, str(self)
-        named = re.findall(r"(\S+) \(\S+\) does not have the image", said)
+        named = [host["host"] for host in self.server.report()["hosts"] if host["result"] == "failed"]
         assert sorted(named) == sorted(host.name for host in hosts), str(self)
 
     def repair(self):
-        """The packets of repair in the server's summary: (by multicast, by TCP)."""
-        match = re.search(r"repair: (\d+) packets? by multicast, (\d+) packets? by TCP", self.server.stderr)
-        assert match, str(self)
-        return int(match.group(1)), int(match.group(2))
+        """The packets of repair in the server's report: (by multicast, by TCP)."""
+        summary = helpers.summary(self.server)
+        return summary.coded, summary.by_tcp
 
     def __str__(self):
         parts = [("server", self.server)] + [(client.host.name, client) for client in self.clients] \
