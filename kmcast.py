@@ -4876,7 +4876,7 @@ def server_summary(server, rows, most):
             yield INFO, ('%s lost %s in its own socket buffer, not in the network; there, a larger '
                          'net.core.rmem_max helps (sysctl), or root' % (
                              named(row), counted(row['overflows'], 'datagram')))
-    if course.rounds:
+    if course.rounds or course.over:
         seconds = server.ended - (server.started or server.ended)
         yield INFO, 'data: %s in %s, %s in %.1f s, %s' % (
             counted(course.data, 'packet'), counted(course.rounds, 'round'),
