@@ -3240,7 +3240,9 @@ class ServerWindow(object):
         number, buffer = step.round.number, step.round.buffer
         self._rounds[number] = step.round
         if len(self._rounds) > 2 * self.dialect.window:
-            del self._rounds[min(self._rounds)]
+            wanted = set(number for member in self.members for number in member.rounds)
+            for old in [old for old in self._rounds if old < number and old not in wanted]:
+                del self._rounds[old]
         info = self.dialect.info(number, buffer.size, buffer.base, buffer.count, step.round.place)
         for member in self.members:
             self._owe(member, number, READINESS, awaited, now)
@@ -3726,6 +3728,12 @@ class ClientWindow(object):
                 self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                     count, payload))
         return bool(useful)
+
+    def listened(self, now):
+        """Datagrams were of use: more of them may be on their way."""
+        for incoming in self.rounds:
+            if incoming.how == Incoming.STRAGGLERS:
+                incoming.deadline = now + self.SETTLE
 
     def _may_come(self, incoming):
         """Whether stragglers may be on their way: the end of what was sent is
@@ -6186,6 +6194,7 @@ class Client(object):
                 break
             if batches and self.window.take(batches, receiver.in_first, receiver.first, receiver.last):
                 self.server.heard = monotonic()
+                self.window.listened(self.server.heard)
 
     def _hear(self):
         """Take what has arrived by TCP."""
