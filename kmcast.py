@@ -3994,7 +3994,8 @@ class Course(object):
     UNTOLD = 192                        # packets to have under way before any answer, while the rate is sought
     PASSES = 3                          # of coded repair in a round
     WORTH_CODING = 16                   # packets by TCP are no trouble
-    PROBE = 16                          # packets, where no multicast gets through
+    SILENT = 2                          # rounds of which nobody hears anything, until we only probe:
+    PROBE = 16                          # with so many packets
     PATIENCE = 1.0                      # seconds without multicast, until it is said
     ENDURANCE = 10.0                    # seconds below --min-rate
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
@@ -4032,6 +4033,7 @@ class Course(object):
         self._work = collections.deque()            # what takes long, as generators
         self._answered = 0              # packets of rounds that all have answered for
         self._last_heard = None         # when a client last got any multicast
+        self._silent = 0                # rounds in a row of which nobody heard anything
         self._warned = False            # that none gets any
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds since the rate last fell
@@ -4277,8 +4279,9 @@ class Course(object):
             self._last_heard = now
         elif self._last_heard is None:
             self._last_heard = now
-        if silent and not answers.hearing:
-            self.multicasting = False
+        self._silent = self._silent + 1 if silent and not answers.hearing else 0
+        if self._silent:
+            self.multicasting = self.multicasting and self._silent < self.SILENT
             if now - self._last_heard > self.PATIENCE:
                 self.warn_of_silence()
         elif not self.multicasting:
