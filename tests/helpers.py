@@ -412,7 +412,8 @@ def start(argv, **options):
     return Process(argv, **options)
 
 
-def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=None, kind=Process, **options):
+def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=None, kind=Process,
+                 report=None, **options):
     """Start kmcast with `args`.
 
     python   path of the interpreter; None: the one that runs this
@@ -421,15 +422,16 @@ def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=N
     change   Python statements that change the module `kmcast` first
     host     the Host of a laboratory to start it on; None: here
     kind     the class of what is returned
+    report   whether a server or a client is told to write a report, for Process.report(); None: unless there is a prefix
 
-    A server and a client are told to write a report, for Process.report(), unless there is a prefix or --report among `args`.
     Without prefix and program a nursery forks it, which takes a third of the time (and so it does with BASE_PEER).
     The newest Python 3 tells what nobody closed, and finish() then fails the test.
 
     The other options are those of Process. Returns the Process.
     """
     python, args = python or sys.executable, list(args)
-    if program != BASE_PEER and args[:1] in (["server"], ["client"]) and "--report" not in args and not prefix:
+    report = not prefix if report is None else report
+    if report and program != BASE_PEER and args[:1] in (["server"], ["client"]) and "--report" not in args:
         options["report"] = _report_path()
         args[1:1] = ["--report", options["report"]]
     command, arguments = [python], [program or compiled(python)] + args

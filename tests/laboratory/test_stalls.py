@@ -76,7 +76,7 @@ def test_client_that_has_waited_for_another_still_takes_multicast(laboratory, de
     run = deploy(lab, image, ["--rate", "100M"], clients=0, places=2)
     other = run.add_client(holding_up, consumer=Consumer(pause))
     # Without this capability, which SO_RCVBUFFORCE takes, the socket buffer is what net.core.rmem_max grants.
-    client = run.add_client(waiting, prefix=["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-all", "--"])
+    client = run.add_client(waiting, report=True, prefix=["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-all", "--"])
     run.finish()
     run.check_complete()
     assert run.seconds > 7, str(run)
