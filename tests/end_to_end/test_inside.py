@@ -105,7 +105,7 @@ def test_more_packets_than_a_seq_can_number(before, loss, python):
     code, stderr, _ = server.finish(10)
     assert code == 0, stderr
     if loss == 5:
-        assert helpers.summary(server).coded > 0
+        assert helpers.summary(server).coded > 0, stderr + "".join(client.stderr for client in clients)
 
 
 def test_more_packets_than_a_seq_can_number_for_clients_of_the_base_protocol():
