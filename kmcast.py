@@ -4332,7 +4332,8 @@ class Course(object):
         brake = None
         if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
             brake = worst[0].member
-        if brake is not self._brake:
+        shared = len(worst) > 1 and 1 - worst[1].ratio > (1 - worst[0].ratio) / 2
+        if shared or brake and brake is not self._brake:
             self._brake, self._settled = brake, 0
 
     def _look_for_holdup(self, now):
