@@ -3518,7 +3518,8 @@ class ClientWindow(object):
     fields of the last BYE.
     """
 
-    SETTLE = 0.005                      # seconds for stragglers after SENT
+    SETTLE = 0.005                      # seconds for stragglers after SENT,
+    NOTHING_YET = 0.05                  # or where nothing has come, though multicast was heard before
     BASE_ROOM = 2                       # buffers, where one round is under way
     CHUNK = 64                          # packets read from TCP at once
     EARLY = 64                          # batches that may come before their announcement
@@ -3668,7 +3669,8 @@ class ClientWindow(object):
 
     def _on_sent(self, incoming, digest, now):
         incoming.digest = digest
-        incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + self.SETTLE
+        patience = self.SETTLE if incoming.target.received else self.NOTHING_YET
+        incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + patience
         return []
 
     def _on_again(self, incoming, rest, _now):
@@ -4330,7 +4332,8 @@ class Course(object):
         brake = None
         if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
             brake = worst[0].member
-        if brake is not self._brake:
+        shared = len(worst) > 1 and 1 - worst[1].ratio > (1 - worst[0].ratio) / 2
+        if shared or brake and brake is not self._brake:
             self._brake, self._settled = brake, 0
 
     def _look_for_holdup(self, now):
