@@ -61,7 +61,7 @@ ROOT = os.path.dirname(TESTS)
 #: What is changed in the processes under test: seconds that are only waited for, else a case would take that long.
 PATCHES = {
     "TICK": 0.02,               # 0.5: the grain of all clocks
-    "GREETING_TIME": 0.5,       # 5: for a HELLO
+    "GREETING_TIME": 1.5,       # 5: for a HELLO, or an answer to it
     "FAREWELL_TIME": 0.2,       # 2: for a BYE to get through
     "ALIVE_EVERY": 0.3,         # 5: so that there is ALIVE in the sessions
 }
