@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import socket
 import sys
 import time
 

@@ -11,7 +11,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import all_receive, DELAY, IMAGE, MEMORY_KIB, orderly, undisturbed
-from wire import ALIVE, BYE, PACKETS, SENT, SESSION
+from wire import ALIVE, BYE, PACKETS, SESSION
 
 
 def until_refused(member, data):

@@ -15,7 +15,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from hostile import (all_receive, another_session, CLIENTS, DELAY, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, noise, orderly,
+from hostile import (all_receive, another_session, DELAY, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, noise, orderly,
                      undisturbed, wrong_checksums, wrong_sizes)
 from pythons import BOTH, NEWEST, OLDEST
 from wire import ALIVE, HELLO, REQUEST, SESSION, U32, reset

@@ -12,7 +12,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from pythons import BOTH
-from wire import ALIVE, BASE, BYE, DONE, INFO, PACKETS, READY, REQUEST, SENT, SESSION, STATE, payload_size
+from wire import ALIVE, BASE, BYE, DONE, INFO, PACKETS, REQUEST, SENT, SESSION, STATE, payload_size
 
 PAYLOAD = payload_size()
 #: Rounds of ten packets.
