@@ -5238,13 +5238,18 @@ class TcpServer(threading.Thread):
             self.failure = getattr(self.parent, 'failure', None)
             self._dismiss_all(self.failure or 'the server has stopped')
             return
-        while self.number > 1 and self.parent.passed_on:
-            self._take(self.parent.passed_on.popleft())
+        self._take_those_passed_on()
         self._carry_out_sentences()
         if not self.inbox:              # it may be a sentence on a client below
             self.link.release_child()
         while self.inbox and not self._over:
-            self._begin(self.inbox.popleft())
+            step = self.inbox.popleft()
+            self._take_those_passed_on()            # they came before the step
+            self._begin(step)
+
+    def _take_those_passed_on(self):
+        while self.number > 1 and self.parent.passed_on:
+            self._take(self.parent.passed_on.popleft())
 
     def _begin(self, step):
         """Do a step here, and have the child do it."""
