@@ -43,7 +43,7 @@ def test_who_waits_says_how_it_stands(python):
     """A client for its server, and both for another client."""
     port = helpers.free_port()
     client = helpers.start_client(["-v", LOOPBACK, LOOPBACK, port], python)
-    client.wait_stderr("connecting")
+    client.wait_stderr("looking for a server")     # the last line that it says by itself
     answers(client)
     server = helpers.start_server([LOOPBACK, 2, port], python, stdin=b"data")
     server.wait_stderr("is here")
