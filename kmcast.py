@@ -1747,7 +1747,7 @@ class DatagramReceiver(object):
             at += -(-length // LONG) * LONG
             if not length or at + CMSG.size > (i + 1) * CONTROL_SIZE:
                 break
-        return (0,) * len(data.unpack(b'\0' * data.size))
+        return data.unpack(b'\0' * data.size)
 
     def _receive_one_by_one(self):
         sizes, slots = [], memoryview(self._slots)
@@ -1870,7 +1870,7 @@ class RateControl(object):
         self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
         self._usual = 0.0               # the share that was known then to be lost at any rate
-        self._slow = self._lossy = False            # whether the last round lagged, without and with losses
+        self._lagged = False            # the last round did, with losses or without
         self._common = 0.0              # share of packets that all clients lose at any rate, on average
         self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
         self._found = 0                 # heads in a row that found more
@@ -1913,9 +1913,8 @@ class RateControl(object):
             self._trial = None
             if worst.lost - self._usual > speed.trial / 2:
                 return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
-        was_slow, self._slow = self._slow, lags and not lossy
-        self._lossy, was_lossy = lags and lossy, self._lossy
-        if lags and (self.line is None or was_slow or was_lossy):
+        lagged, self._lagged = self._lagged, lags
+        if lags and (self.line is None or lagged):
             # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
             most = UNLIMITED if self._estimate else self.FASTER * self._fastest
             sent = achieved if steady else min(speed.rate, most)
@@ -3060,7 +3059,7 @@ class Round(object):
     number, place   which it is, and where in the image it begins, bytes
     digest          of the image through it
     multicast       packets of it that were multicast, from the first on
-    head, tail      (bit/s, seconds) at which the packets of these trains were sent; None: not known
+    head, tail      bit/s at which the packets of these trains were sent; None: not known
     """
 
     def __init__(self, number, buffer, place):
@@ -3353,16 +3352,16 @@ class ServerWindow(object):
             else:                       # words alone move nothing
                 self._state(member, unpack_frame(message[5:]))
             return []
-        handler = self.HANDLERS.get(kind)
-        number = self.dialect.number_of(message) if handler else None
-        how, awaited = member.rounds.get(member.oldest if number is None else number, (None, None))
-        if not handler or how not in self.PAYS[kind]:
+        number = self.dialect.number_of(message) if kind in self.PAYS else None
+        if number is None:
+            number = member.oldest
+        how, awaited = member.rounds.get(number, (None, None))
+        if how not in self.PAYS.get(kind, ()):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
-        number = member.oldest if number is None else number
         member.busy = None
         awaited.owing.discard(member)
         awaited.answers.paid(member, now)
-        return handler(self, member, number, message, awaited, now)
+        return self.HANDLERS[kind](self, member, number, message, awaited, now)
 
     @staticmethod
     def _state(member, fields):
@@ -3377,10 +3376,11 @@ class ServerWindow(object):
     def _request(self, member, number, message, awaited, now):
         buffer = self._rounds[number].buffer
         gaps, order = self.dialect.asked(message, buffer.base, buffer.count)
+        if number not in member.times_asked:
+            self._reception(member, number, message, awaited, gaps, now)
         member.times_asked[number] = member.times_asked.get(number, 0) + 1
         if member.times_asked[number] > member.MOST_REQUESTS:
             raise ProtocolError('it asks for the same round again and again')
-        self._reception(member, number, message, awaited, gaps, now)
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
         member.asked[number] = request
@@ -3393,7 +3393,8 @@ class ServerWindow(object):
             member.outcome, member.ended = 'complete', now
             member.stands(number, None, None, now)
             return [('served', member, None)]
-        self._reception(member, number, message, awaited, 0, now)
+        if number not in member.times_asked:
+            self._reception(member, number, message, awaited, 0, now)
         member.stands(number, None, None, now)
         return self._see_off(member, now)
 
@@ -3403,10 +3404,9 @@ class ServerWindow(object):
     # ---- how the clients hear
 
     def _reception(self, member, number, message, awaited, gaps, now):
-        """Note how a member heard a round: at its first answer."""
+        """Note how a member heard a round, from its first answer."""
         done = self._rounds[number]
-        if awaited.step.kind != 'sent' or number in member.times_asked and (
-                member.times_asked[number] > 1 or not gaps) or not done.multicast:
+        if not done.multicast:
             return
         lost = how_many(gaps & ((1 << done.multicast) - 1))
         if lost == done.multicast:
@@ -3424,10 +3424,9 @@ class ServerWindow(object):
         first, last = done.tail_of(done.buffer.count)
         through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
-        departed, seconds = done.tail
         figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
         arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
-        ratio = through if arrived is None else min(through, arrived / departed)
+        ratio = through if arrived is None else min(through, arrived / done.tail)
         if arrived is None or 1 - ratio < error:        # the clock does not tell, but losses do
             ratio, error = through, 0.0
         ratio /= 1 - member.medium
@@ -3586,14 +3585,15 @@ class ClientWindow(object):
         kind = message[:1]
         if not self.dialect.talks and not self.rounds and not self._last:
             return self._on_info(*self.dialect.read_info(message))
-        if kind == ALIVE and self.dialect.talks:
-            return []
-        if kind == STATE and self.dialect.talks:
-            return [('state', unpack_frame(message[5:]))]
-        if kind == BYE and self.dialect.talks:
-            return self._on_bye(unpack_frame(message[5:]))
-        if kind == BUFFER_INFO and self.dialect.talks:
-            return self._on_info(*self.dialect.read_info(message))
+        if self.dialect.talks:
+            if kind == ALIVE:
+                return []
+            if kind == STATE:
+                return [('state', unpack_frame(message[5:]))]
+            if kind == BYE:
+                return self._on_bye(unpack_frame(message[5:]))
+            if kind == BUFFER_INFO:
+                return self._on_info(*self.dialect.read_info(message))
         if kind == SENT and self._last:
             self.over = True
             return [('end', None)]
@@ -3814,7 +3814,7 @@ class ClientWindow(object):
         size = len(chunk) * PACKET.size + sum(buffer.packet_size(place) for place in chunk)
         self.wants = memoryview(self._staging)[:size]
 
-    def filled(self, size, _now):
+    def filled(self, size):
         """So many bytes were put into `wants`; returns what to do.  Raises ProtocolError."""
         self._filled += size
         self.wants = self.wants[size:]
@@ -3963,7 +3963,6 @@ class Underway(object):
         self.heard = False              # all have answered once
         self.requests = {}              # member -> Request, of what it still asks for
         self.passes = 0                 # of coded repair
-        self.began = None               # when it was announced, seconds
 
 
 class Sending(object):
@@ -4008,7 +4007,7 @@ class Course(object):
     def __init__(self, hands, roster, dialect, payload, capacity, rate='auto', min_rate=0,
                  unicast=False, repair_salt=0, farewell=None, allow_empty=False):
         """payload: bytes in a packet; capacity: packets in a round; rate: bit/s
-        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(digest): the last BYE."""
+        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE."""
         self.hands, self.roster, self.dialect = hands, roster, dialect
         self.payload, self.capacity = payload, capacity
         self.control = RateControl() if rate == 'auto' else None
@@ -4098,13 +4097,11 @@ class Course(object):
     def sent(self, sending):
         """What next() returned was multicast."""
         underway = sending.underway
-        underway.steps += 1
-        if sending.buffer is underway.round.buffer:
+        if sending.buffer is underway.round.buffer:             # else the step was counted with its pass
+            underway.steps += 1
             underway.sent, underway.round.multicast = True, sending.last
             underway.round.digest = self.hands.digest(underway.round.number)
             self.sent_packets += sending.last
-        else:
-            underway.steps -= 1         # the one that it was counted for
         self.hands.do(Step('sent', underway.round))
 
     def next(self):
@@ -4168,7 +4165,6 @@ class Course(object):
 
     def _begin_round(self, buffer):
         underway = Underway(Round(self.rounds, buffer, self._place))
-        underway.began = self.hands.now()
         self._underway.append(underway)
         self.rounds += 1
         self.data += buffer.count
@@ -4233,7 +4229,7 @@ class Course(object):
             self.repair_number = first + coded.count
             self.coded += coded.count
             underway.passes += 1
-            underway.steps += 1         # until the pass is sent
+            underway.steps += 1         # until what the pass brought is answered for
             self._passes.append(Sending(underway, coded, coded.count))
         underway.steps += 1
         self.hands.do(Step('repair', underway.round, coded=coded_for, message=message))
@@ -4295,11 +4291,11 @@ class Course(object):
             self._set_rate(done, answers, now)
 
     def _set_rate(self, done, answers, now):
-        before, worst, achieved = self.control.rate, answers.worst[0], done.tail[0]
+        before, worst, achieved = self.control.rate, answers.worst[0], done.tail
         why = self.control.learn(done.speed, achieved, worst, done.multicast, now,
                                  answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
-            why = self.control.learn_head(done.head[0], answers.head) or why
+            why = self.control.learn_head(done.head, answers.head) or why
         self._settled += 1
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
@@ -5762,17 +5758,16 @@ class Multicaster(object):
         if buffer is done.buffer and last:
             looking = sending.speed.head_rate > sending.speed.rate
             done.head = self._departure(marks, Round.head_of(last), size) if looking else None
-            done.tail = self._departure(marks, Round.tail_of(last), size) or (min(1e12, sending.speed.rate), 0.0)
+            done.tail = self._departure(marks, Round.tail_of(last), size) or min(1e12, sending.speed.rate)
         self.course.sent(sending)
 
     @staticmethod
     def _departure(marks, train, size):
-        """(bit/s, seconds) at which the packets of a train were sent; None if they went at once."""
+        """bit/s at which the packets of a train were sent; None if they went at once."""
         within = [mark for mark in marks if train[0] <= mark[0] < train[1]]
         if len(within) < 2 or within[-1][1] <= within[0][1]:
             return None
-        seconds = within[-1][1] - within[0][1]
-        return (within[-1][0] - within[0][0]) * size * 8 / seconds, seconds
+        return (within[-1][0] - within[0][0]) * size * 8 / (within[-1][1] - within[0][1])
 
     def trouble(self):
         """Why packets could not be sent lately, if that is news."""
@@ -6215,7 +6210,7 @@ class Client(object):
             while more:
                 if window.wants is not None:
                     more = server.read_into(window.wants)
-                    self._carry_out(window.filled(more, monotonic()))
+                    self._carry_out(window.filled(more))
                 else:
                     for message in server.messages(window.size_of):
                         self._carry_out(window.heard(message, monotonic()))
@@ -6261,7 +6256,7 @@ class Client(object):
         if self.sink.written != self._output[0] or not window.writing:
             self._output = self.sink.written, now
         owing = window.owing
-        if self.dialect.talks or not owing:         # a server of the base protocol may be silent then
+        if self.dialect.talks or owing != 'writing':        # a server of the base protocol may be silent then
             self._check_stall()
         self._look_for_silence(now)
         if not owing:
@@ -6270,7 +6265,6 @@ class Client(object):
         if self._owing_since is None:
             self._owing_since, self._next_state = now, now + self.STATE_EVERY
         if owing == 'receiving':
-            self._check_stall()
             moved = self.server.heard > self.server.told
         else:
             moved = self.sink.written != self._shown

@@ -696,6 +696,13 @@ class Server(End):
         """Take READY for a round."""
         self._expect_for(READY, what)
 
+    def start_rounds(self, parts):
+        """Announce a round for each part, then take READY for all; returns the Rounds."""
+        rounds = [self.announce(data) for data in parts]
+        for what in rounds:
+            self.take_ready(what)
+        return rounds
+
     def start_round(self, data):
         """A round up to READY; returns the Round."""
         what = self.announce(data)

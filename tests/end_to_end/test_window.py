@@ -262,9 +262,7 @@ def damaged(datagram, at=-1):
 def test_a_client_has_several_rounds_under_way(python, serve):
     """Each of them at another step: one is repaired, one is being received, and there is room for more."""
     server, served = serve(python)
-    first, second, third = [server.announce(data) for data in DATA[:3]]
-    for what in (first, second, third):
-        server.take_ready(what)
+    first, second, third = server.start_rounds(DATA[:3])
     server.multicast(first, lost=[2, 5])
     server.say(server.sent(first))
     assert server.asked(first) == [2, 5]
@@ -284,9 +282,7 @@ def test_a_client_has_several_rounds_under_way(python, serve):
 def test_rounds_are_done_in_their_order(serve):
     """The second is complete, but is verified only behind the first."""
     server, served = serve()
-    first, second = [server.announce(data) for data in DATA[:2]]
-    for what in (first, second):
-        server.take_ready(what)
+    first, second = server.start_rounds(DATA[:2])
     server.multicast(first, lost=[0])
     server.multicast(second)
     server.say(server.sent(first), server.sent(second))
@@ -302,9 +298,7 @@ def test_a_client_has_room_for_as_many_rounds_as_it_says(serve):
     server, served = serve()
     window = server.hello["window"]
     assert window > 1
-    rounds = [server.announce(data) for data in DATA[:window]]
-    for what in rounds:
-        server.take_ready(what)
+    rounds = server.start_rounds(DATA[:window])
     for what in rounds:
         server.multicast(what)
         server.say(server.sent(what))
@@ -316,9 +310,7 @@ def test_a_client_has_room_for_as_many_rounds_as_it_says(serve):
 def test_datagrams_of_a_round_may_come_late_or_with_those_of_another(serve):
     """Interleaved, behind SENT, and once more when the round is done."""
     server, served = serve()
-    first, second = [server.announce(data) for data in DATA[:2]]
-    for what in (first, second):
-        server.take_ready(what)
+    first, second = server.start_rounds(DATA[:2])
     both = server.packets(first) + server.packets(second)
     server.cast(*both[::2])
     server.cast(*both[1::4])

@@ -97,7 +97,7 @@ def by_tcp(window, number, places, step=10**6, image=IMAGE):
         assert todo == []
         size = min(step, len(wire), len(window.wants))
         window.wants[:size] = wire[:size]
-        wire, todo = wire[size:], window.filled(size, 0.0)
+        wire, todo = wire[size:], window.filled(size)
     assert window.wants is None
     return todo
 
@@ -207,7 +207,7 @@ def test_a_damaged_packet_by_tcp_is_an_error_though_a_digest_would_tell(window):
     wrong[-1] ^= 1
     window.wants[:] = wrong
     with pytest.raises(kmcast.ProtocolError):
-        window.filled(len(wrong), 0.0)
+        window.filled(len(wrong))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def test_a_round_of_the_base_protocol_from_its_beginning_to_the_end():
     for piece in (wire[0][:12], wire[0][12:], wire[2][:12], wire[2][12:]):
         assert todo == [] and len(window.wants) == len(piece)
         window.wants[:] = piece
-        todo = window.filled(len(piece), 0.0)
+        todo = window.filled(len(piece))
     first, (verb, incoming) = todo
     assert (first, verb) == (("send", kmcast.DONE), "write")
     assert b"".join(incoming.buffer.flush()) == data

@@ -64,8 +64,8 @@ class Network(object):
         for place in range(count):
             behind = place < head and head_rate or rate
             departures.append(self.clock + (place * SIZE * 8 / behind))
-        done.head = (head_rate, 0.01) if speed.head_rate > speed.rate else None
-        done.tail = rate, count * SIZE * 4 / rate
+        done.head = head_rate if speed.head_rate > speed.rate else None
+        done.tail = rate
         self._ask(done, departures)
         self.clock = departures[-1] + 0.002
         self.number += 1
@@ -103,10 +103,10 @@ class Network(object):
         """As Course does."""
         self.why = None
         if answers.worst:
-            self.why = self.control.learn(done.speed, done.tail[0], answers.worst[0], done.multicast, self.clock,
+            self.why = self.control.learn(done.speed, done.tail, answers.worst[0], done.multicast, self.clock,
                                           answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
-            self.why = self.control.learn_head(done.head[0], answers.head) or self.why
+            self.why = self.control.learn_head(done.head, answers.head) or self.why
 
     def run(self, rounds):
         """The rates of so many rounds."""

@@ -244,7 +244,7 @@ class Talk(object):
             piece = rest[:len(self.client.wants)]
             rest = rest[len(piece):]
             self.client.wants[:] = piece
-            self.client_does(self.client.filled(len(piece), 0))
+            self.client_does(self.client.filled(len(piece)))
         self.client_does(self.client.tick(1))
 
     def client_does(self, todo):

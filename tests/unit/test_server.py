@@ -361,7 +361,7 @@ def test_the_window_of_the_base_protocol_is_one_round():
 # ---------------------------------------------------------------------------------------------------------------------
 # How the clients hear
 
-def heard(who, message, count=1000, multicast=None, tail=(GB, 0.01), head=None, speed=CALM):
+def heard(who, message, count=1000, multicast=None, tail=GB, head=None, speed=CALM):
     """The Answers to the first `sent` of a round, of one member."""
     made, the_round = window(who), a_round(0, count, multicast)
     the_round.tail, the_round.head, the_round.speed = tail, head, speed
@@ -445,7 +445,7 @@ def test_who_loses_too_much_counts_but_does_not_decide():
 
 def test_a_head_that_was_sent_faster_tells_how_fast_it_came():
     assert heard(member(), done(0, figures(2 * GB, 187) + figures(GB))).head is None
-    answers = heard(member(), done(0, figures(2 * GB, 187) + figures(GB)), head=(2 * GB, 0.01))
+    answers = heard(member(), done(0, figures(2 * GB, 187) + figures(GB)), head=2 * GB)
     assert answers.head == pytest.approx(2 * GB, rel=0.001)
 
 
@@ -575,7 +575,7 @@ class Drive(object):
             return None
         done = sending.underway.round
         if sending.buffer is done.buffer:
-            done.tail = GB, 0.01
+            done.tail = GB
         self.course.sent(sending)
         return done.number, sending.last, sending.buffer is not done.buffer
 
