@@ -1815,9 +1815,10 @@ class Pacer(object):
         return self._next
 
     def leave_room(self, size):
-        """Others send `size` bytes on the same line."""
+        """Others send `size` bytes on the same line; returns when to send again, as sent() does."""
         now = monotonic()
         self._next = min(max(self._next, now) + size * 8 / self.rate, now + self.MOST_DEBT)
+        return self._next
 
 
 # How a client heard a round: its arrival rate as a share of the departure's, at most about 1, with what
@@ -5748,10 +5749,11 @@ class Multicaster(object):
                 continue
             stuck = None
             until = self.pacer.sent((done - place) * size)
+            if place < head <= done and sending.speed.head_rate > sending.speed.rate:
+                # What was sent too early is somebody else's part of the line now.
+                self.pacer.rate = sending.speed.rate
+                until = self.pacer.leave_room(head * size * (1 - sending.speed.rate / sending.speed.head_rate))
             place = done
-            if head and place >= head and sending.speed.head_rate > sending.speed.rate:
-                until += head * size * 8 * (1 / sending.speed.rate - 1 / sending.speed.head_rate)
-                head = 0
             if until > monotonic():
                 self._wait(until)
         done = sending.underway.round
