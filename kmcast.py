@@ -76,6 +76,7 @@ if __name__ == '__main__':
     early.signal(early.SIGUSR2, early.SIG_IGN)
 
 import argparse
+import array
 import binascii
 import collections
 import contextlib
@@ -100,6 +101,7 @@ import termios
 import threading
 import time
 import traceback
+import weakref
 import zlib
 
 __version__ = '1.0.0'
@@ -110,8 +112,6 @@ __version__ = '1.0.0'
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 if sys.version_info[0] == 2:
-    CRC_TYPE = 'i'                      # zlib.crc32 is signed there
-
     def to_int(data):
         """Bytes to the integer that they are, big-endian."""
         return int(binascii.hexlify(data), 16)
@@ -134,7 +134,6 @@ if sys.version_info[0] == 2:
         LIBC.clock_gettime(1, timespec)             # CLOCK_MONOTONIC
         return timespec[0] + timespec[1] * 1e-9
 else:
-    CRC_TYPE = 'I'
     from time import monotonic
     join = b''.join
 
@@ -361,12 +360,13 @@ WELCOME = b'\x20'
 AGAIN = b'\x40'
 BYE = b'\x80'
 STATE = b'\x13'
+SUMS = b'\x16'
 U32 = struct.Struct('<I')
 PORT = struct.Struct('>H')
 GROUP_INFO = struct.Struct('<H2s4s8s')              # a sockaddr_in of x86 Linux
 ROUND = struct.Struct('<4I')                        # the spec's buffer_ctl
 PLACE = struct.Struct('<Q')                         # of a round in the image, bytes
-PACKET = struct.Struct('<I' + CRC_TYPE + 'I')       # the spec's packet_ctl
+PACKET = struct.Struct('<3I')                       # the spec's packet_ctl
 REPAIR = struct.Struct('<3I')                       # what follows AGAIN and the round's number
 FIGURES_OF_ROUND = struct.Struct('<4I')             # what follows DONE or REQUEST and its number
 UDP_OVERHEAD = 28                       # IP and UDP headers, bytes
@@ -464,8 +464,7 @@ def plain_crc(payload, _number):
 def c_sum(payload, _number):
     """The checksum of the C implementation: the sum of little-endian words."""
     words = bytes(payload) + b'\0' * (-len(payload) % 4)
-    total = sum(struct.unpack('<%dI' % (len(words) // 4), words)) & MASK
-    return struct.unpack('<' + CRC_TYPE, U32.pack(total))[0]
+    return sum(struct.unpack('<%dI' % (len(words) // 4), words)) & MASK
 
 
 # ---- what is missing of a round: one int, whose bit i stands for packet i
@@ -531,7 +530,7 @@ class SessionDialect(object):
     ends = False                        # the image's end is a round of 0 packets
     window = 4                          # rounds under way at once
     seqs = REPAIR_BIT - 1               # data packets count modulo this and one
-    checks = (zlib.crc32,)              # of a packet, as Buffer takes them
+    checks = (zlib.crc32,)              # of a packet, as Buffer takes them, where no digest covers a round
     server_stall = client_stall = STALL     # seconds
 
     @staticmethod
@@ -557,6 +556,11 @@ class SessionDialect(object):
         return PACKETS + U32.pack(number & MASK)
 
     @staticmethod
+    def sums(number, sums):
+        """The CRC-32 of each packet of the round, for a client whose digest differs."""
+        return SUMS + struct.pack('<%dI' % (2 + len(sums)), len(sums), number & MASK, *sums)
+
+    @staticmethod
     def again(number, first, recipe_count, combinations):
         """What was asked for is coming by multicast."""
         return AGAIN + U32.pack(number & MASK) + REPAIR.pack(first, recipe_count, combinations)
@@ -580,6 +584,11 @@ class SessionDialect(object):
             return 1
         if kind in (BYE, WELCOME, STATE):
             return frame_size(head)
+        if kind == SUMS:
+            count = U32.unpack(head[1:5])[0] if len(head) == 5 else 0
+            if count > MAX_PACKETS:
+                raise ProtocolError('sums of %d packets' % count)
+            return 9 + 4 * count if count else None
         sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
                  AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
         if kind not in sizes:
@@ -610,6 +619,11 @@ class SessionDialect(object):
                 + to_bitmap(gaps, count))
 
     @staticmethod
+    def ask_for_sums(number):
+        """The round's digest differs: which packets are damaged?"""
+        return SUMS + U32.pack(number)
+
+    @staticmethod
     def client_message_size(head, count_of):
         """The size in bytes of a client's message that begins with `head`.
 
@@ -620,7 +634,7 @@ class SessionDialect(object):
         kind = head[:1]
         if kind == ALIVE:
             return 1
-        if kind == READY:
+        if kind in (READY, SUMS):
             return 1 + U32.size
         if kind in (HELLO, BYE, STATE):
             return frame_size(head)
@@ -898,11 +912,12 @@ class SemLink(object):
 # Rounds
 # ---------------------------------------------------------------------------
 
-def consecutive(seq, count):
-    """`count` seqs from `seq` on, modulo 2^32."""
-    if seq + count <= MASK:
-        return tuple(range(seq, seq + count))
-    return tuple([(seq + i) & MASK for i in range(count)])
+def consecutive(first, count):
+    """`count` numbers from `first` on, modulo 2^32."""
+    first &= MASK
+    if first + count <= MASK:
+        return range(first, first + count)
+    return [(first + i) & MASK for i in range(count)]
 
 
 def stretches(numbers):
@@ -916,11 +931,21 @@ def stretches(numbers):
         yield start, len(numbers)
 
 
+def pack_headers(base, sums, size, count):
+    """The headers of `count` packets with consecutive seqs from `base` on, and payloads of one size, as bytes."""
+    words = array.array('I', [size]) * (3 * count)
+    words[0::3] = array.array('I', consecutive(base, count))
+    words[1::3] = array.array('I', sums)
+    if sys.byteorder == 'big':
+        words.byteswap()
+    return words.tobytes() if hasattr(words, 'tobytes') else words.tostring()
+
+
 class Batch(object):
     """Structs for many adjacent packets of one size at once, by their number.
 
-    One call takes 44 packets apart into 44 x (seq, crc, size, payload), or
-    puts them together; that is what makes the per-packet loops short.
+    One call takes 44 packets apart into 44 x (header, payload), or puts them
+    together; that is what makes the per-packet loops short.
     """
 
     # Packets in one call.  Of 1460 bytes, so many are less than what malloc
@@ -930,9 +955,11 @@ class Batch(object):
 
     def __init__(self, payload):
         """payload: bytes in each packet."""
-        self._formats = {'packets': 'I%sI%ds' % (CRC_TYPE, payload),
-                         'payloads': '%ds' % payload,
-                         'headers': 'I%sI%dx' % (CRC_TYPE, payload)}
+        self._formats = {'packets': '%ds%ds' % (PACKET.size, payload),
+                         'headers': '%ds%dx' % (PACKET.size, payload),
+                         'payloads': '%dx%ds' % (PACKET.size, payload),
+                         'fields': '3I%dx' % payload,
+                         'bare': '%ds' % payload}
         self._structs = {}
 
     @classmethod
@@ -942,58 +969,49 @@ class Batch(object):
             cls._known[payload] = cls(payload)
         return cls._known[payload]
 
-    def _struct(self, kind, count):
+    def __call__(self, kind, count):
+        """A Struct of `count` adjacent packets: their `packets` (header and payload of each), `headers`,
+        `payloads`, or the `fields` of their headers (seq, crc, size); or of `bare` payloads, back to back."""
         if (kind, count) not in self._structs:
             self._structs[kind, count] = struct.Struct('<' + self._formats[kind] * count)
         return self._structs[kind, count]
 
-    def packets(self, count):
-        """A Struct of count x (seq, crc, size, payload)."""
-        return self._struct('packets', count)
-
-    def payloads(self, count):
-        """A Struct of count x payload, back to back."""
-        return self._struct('payloads', count)
-
-    def headers(self, count):
-        """A Struct of count x (seq, crc, size) of adjacent packets."""
-        return self._struct('headers', count)
-
 
 class Buffer(object):
-    """One round of packets, each in its slot as it goes on the wire.
+    """One round of packets: their payloads back to back, and their headers.
 
     The spec's buffer_ctl, its packets and their operations.  A server fills
-    it from the image and sends slices of it; a client puts what it receives
+    it from the image and sends of it; a client puts what it receives
     and flushes it when nothing is missing.  A repair pass is one as well.
 
     base        seq of the first packet (packet_id_base)
     count       packets in the round (pkt_count)
     size        bytes of payload in the round (buffer_size)
+    headers     of the packets, a bytearray; at a client what they must be, as far as that is known
+    payloads    a bytearray; that of packet i begins at i times a full one's size
+    short       index -> bytes, of the packets with less than a full payload
     received    packets of this round that have arrived
     damaged     datagrams with a wrong size or checksum, over all rounds
     """
 
-    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,), checking=True):
+    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,)):
         """buffer_init.
 
         payload: bytes in a full packet; capacity: packets at the most.
         salt, checks: a packet's checksum is check(payload, salt + seq).  Two
         checks are candidates, and the first good packet decides between them
-        (pass the same list to all buffers of a transfer).  checking: whether put()
-        looks at checksums; else a digest of the whole round does, and damaged() after it.
+        (pass the same list to all buffers of a transfer).  Without one a digest covers
+        the round: what stands in a checksum's place then is salt + seq.
         """
-        self.checking = checking
         self.payload = payload
         self.capacity = capacity
         self.slot = PACKET.size + payload
         self.salt = salt
         self.checks = checks
         self.damaged = 0
-        self._bytes = bytearray(capacity * self.slot)
-        self._view = memoryview(self._bytes)
-        self._batch = Batch.of(payload)
-        self._payloads = []             # of each slot, made when first needed
+        self.headers = bytearray(capacity * PACKET.size)
+        self.payloads = bytearray(capacity * payload)
+        self._view = memoryview(self.payloads)
         self.start(0, 0, 0)
 
     # ---- what a round is
@@ -1009,16 +1027,18 @@ class Buffer(object):
         self.size = size
         self.ended = False
         self.limit = self.capacity
-        self._area, self._read = None, 0            # bytes of the image as they are read, and how many
-        self._short = {}                # size of the packets that are short
+        self._read = 0                  # bytes of the image, as far as they are read
+        self._slots = None              # see packets()
+        self._sums = None               # see sums()
+        self.short = {}
         self._any_size = size is None
-        self._full_sized = count        # so many packets may be, or must be
         if size is not None and size != count * self.payload:
-            self._full_sized = count - 1
-            self._short[count - 1] = size - (count - 1) * self.payload
+            self.short[count - 1] = size - (count - 1) * self.payload
         self._have = bytearray(count)
         self._missing = count
         self.received = 0
+        if not self.checks:
+            self._head(0, count)
 
     def index(self, seq):
         """The place of a seq in the round, from 0; it may lie outside."""
@@ -1026,162 +1046,173 @@ class Buffer(object):
 
     def packet_size(self, index):
         """The payload in bytes of a packet of this round."""
-        return self._short.get(index, self.payload)
+        return self.short.get(index, self.payload)
+
+    def view(self, first, last):
+        """The payloads from index first up to last, a memoryview; only the last may be short."""
+        return self._view[first * self.payload:(last - 1) * self.payload + self.packet_size(last - 1)]
+
+    def _check(self, index):
+        """The checksum that a packet should have."""
+        start = index * self.payload
+        return self.checks[0](part(self.payloads, start, self.packet_size(index)),
+                              self.salt + self.base + index) & MASK
+
+    def _head(self, first, last):
+        """Write the headers from index first up to last."""
+        sums = [self._check(index) for index in range(first, last)] if self.checks else consecutive(
+            self.salt + self.base + first, last - first)
+        self.headers[first * PACKET.size:last * PACKET.size] = pack_headers(
+            self.base + first, sums, self.payload, last - first)
+        for index in self.short:
+            if first <= index < last:
+                U32.pack_into(self.headers, index * PACKET.size + 8, self.short[index])
+
+    def _headers(self, first, count):
+        return Batch.of(PACKET.size)('bare', count).unpack_from(self.headers, first * PACKET.size)
 
     # ---- the server's side
+
+    READ = 512 << 10                    # bytes to read at once
 
     def fill(self, source):
         """Read once from the image and make packets of it: buffer_fill.
 
-        source.area(size) -> a memoryview for the round's bytes; source.read_into(view) -> bytes
-        read, 0 at the image's end, None if there is nothing yet; source.hash(view): they are
-        all there.  Only the last packet of the image is short.  Sets `ended` at the image's end.
+        source.read_into(memoryview) -> bytes read, 0 at the image's end, None if there is
+        nothing yet; source.hash(memoryview): they are all there.  Only the last packet of the
+        image is short.  Sets `ended` at the image's end.
         """
-        payload, first = self.payload, self.count
-        if self._area is None:
-            self._area = source.area(self.limit * payload)
-        area = self._area
-        room = min(first + Batch.MOST, self.limit) * payload
-        got = source.read_into(area[self._read:room])
+        room = min(self._read + self.READ, self.limit * self.payload)
+        got = source.read_into(self._view[self._read:room])
         if got is None:
             return
         self._read += got
-        count = self._read // payload - first
-        if count:
-            pieces = self._batch.payloads(count).unpack_from(area, first * payload)
-            seq = (self.base + first) & MASK
-            fields = [payload] * (4 * count)
-            fields[0::4] = consecutive(seq, count)
-            fields[1::4] = map(self.checks[0], pieces,
-                               range(self.salt + seq, self.salt + seq + count))
-            fields[3::4] = pieces
-            self._batch.packets(count).pack_into(
-                self._bytes, first * self.slot, *fields)
-            self.count += count
-            self.size += count * payload
-        if not got:
-            if self._read > self.size:
-                self.add(area[self.size:self._read].tobytes())
-            self.ended = True
+        first, self.ended = self.count, not got
+        self.count = self._read // self.payload
+        if self.ended and self._read % self.payload:
+            self.short[self.count] = self._read % self.payload
+            self.count += 1
+        self._head(first, self.count)
+        self.size = self._read if self.ended else self.count * self.payload
         if self.full:
-            source.hash(area[:self.size])
-            self._area = None
+            source.hash(self._view[:self.size])
 
     full = property(lambda self: self.ended or self.count >= self.limit)
 
     def add(self, data):
         """Add one packet with a payload of up to a full one's size."""
-        index, seq = self.count, (self.base + self.count) & MASK
-        start = index * self.slot
-        PACKET.pack_into(self._bytes, start, seq,
-                         self.checks[0](data, self.salt + seq), len(data))
-        self._view[start + PACKET.size:start + PACKET.size + len(data)] = data
+        index, start = self.count, self.count * self.payload
+        self._view[start:start + len(data)] = data
         if len(data) != self.payload:
-            self._short[index] = len(data)
+            self.short[index] = len(data)
         self.count += 1
         self.size += len(data)
+        self._head(index, self.count)
 
     def get(self, seq):
         """A packet as it goes on the wire, a memoryview: packet_get."""
         return self.packets(self.index(seq), self.index(seq) + 1)[0]
 
+    def packet(self, index):
+        """A packet as it goes on the wire, bytes."""
+        return join((self.headers[index * PACKET.size:(index + 1) * PACKET.size], self.view(index, index + 1)))
+
     def packets(self, first, last):
-        """The packets from index first up to last as few adjacent slices.
+        """The packets from index first up to last, header and payload of each, as few adjacent slices.
 
         Returns memoryviews; only the last packet of each may be short.
         """
+        if self._slots is None:         # all of them, once for all who ask
+            slots = bytearray(self.count * self.slot)
+            for start in range(0, self.count, Batch.MOST):
+                count = min(Batch.MOST, self.count - start)
+                fields = [None] * (2 * count)
+                fields[0::2] = self._headers(start, count)
+                fields[1::2] = Batch.of(self.payload)('bare', count).unpack_from(
+                    self.payloads, start * self.payload)
+                Batch.of(self.payload)('packets', count).pack_into(slots, start * self.slot, *fields)
+            self._slots = memoryview(slots)
         slices = []
-        ends = sorted(i + 1 for i in self._short if first <= i < last - 1)
+        ends = sorted(i + 1 for i in self.short if first <= i < last - 1)
         for end in ends + [last]:
             stop = end * self.slot - self.payload + self.packet_size(end - 1)
-            slices.append(self._view[first * self.slot:stop])
+            slices.append(self._slots[first * self.slot:stop])
             first = end
         return slices
 
+    def sums(self):
+        """CRC-32 of each payload: for a client whose round differs from its digest."""
+        if self._sums is None:
+            self._sums = [zlib.crc32(part(self.payloads, i * self.payload, self.packet_size(i))) & MASK
+                          for i in range(self.count)]
+        return self._sums
+
     # ---- the client's side
 
-    def put(self, data, offset, count, payload, checking=None):
+    def put(self, data, offset, count, payload):
         """Take received packets that lie back to back: packet_put.
 
         data, offset: where they are; count: how many; payload: bytes of each
-        behind its header; checking: whether to look at checksums (as the Buffer does).
-        Those outside the round, duplicates, and those whose size or checksum is wrong
-        are ignored.
+        behind its header.  Those outside the round, duplicates, and those whose size or
+        checksum is wrong are ignored.
         """
-        checking = self.checking if checking is None else checking
-        if not 0 < payload <= self.payload:
-            self.damaged += count
-            return
-        slot = PACKET.size + payload
-        headers = Batch.of(payload).headers(count).unpack_from(data, offset)
-        first = (headers[0] - self.base) & MASK
+        first = self.index(U32.unpack_from(data, offset)[0])
         last = first + count
-        if (payload == self.payload and last <= self._full_sized and len(self.checks) == 1
-                and headers[0::3] == consecutive(headers[0], count)
-                and headers[2::3].count(payload) == count
-                and self._have.find(b'\1', first, last) < 0):
-            # Most likely all are as they should be: so to their place with them.
-            self._view[first * slot:last * slot] = memoryview(data)[
-                offset:offset + count * slot]
-            if not checking or self._sums(first, last) == headers[1::3]:
-                self._have[first:last] = b'\1' * count
-                self._missing -= count
-                self.received += count
-                return
-        self._put_mixed(data, offset, count, payload, checking)
+        there = self._have.count(b'\1', first, last) if last <= self.count else None
+        if there == count:
+            return
+        if there == 0 and 0 < payload <= self.payload and self._right(data, offset, first, count, payload):
+            pieces = Batch.of(payload)('payloads', count).unpack_from(data, offset)
+            if payload == self.payload:
+                start = first * payload
+                self._view[start:start + count * payload] = b''.join(pieces)
+            else:
+                for index, piece in enumerate(pieces, first):
+                    start = index * self.payload
+                    self._view[start:start + payload] = piece
+                    self.short[index] = payload
+            self.arrived(first, last)
+        elif count > 1:                 # some of them are not as they should be, or not in order
+            half = count // 2
+            self.put(data, offset, half, payload)
+            self.put(data, offset + half * (PACKET.size + payload), count - half, payload)
+        elif first < self.count:
+            self.damaged += 1
 
-    def _sums(self, first, last):
-        """The checksums that the full packets from index first up to last should have."""
+    def _right(self, data, offset, first, count, payload):
+        """Whether received packets are those from index first on, with sizes and checksums as they should be."""
+        if not self._any_size and not self.packet_size(first) == payload == self.packet_size(first + count - 1):
+            return False
+        if not self.checks:             # then the headers are known
+            return Batch.of(payload)('headers', count).unpack_from(data, offset) == self._headers(first, count)
+        fields = Batch.of(payload)('fields', count).unpack_from(data, offset)
+        if fields[2::3].count(payload) < count or fields[0::3] != tuple(consecutive(fields[0], count)):
+            return False
+        pieces = Batch.of(payload)('payloads', count).unpack_from(data, offset)
         number = self.salt + self.base + first
-        return tuple(map(self.checks[0], self._parts(first, last),
-                         range(number, number + last - first)))
+        for check in self.checks:
+            if fields[1::3] == tuple([check(piece, i) & MASK for i, piece in enumerate(pieces, number)]):
+                if len(self.checks) > 1:
+                    self.checks[:] = [check]
+                return True
+        return False
 
-    def _put_mixed(self, data, offset, count, payload, checking):
-        """Take packets of which some may be elsewhere, twice, or damaged."""
-        fields = Batch.of(payload).packets(count).unpack_from(data, offset)
-        seqs, crcs, sizes, pieces = [fields[i::4] for i in range(4)]
-        if len(self.checks) > 1:
-            matching = [check for check in self.checks if check(pieces[0], 0) == crcs[0]]
-            self.checks[:] = matching[:1] or self.checks
-        slot = PACKET.size + payload
-        # A check takes its number modulo 2^32.
-        sums = tuple(map(self.checks[0], pieces, [self.salt + seq for seq in seqs])) if checking else crcs
-        for start, stop in stretches(seqs):
-            first = (seqs[start] - self.base) & MASK
-            last = first + stop - start
-            if (payload == self.payload and last <= self._full_sized
-                    and sums[start:stop] == crcs[start:stop]
-                    and sizes[start:stop] == (payload,) * (stop - start)
-                    and self._have.find(b'\1', first, last) < 0):
-                self._view[first * slot:last * slot] = memoryview(data)[
-                    offset + start * slot:offset + stop * slot]
-                self._have[first:last] = b'\1' * (stop - start)
-                self._missing -= stop - start
-                self.received += stop - start
-                continue
-            for i in range(start, stop):
-                index = (seqs[i] - self.base) & MASK
-                if sums[i] != crcs[i] or sizes[i] != payload:
-                    self.damaged += 1
-                elif (index < self.count and not self._have[index]
-                      and (self._any_size or payload == self.packet_size(index))):
-                    self._store(index, payload, data, offset + i * slot)
+    def arrived(self, first, last):
+        """The payloads from index first up to last are in their place."""
+        fresh = last - first - self._have.count(b'\1', first, last)
+        self._have[first:last] = b'\1' * (last - first)
+        self._missing -= fresh
+        self.received += fresh
 
-    def _parts(self, first, last):
-        """The payloads in the slots from index first up to last, not copied."""
-        if not self._payloads:
-            self._payloads = [part(self._bytes, start + PACKET.size, self.payload)
-                              for start in range(0, len(self._bytes), self.slot)]
-        return self._payloads[first:last]
+    def in_place(self, headers, first, count, size):
+        """Whether packets that came straight to their place, `size` bytes of them, are those from index first on.
 
-    def _store(self, index, payload, data, offset):
-        start, size = index * self.slot, PACKET.size + payload
-        self._view[start:start + size] = memoryview(data)[offset:offset + size]
-        if payload != self.payload:
-            self._short[index] = payload
-        self._have[index] = 1
-        self._missing -= 1
-        self.received += 1
+        headers: the received ones, of a whole round.
+        """
+        last = first + count
+        part_of_round = slice(first * PACKET.size, last * PACKET.size)
+        return (0 < count <= self.count - first and size == count * PACKET.size + len(self.view(first, last))
+                and headers[part_of_round] == self.headers[part_of_round])
 
     complete = property(lambda self: not self._missing)
 
@@ -1189,55 +1220,46 @@ class Buffer(object):
         """Whether a packet has arrived, by its place in the round."""
         return bool(self._have[index])
 
+    def lacks(self, first, last):
+        """Whether none of the packets from index first up to last has arrived."""
+        return self._have.find(b'\1', first, last) < 0
+
     def missing(self):
         """What has not arrived, as bits."""
         return gaps_of(self._have) if self._missing else 0
 
-    def damaged_packets(self):
-        """Which packets have a wrong checksum, as bits; of a complete round."""
-        good = bytearray(self.count)
-        for first in range(0, self._full_sized, Batch.MOST):
-            last = min(first + Batch.MOST, self._full_sized)
-            headers = self._batch.headers(last - first).unpack_from(self._bytes, first * self.slot)
-            good[first:last] = bytearray([ours == theirs for ours, theirs in zip(
-                self._sums(first, last), headers[1::3])])
-        for index in range(self._full_sized, self.count):
-            size = self.packet_size(index)
-            seq, crc, _ = PACKET.unpack_from(self._bytes, index * self.slot)
-            payload = part(self._bytes, index * self.slot + PACKET.size, size)
-            good[index] = self.checks[0](payload, self.salt + seq) == crc
-        return gaps_of(good)
+    def differing(self, sums):
+        """Which packets have another CRC-32 than that in `sums`, as bits."""
+        return gaps_of(bytearray([ours == theirs for ours, theirs in zip(self.sums(), sums)]))
 
     def forget(self, gaps):
         """Some packets have not arrived after all."""
         for place in places(gaps):
             self._have[place] = 0
         self._missing += how_many(gaps)
+        self._sums = None
 
     def payload_of(self, index):
         """The payload of a packet by its place, padded with zeros to a full one."""
-        start = index * self.slot + PACKET.size
-        data = self._view[start:start + self.packet_size(index)].tobytes()
-        return data + b'\0' * (self.payload - len(data))
+        start = index * self.payload
+        return self._view[start:start + self.packet_size(index)].tobytes().ljust(self.payload, b'\0')
 
     def restore(self, index, padded):
-        """Put a packet's payload that was solved for (see Coded repair).
-
-        Its checksum is not known.  If it was solved with packets that nobody has
-        checked, it may be wrong, and then is one of damaged_packets(): 0 matches nothing.
-        """
-        size = self.packet_size(index)
-        header = PACKET.pack((self.base + index) & MASK, 0, size)
-        self._store(index, size, bytearray(header + padded[:size]), 0)
+        """Put a packet's payload that was solved for (see Coded repair)."""
+        start, size = index * self.payload, self.packet_size(index)
+        self._view[start:start + size] = padded[:size]
+        self.arrived(index, index + 1)
 
     def flush(self):
-        """The round's bytes in pieces, for the output: buffer_flush."""
-        for first in range(0, self.count, Batch.MOST):
-            pieces = self._parts(first, min(first + Batch.MOST, self.count))
-            if self._short:
-                pieces = [piece[:self.packet_size(first + i)]
-                          for i, piece in enumerate(pieces)]
-            yield join(pieces)
+        """The round's bytes in pieces, for the output: buffer_flush.
+
+        They are memoryviews of the buffer itself.
+        """
+        first = 0
+        for last in sorted(index + 1 for index in self.short if index < self.count - 1) + [self.count]:
+            if last > first:
+                yield self.view(first, last)
+            first = last
 
 
 # ---------------------------------------------------------------------------
@@ -1339,10 +1361,10 @@ def encode_repair(buffer, groups, number, salt):
     Yields them as far as they are made, as combine() does.
     """
     first = recipes(groups, number, buffer.payload)
-    coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT)
+    coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT, buffer.checks)
     coded.start(REPAIR_BIT + number, 0, 0)
     for payload in first:
-        coded.add(payload)
+        coded.add(payload.ljust(buffer.payload, b'\0'))
     work = 0
     for members in groups:
         total = 0
@@ -1363,8 +1385,8 @@ def read_recipe(payload):
     number, offset = U32.unpack_from(payload)[0], U32.size
     while offset + 2 <= len(payload):
         count = struct.unpack_from('<H', payload, offset)[0]
-        if offset + 2 + 2 * count > len(payload):
-            return
+        if not count or offset + 2 + 2 * count > len(payload):
+            return                      # the rest is padding
         yield number, struct.unpack_from('<%dH' % count, payload, offset + 2)
         number += 1
         offset += 2 + 2 * count
@@ -1379,8 +1401,7 @@ def solve(buffer, coded, recipe_count):
     for place in range(min(recipe_count, coded.count)):
         if not coded.has(place):
             continue
-        recipe = coded.payload_of(place)[:coded.packet_size(place)]
-        for number, members in read_recipe(recipe):
+        for number, members in read_recipe(coded.payload_of(place)):
             at = coded.index(REPAIR_BIT + number)
             if at >= coded.count or not coded.has(at) or at < recipe_count:
                 continue
@@ -1429,9 +1450,10 @@ NO_SUCH_WAY = frozenset((errno.EIO, errno.EINVAL, errno.EMSGSIZE,
                          errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
 QUEUE_FULL = frozenset((errno.ENOBUFS, errno.ENOMEM))
 
-# struct iovec, and struct mmsghdr: name, its length, iovec, how many,
-# control, its length, flags; bytes received (0P: aligned as a pointer is).
+# struct iovec; struct msghdr: name, its length, iovec, how many, control, its length, flags
+# (0P: aligned as a pointer is); and struct mmsghdr, which adds the bytes received.
 IOVEC = struct.Struct('@PL')
+MSGHDR = struct.Struct('@PIPLPLi0P')
 MMSGHDR = 'PIPLPLi0PI0P'
 CMSG = struct.Struct('@Lii')            # struct cmsghdr: its length, level, type; cmsg(3)
 CMSG_INT = struct.Struct('@i')
@@ -1443,6 +1465,18 @@ CONTROL_SIZE = 64                       # bytes, room for a time and an int
 def address_of(data):
     """Where a bytearray lies in memory; it must not change its size."""
     return ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data))
+
+
+def message_call(name, fd, address, *more):
+    """sendmsg(2) and its kin with what lies at an address, without waiting.  Raises OSError."""
+    function = getattr(LIBC, name, None)
+    if function is None:
+        raise OSError(errno.ENOSYS, 'no %s' % name)
+    result = function(fd, ctypes.c_void_p(address), *more)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 class MessageVector(object):
@@ -1466,29 +1500,78 @@ class MessageVector(object):
         self._headers = bytearray(self._template)
         self._address = address_of(self._headers)
 
-    def send(self, fd, count):
-        """sendmmsg(2) of the first `count`: how many were sent; raises OSError."""
-        return self._call('sendmmsg', fd, count)
+    def send(self, fd, first, count):
+        """sendmmsg(2) of `count` from message `first` on: how many were sent; raises OSError."""
+        return message_call('sendmmsg', fd, self._address + first * self._one.size, count, MSG_DONTWAIT)
 
     def receive(self, fd, count):
         """recvmmsg(2) without waiting: (sizes, control sizes) in bytes."""
         self._headers[:] = self._template
-        got = self._call('recvmmsg', fd, count, None)
+        got = message_call('recvmmsg', fd, self._address, count, MSG_DONTWAIT, None)
         if got not in self._all:
             self._all[got] = struct.Struct('@' + MMSGHDR * got)
         fields = self._all[got].unpack_from(self._headers)
         return fields[7::8], fields[5::8]
 
-    def _call(self, name, fd, count, *more):
-        function = getattr(LIBC, name, None)
-        if function is None:
-            raise OSError(errno.ENOSYS, 'no %s' % name)
-        headers = ctypes.c_void_p(self._address)
-        result = function(fd, headers, count, MSG_DONTWAIT, *more)
-        if result < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        return result
+
+class PacketVector(object):
+    """Where the headers and payloads of a Buffer's packets lie, so that the kernel moves them itself.
+
+    headers     where they are, a bytearray: those of the Buffer, or another one for what is to be received
+    """
+
+    def __init__(self, buffer, headers):
+        """buffer: a Buffer; headers: a bytearray of its capacity of them."""
+        self.headers, self._payload, self._count = headers, buffer.payload, buffer.capacity
+        self._places = address_of(headers), address_of(buffer.payloads)
+        words, sizes = array.array('L', [0]) * (4 * self._count), (PACKET.size, buffer.payload)
+        for i in (0, 1):                # a struct iovec for a header, and one for a payload
+            where, size = self._places[i], sizes[i]
+            words[2 * i::4] = array.array('L', range(where, where + self._count * size, size))
+            words[2 * i + 1::4] = array.array('L', [size]) * self._count
+        self._iovecs = words + array.array('L', [0, 0])
+        self._messages = None           # a MessageVector, once it is needed
+        self._header = bytearray(MSGHDR.size)
+        self._address = address_of(self._header)
+
+    def _describe(self, first, iovecs, control=0, size=0):
+        MSGHDR.pack_into(self._header, 0, 0, 0, self._iovecs.buffer_info()[0] + 2 * first * IOVEC.size,
+                         iovecs, control, size, 0)
+
+    def send_joined(self, fd, first, last):
+        """sendmsg(2) of the packets from index first up to last, as one.  Raises OSError."""
+        self._describe(first, 2 * (last - first))
+        message_call('sendmsg', fd, self._address, MSG_DONTWAIT)
+
+    def send_many(self, fd, first, last):
+        """sendmmsg(2) of the packets from index first up to last: how many were sent.  Raises OSError."""
+        if self._messages is None:
+            headers, payloads = self._places
+            self._messages = MessageVector([
+                ([(headers + i * PACKET.size, PACKET.size), (payloads + i * self._payload, self._payload)], 0, 0)
+                for i in range(self._count)])
+        return self._messages.send(fd, first, last - first)
+
+    def receive(self, fd, first, spill, control):
+        """recvmsg(2) of joined packets to their places from index first on; (size, control size) in bytes.
+
+        spill: for what goes beyond the last place; control: for control data; each (address, size).  Raises OSError.
+        """
+        room = min(MOST_SEGMENTS, self._count - first)
+        self._iovecs[-2:] = array.array('L', spill)
+        self._describe(first, 2 * room + (room < MOST_SEGMENTS), *control)
+        size = message_call('recvmsg', fd, self._address, MSG_DONTWAIT)
+        return size, MSGHDR.unpack(self._header)[5]
+
+    def gather(self, buffer, first, size, spilt):
+        """What receive() has received, `size` bytes, as one bytearray; spilt: where the spill is."""
+        data = bytearray()
+        for i in range(first, min(self._count, first + MOST_SEGMENTS)):
+            data += self.headers[i * PACKET.size:(i + 1) * PACKET.size]
+            data += buffer.payloads[i * self._payload:(i + 1) * self._payload]
+            if len(data) >= size:
+                break
+        return data[:size] + spilt[:max(0, size - len(data))]
 
 
 def multicast_route(local_ip):
@@ -1524,7 +1607,8 @@ class DatagramSender(object):
         self.way = WAYS[0] if way == 'auto' else way
         self.strict = way != 'auto'
         self.trouble = None             # the last error that lost packets
-        self._slot = None               # what the kernel or _vector is set up for
+        self._slot = None               # what the kernel is set up for
+        self._vectors = weakref.WeakKeyDictionary()     # Buffer -> PacketVector
 
     def fileno(self):
         """For select(): writable when there is room for more."""
@@ -1543,8 +1627,12 @@ class DatagramSender(object):
         count as sent: they are lost, as others are, and `trouble` says why.
         """
         last = min(last, first + self.most(buffer.slot))
+        way = self.way
+        if buffer.short:                # such a one goes alone
+            way = 'plain' if first in buffer.short else way
+            last = min([last] + [index for index in buffer.short if index > first])
         try:
-            return getattr(self, '_send_' + self.way)(buffer, first, last)
+            return getattr(self, '_send_' + way)(buffer, first, last)
         except OS_ERRORS as error:
             number = errno_of(error)
             if number in TRY_AGAIN:
@@ -1571,29 +1659,20 @@ class DatagramSender(object):
         if buffer.slot != self._slot:
             self.sock.setsockopt(SOL_UDP, UDP_SEGMENT, buffer.slot)
             self._slot = buffer.slot
-        data = buffer.packets(first, last)[0]
-        self.sock.send(data)
-        return first + -(-len(data) // buffer.slot)
+        self._vector_of(buffer).send_joined(self.sock.fileno(), first, last)
+        return last
 
     def _send_mmsg(self, buffer, first, last):
-        data = buffer.packets(first, last)[0]
-        whole = len(data) // buffer.slot
-        if not whole:
-            self.sock.send(data)        # a short packet
-            return first + 1
-        if buffer.slot != self._slot:
-            self._slot = buffer.slot
-            self._staging = bytearray(MOST_SEGMENTS * self._slot)
-            where = address_of(self._staging)
-            self._vector = MessageVector(
-                [([(where + i * self._slot, self._slot)], 0, 0)
-                 for i in range(MOST_SEGMENTS)])
-        self._staging[:whole * self._slot] = data[:whole * self._slot]
-        return first + self._vector.send(self.sock.fileno(), whole)
+        return first + self._vector_of(buffer).send_many(self.sock.fileno(), first, last)
 
-    def _send_plain(self, buffer, first, last):
-        self.sock.send(buffer.packets(first, first + 1)[0])
+    def _send_plain(self, buffer, first, _last):
+        self.sock.send(buffer.packet(first))
         return first + 1
+
+    def _vector_of(self, buffer):
+        if buffer not in self._vectors:
+            self._vectors[buffer] = PacketVector(buffer, buffer.headers)
+        return self._vectors[buffer]
 
     def close(self):
         """Close the socket."""
@@ -1606,11 +1685,10 @@ class DatagramReceiver(object):
     Each message of a call has a slot of one packet's size, and the slots are
     adjacent, so full packets that arrive one by one lie back to back, as those
     do that the kernel joined.  What is longer than its slot goes on in a spill
-    area.  While the kernel joins datagrams, slots are as large as they can be.
+    area.  While the kernel joins datagrams it puts them straight to where they are expected.
     """
 
     MESSAGES = 32                       # in a call
-    JOINED = 16                         # in a call, where each is many datagrams
     SPILL = 65536                       # bytes
 
     def __init__(self, local_ip, group, port, payload, way='auto', source=None):
@@ -1645,10 +1723,9 @@ class DatagramReceiver(object):
         self._single = MessageVector([
             ([(slots + i * self.slot, self.slot), (spill + i * self.SPILL, self.SPILL)],
              control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.MESSAGES)])
-        self._joined = MessageVector([
-            ([(spill + i * self.SPILL, self.SPILL)],
-             control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.JOINED)])
         self._joins = False             # whether the last call got joined datagrams
+        self._aside = (spill, self.SPILL), (control, CONTROL_SIZE)
+        self._vectors = weakref.WeakKeyDictionary()     # Buffer -> PacketVector
 
     def _join(self, local_ip, group, port, source):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1677,18 +1754,20 @@ class DatagramReceiver(object):
         """For poll(): readable when there are datagrams."""
         return self.sock.fileno()
 
-    def receive(self):
+    def receive(self, aim=None):
         """What has arrived, without waiting, as a list of batches.
 
+        aim: (Buffer, index) from where on packets are expected that have not arrived; None: no idea.
+
         A batch is what Buffer.put takes: (data, offset, count, payload), valid
-        until the next call.  None when nothing has arrived.
+        until the next call; or, where packets came straight to their place and are as they should be,
+        (Buffer, index of the first, count, payload).  None when nothing has arrived.
         """
-        joins = self._joins
         try:
             if self.way == 'plain':
                 sizes, controls = self._receive_one_by_one(), ()
-            elif joins:
-                sizes, controls = self._joined.receive(self.fileno(), self.JOINED)
+            elif self._joins and aim:
+                return self._receive_in_place(*aim)
             else:
                 sizes, controls = self._single.receive(self.fileno(), self.MESSAGES)
         except OS_ERRORS as error:
@@ -1704,38 +1783,64 @@ class DatagramReceiver(object):
         slot = self.slot
         self._joins = max(controls or (0,)) > self._stamped
         self._look_at_clock(len(sizes) - 1, controls)
-        if not joins and sizes.count(slot) == len(sizes) and not self._joins:
+        if sizes.count(slot) == len(sizes) and not self._joins:
             self.in_first = 1
             return [(self._slots, 0, len(sizes), slot - PACKET.size)]
         batches = []
         for i, size in enumerate(sizes):
-            segment = size
-            if controls and controls[i] > self._stamped:
-                segment = self._control_of(i, SOL_UDP, UDP_GRO, CMSG_INT)[0]
+            segment = self._segment(i, size, controls)
             if not i:
                 self.in_first = -(-size // max(1, segment))
-            data, offset = self._spill, i * self.SPILL
-            if not joins:
-                data, offset = self._slots, i * slot
-                if size > slot:
-                    data = data[offset:offset + slot] + self._spill[i * self.SPILL:i * self.SPILL + size]
-                    offset = 0
-            while size > PACKET.size and segment > PACKET.size:
-                count = min(max(1, size // segment), Batch.MOST)
-                segment = min(segment, size)        # the last may be shorter
-                batches.append((data, offset, count, segment - PACKET.size))
-                offset += count * segment
-                size -= count * segment
+            data, offset = self._slots, i * slot
+            if size > slot:
+                data = data[offset:offset + slot] + self._spill[i * self.SPILL:i * self.SPILL + size - slot]
+                offset = 0
+            batches += self._taken_apart(data, offset, size, segment)
         return batches
+
+    def _segment(self, i, size, controls):
+        """The size of each datagram, but perhaps the last, in message i, which has `size` bytes."""
+        joined = controls and controls[i] > self._stamped
+        return self._control_of(i, SOL_UDP, UDP_GRO, CMSG_INT)[0] if joined else size
+
+    @staticmethod
+    def _taken_apart(data, offset, size, segment):
+        """The batches of a message that may be many datagrams."""
+        batches = []
+        while size > PACKET.size and segment > PACKET.size:
+            count = min(max(1, size // segment), Batch.MOST)
+            segment = min(segment, size)            # the last may be shorter
+            batches.append((data, offset, count, segment - PACKET.size))
+            offset += count * segment
+            size -= count * segment
+        return batches
+
+    def _receive_in_place(self, buffer, first):
+        """One message, as receive() has it; its packets are probably those of a Buffer from index first on."""
+        if buffer not in self._vectors:
+            self._vectors[buffer] = PacketVector(buffer, bytearray(len(buffer.headers)))
+        vector = self._vectors[buffer]
+        size, control = vector.receive(self.fileno(), first, *self._aside)
+        self._joins = control > self._stamped
+        self._look_at_clock(0, (control,))
+        segment = self._segment(0, size, (control,))
+        self.in_first = count = -(-size // max(1, segment))
+        if segment in (self.slot, size) and buffer.in_place(vector.headers, first, count, size):
+            return [(buffer, first, count, buffer.payload)]
+        return self._taken_apart(vector.gather(buffer, first, size, self._spill), 0, size, segment)
 
     def _look_at_clock(self, last, controls):
         """Set when the messages 0 and `last` arrived: by the kernel, else now; socket(7)."""
-        self.first = self.last = monotonic()
         if controls and self._stamped and controls[0] and controls[last]:
-            self.first, self.last = [
-                seconds + nanoseconds * 1e-9 for seconds, nanoseconds in [
-                    self._control_of(i, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
-                    for i in (0, last)]]
+            self.first = self.last = self._time_of(0)
+            if last:
+                self.last = self._time_of(last)
+        else:
+            self.first = self.last = monotonic()
+
+    def _time_of(self, i):
+        seconds, nanoseconds = self._control_of(i, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
+        return seconds + nanoseconds * 1e-9
 
     def _control_of(self, i, level, kind, data):
         """The control data of a level and kind of message i; zeros if there is none."""
@@ -2146,8 +2251,6 @@ class Command(object):
 class Hasher(threading.Thread):
     """Hashes an image, part by part, while others do something else: hashing releases the interpreter's lock."""
 
-    AHEAD = 2                           # parts that may wait, before give() waits
-
     def __init__(self):
         threading.Thread.__init__(self, name='hasher')
         self.daemon = True
@@ -2159,11 +2262,10 @@ class Hasher(threading.Thread):
         self._own_link = self.link.spawn()
 
     def give(self, view):
-        """Hash this next; `view` must not change until the next but one is given."""
+        """Hash this next; `view` must not change until its digest is known."""
         self._parts.append(view)
         self._given += 1
         self.link.release_child()
-        self.digest(self._given + 1 - self.AHEAD)
 
     def digest(self, parts=None):
         """The digest through so many parts, of all if None; waits until they are hashed."""
@@ -2210,7 +2312,6 @@ class Source(object):
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
         self._digest, self._hasher = digest, None
-        self._areas = [bytearray(), bytearray()]
         if command is not None:
             return
         called = 'standard input' if path is None else printable(path)
@@ -2263,16 +2364,8 @@ class Source(object):
         """For select(): readable when read_into() will not wait."""
         return self._file.fileno()
 
-    def area(self, size):
-        """A memoryview of `size` bytes to read into; the one before is still being hashed."""
-        if self._hasher:
-            self._areas.reverse()
-        if len(self._areas[0]) != size:
-            self._areas[0] = bytearray(size)
-        return memoryview(self._areas[0])
-
     def hash(self, view):
-        """Hash the next bytes of the image, which stay where they are until the next but one."""
+        """Hash the next bytes of the image, which stay where they are until their digest is known."""
         if self._hasher:
             self._hasher.give(view)
 
@@ -2598,7 +2691,7 @@ class Writer(threading.Thread):
     way "look at `results`".  When it fails it ends, which its parent sees.
     """
 
-    # What there is to say of a round; `damaged`, of the packets in `gaps`: it waits to be given again.
+    # What there is to say of a round; `damaged`: its digest differs, and it waits to be given again.
     VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
 
     def __init__(self, sink, digest):
@@ -2609,7 +2702,7 @@ class Writer(threading.Thread):
         self.failure = None
         self.bytes = 0
         self.hash = hashlib.sha256() if digest else None
-        self.results = collections.deque()          # (what, round, gaps)
+        self.results = collections.deque()          # (what, round)
         self._jobs = collections.deque()
         self._again = None              # the round without which it does not go on
         self.link = SemLink()
@@ -2661,8 +2754,8 @@ class Writer(threading.Thread):
         finally:
             self._own_link.close()
 
-    def _say(self, what, incoming, gaps=0):
-        self.results.append((what, incoming, gaps))
+    def _say(self, what, incoming):
+        self.results.append((what, incoming))
         self._own_link.release_parent()
 
     def _write(self, incoming):
@@ -2674,16 +2767,12 @@ class Writer(threading.Thread):
             for piece in pieces:
                 trial.update(piece)
             if trial.digest() != incoming.digest:
-                gaps = incoming.buffer.damaged_packets()
-                if not gaps:
-                    raise Failure('the digest differs: what was received is not the '
-                                  'image; nothing of this round was written')
                 self._again = incoming
-                return self._say(self.DAMAGED, incoming, gaps)
+                return self._say(self.DAMAGED, incoming)
             self.hash = trial
             self._say(self.VERIFIED, incoming)
         for piece in pieces:
-            self.sink.write(memoryview(piece))
+            self.sink.write(piece)
         self.bytes += incoming.size
         self._say(self.WRITTEN, incoming)
 
@@ -3359,6 +3448,8 @@ class ServerWindow(object):
         how, awaited = member.rounds.get(number, (None, None))
         if how not in self.PAYS.get(kind, ()):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        if kind == SUMS:                # it still owes its answer
+            return [('send', member, self._sums(member, number))]
         member.busy = None
         awaited.owing.discard(member)
         awaited.answers.paid(member, now)
@@ -3379,15 +3470,23 @@ class ServerWindow(object):
         gaps, order = self.dialect.asked(message, buffer.base, buffer.count)
         if number not in member.times_asked:
             self._reception(member, number, message, awaited, gaps, now)
-        member.times_asked[number] = member.times_asked.get(number, 0) + 1
-        if member.times_asked[number] > member.MOST_REQUESTS:
-            raise ProtocolError('it asks for the same round again and again')
+        self._count_request(member, number)
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
         member.asked[number] = request
         member.stands(number, ASKED, None, now)
         awaited.answers.requests[member] = request
         return []
+
+    def _sums(self, member, number):
+        self._count_request(member, number)
+        return self.dialect.sums(number, self._rounds[number].buffer.sums())
+
+    @staticmethod
+    def _count_request(member, number):
+        member.times_asked[number] = member.times_asked.get(number, 0) + 1
+        if member.times_asked[number] > member.MOST_REQUESTS:
+            raise ProtocolError('it asks for the same round again and again')
 
     def _done(self, member, number, message, awaited, now):
         if member.rounds[number][0] == COMPLETION:
@@ -3400,7 +3499,7 @@ class ServerWindow(object):
         return self._see_off(member, now)
 
     HANDLERS = {READY: _ready, REQUEST: _request, DONE: _done}
-    PAYS = {READY: (READINESS,), REQUEST: (ANSWER,), DONE: (ANSWER, COMPLETION)}
+    PAYS = {READY: (READINESS,), REQUEST: (ANSWER,), DONE: (ANSWER, COMPLETION), SUMS: (ANSWER,)}
 
     # ---- how the clients hear
 
@@ -3481,10 +3580,11 @@ class Incoming(object):
     """A round at a client.
 
     how     WAITS for room, LISTENS to multicast, waits for STRAGGLERS after SENT, has ASKED for
-            packets, reads their BYTES, is COMPLETE and handed to the writer once those before it are
+            packets, reads their BYTES, is COMPLETE and handed to the writer once those before it are,
+            or SUSPECT as its digest differs
     """
 
-    WAITS, LISTENS, STRAGGLERS, ASKED, BYTES, COMPLETE = range(6)
+    WAITS, LISTENS, STRAGGLERS, ASKED, BYTES, COMPLETE, SUSPECT = range(7)
 
     def __init__(self, number, size, base, count, place):
         self.number, self.size, self.base, self.count, self.place = number, size, base, count, place
@@ -3521,7 +3621,6 @@ class ClientWindow(object):
     SETTLE = 0.005                      # seconds for stragglers after SENT,
     NOTHING_YET = 0.05                  # or where nothing has come, though multicast was heard before
     BASE_ROOM = 2                       # buffers, where one round is under way
-    CHUNK = 64                          # packets read from TCP at once
     EARLY = 64                          # batches that may come before their announcement
 
     def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None):
@@ -3540,8 +3639,10 @@ class ClientWindow(object):
         self._base = self._place = None # of the next round
         self._last = None               # the round of 0 packets that ends the image
         self._reading = None            # the round whose packets come by TCP
-        self._left = []                 # their places
-        self._staging = self._filled = None
+        self._left = collections.deque()            # their places: (start, stop) of each run
+        self._staging = bytearray(PACKET.size + payload_for(9000))
+        self._filled = 0                # bytes of what is wanted
+        self._aim = None                # (Incoming, place) where multicast goes on
         self._free = []                 # buffers
         self._lent = collections.deque()            # rounds that the writer has
         self._hears = True              # some of the last round that was answered for
@@ -3601,7 +3702,7 @@ class ClientWindow(object):
         if kind not in self.HANDLERS:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         how, handler, codes = self.HANDLERS[kind]
-        number = self.dialect.number_of(message)
+        number = self.dialect.number_of(message if kind != SUMS else message[4:])     # behind their count
         for incoming in self.rounds:
             if number in (None, incoming.number):
                 if incoming.how == how and (self.dialect.codes or not codes):
@@ -3662,7 +3763,7 @@ class ClientWindow(object):
             if self._free:
                 buffer = self._free.pop()
             if buffer is None or buffer.capacity < incoming.count or buffer.payload != payload:
-                buffer = Buffer(payload, incoming.count, self._salt, self._checks, not self.digest)
+                buffer = Buffer(payload, incoming.count, self._salt, () if self.digest else self._checks)
             buffer.start(incoming.base, incoming.count, incoming.size if self.dialect.sizes else None)
             incoming.buffer, incoming.how = buffer, Incoming.LISTENS
             todo.append(('send', self.dialect.ready(incoming.number)))
@@ -3679,8 +3780,8 @@ class ClientWindow(object):
         count = recipe_count + combinations
         if not 0 < count <= MAX_PACKETS or number + count > REPAIR_BIT:
             raise ProtocolError('a repair pass of %d packets' % count)
-        coded = Buffer(self.payload, count, self._repair_salt - REPAIR_BIT)
-        coded.start(REPAIR_BIT + number, count, None)
+        coded = Buffer(self.payload, count, self._repair_salt - REPAIR_BIT, () if self.digest else self._checks)
+        coded.start(REPAIR_BIT + number, count, count * self.payload)
         for data, size, payload in self._early:     # multicast may overtake TCP
             coded.put(data, 0, size, payload)
         self._early.clear()
@@ -3691,11 +3792,36 @@ class ClientWindow(object):
         self._expect_packets(incoming)
         return []
 
+    def _on_sums(self, incoming, rest, _now):
+        sums = struct.unpack('<%dI' % (len(rest) // 4), rest)[1:]
+        if len(sums) != incoming.count:
+            raise ProtocolError('%s of a round of %d' % (counted(len(sums), 'sum'), incoming.count))
+        gaps = incoming.buffer.differing(sums)
+        if not gaps:
+            raise Failure('the digest differs: what was received is not the image; nothing of this '
+                          'round was written')
+        tell('damaged', round=incoming.number, count=how_many(gaps))
+        incoming.buffer.forget(gaps)
+        incoming.buffer.damaged += how_many(gaps)
+        return self._ask(incoming)
+
     # Signal -> how the round must stand, what to do, and whether only a session has it.
     HANDLERS = {SENT: (Incoming.LISTENS, _on_sent, False), AGAIN: (Incoming.ASKED, _on_again, True),
-                PACKETS: (Incoming.ASKED, _on_packets, True)}
+                PACKETS: (Incoming.ASKED, _on_packets, True), SUMS: (Incoming.SUSPECT, _on_sums, True)}
 
     # ---- time, and datagrams
+
+    @property
+    def aim(self):
+        """(Buffer, index) where multicast will go on, if nothing has arrived from there on; None if that cannot be told."""
+        incoming, place = self._aim or (None, 0)
+        if not incoming or not incoming.target or place >= incoming.target.count:
+            later = [each for each in self.rounds if each.target and not each.target.received]
+            if not later:
+                return None
+            incoming, place = later[0], 0
+        target = incoming.target
+        return (target, place) if not target.checks and target.lacks(place, place + MOST_SEGMENTS) else None
 
     def take(self, batches, in_first, first, last):
         """Datagrams have arrived; returns whether any was of use.
@@ -3703,34 +3829,48 @@ class ClientWindow(object):
         batches: as DatagramReceiver returns them; in_first: packets in their first
         message; first, last: when the first and the last message came, seconds.
         """
-        useful, listening = 0, [incoming for incoming in self.rounds if incoming.target]
+        useful = False
+        listening = [(incoming, incoming.target) for incoming in self.rounds]
+        listening = [each for each in listening if each[1]]
         for number, (data, offset, count, payload) in enumerate(batches):
-            place, now_for = None, None
-            seq = U32.unpack_from(data, offset)[0]
-            for incoming in listening:
-                target = incoming.target
-                place = (seq - target.base) & MASK
-                if place < target.count:
-                    now_for = incoming
-                    break
-            if now_for and place + count <= target.count:
+            there = isinstance(data, Buffer)        # and `offset` is the place
+            seq = data.base + offset if there else U32.unpack_from(data, offset)[0]
+            for incoming, target in listening:
+                place = target.index(seq)
+                if place >= target.count:
+                    continue
                 before = target.received
-                target.put(data, offset, count, payload)
-                useful += target.received - before
-                if target is now_for.buffer:
+                if there:
+                    target.arrived(place, place + count)
+                else:
+                    target.put(data, offset, count, payload)
+                useful = useful or target.received > before
+                if target is incoming.buffer:
                     if not number:
-                        now_for.note(place, before + in_first, first)
+                        incoming.note(place, before + in_first, first)
                     if number == len(batches) - 1:
-                        now_for.note(place + count - 1, target.received, last)
-                continue
-            for incoming in listening:  # some may be of another round, or of none
-                before = incoming.target.received
-                incoming.target.put(data, offset, count, payload)
-                useful += incoming.target.received - before
-            if not now_for and seq & REPAIR_BIT:
-                self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
-                                    count, payload))
-        return bool(useful)
+                        incoming.note(place + count - 1, target.received, last)
+                self._aim = incoming, place + count
+                if place + count > target.count:    # some are of the next round
+                    useful = self._put_rest(listening, data, offset, count, payload, target.count - place) or useful
+                break
+            else:
+                if seq & REPAIR_BIT:
+                    self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
+                                        count, payload))
+                elif count > 1:         # some may be of a round all the same
+                    useful = self._put_rest(listening, data, offset, count, payload, 0) or useful
+        return useful
+
+    @staticmethod
+    def _put_rest(listening, data, offset, count, payload, taken):
+        """Put the packets behind the first `taken` ones where they belong; returns whether any was of use."""
+        useful, offset = False, offset + taken * (PACKET.size + payload)
+        for _, target in listening:
+            before = target.received
+            target.put(data, offset, count - taken, payload)
+            useful = useful or target.received > before
+        return useful
 
     def listened(self, now):
         """Datagrams were of use: more of them may be on their way."""
@@ -3798,22 +3938,15 @@ class ClientWindow(object):
 
     def _expect_packets(self, incoming):
         incoming.how, self._reading = Incoming.BYTES, incoming
-        self._left = places(incoming.gaps)
-        self.by_tcp += len(self._left)
-        self._staging = bytearray(self.CHUNK * incoming.buffer.slot)
+        self._left.extend(runs(incoming.gaps))
+        self.by_tcp += how_many(incoming.gaps)
         self._want_more()
 
     def _want_more(self):
-        """Set `wants` to the next bytes: packets of known sizes, else a header."""
-        buffer, self._filled = self._reading.buffer, 0
-        if not self.dialect.sizes:
-            self.wants = memoryview(self._staging)[:PACKET.size]
-            return
-        chunk = self._left[:self.CHUNK]
-        if len(chunk) > 1 and buffer.packet_size(chunk[-1]) != buffer.payload:
-            chunk.pop()                 # a short one, which is the last, goes alone
-        size = len(chunk) * PACKET.size + sum(buffer.packet_size(place) for place in chunk)
-        self.wants = memoryview(self._staging)[:size]
+        """Set `wants` to the next bytes: where a digest covers them straight to their place, else a header."""
+        self._filled = 0
+        self.wants = (self._reading.buffer.view(*self._left[0]) if self.digest
+                      else memoryview(self._staging)[:PACKET.size])
 
     def filled(self, size):
         """So many bytes were put into `wants`; returns what to do.  Raises ProtocolError."""
@@ -3822,24 +3955,23 @@ class ClientWindow(object):
         if len(self.wants):
             return []
         incoming = self._reading
-        buffer = incoming.buffer
-        payload = self._filled - PACKET.size
-        count = 1
-        if not self.dialect.sizes:
+        buffer, (start, stop) = incoming.buffer, self._left.popleft()
+        if self.digest:
+            buffer.arrived(start, stop)
+        else:
+            if start + 1 < stop or self._filled == PACKET.size:
+                self._left.appendleft((start + (self._filled > PACKET.size), stop))
             payload = PACKET.unpack_from(self._staging)[2]
             if not 0 < payload <= buffer.payload:
                 raise ProtocolError('a packet of %d bytes' % payload)
             if self._filled == PACKET.size:
                 self.wants = memoryview(self._staging)[PACKET.size:PACKET.size + payload]
                 return []
-        elif self._filled > buffer.slot:
-            count, payload = self._filled // buffer.slot, buffer.payload
-        buffer.put(self._staging, 0, count, payload, checking=True)
-        del self._left[:count]
+            buffer.put(self._staging, 0, 1, payload)
         if self._left:
             self._want_more()
             return []
-        self.wants = self._staging = self._reading = None
+        self.wants = self._reading = None
         if not buffer.complete:
             raise ProtocolError('packets that were not asked for, or damaged')
         return self._complete(incoming)
@@ -3851,12 +3983,10 @@ class ClientWindow(object):
         self.rounds.remove(incoming)
         return [('send', self.dialect.done(incoming.number, self._figures(incoming)))]
 
-    def damaged(self, incoming, gaps):
-        """The writer found packets of a round damaged; returns what to do."""
-        incoming.buffer.forget(gaps)
-        incoming.buffer.damaged += how_many(gaps)
-        incoming.given = False
-        return self._ask(incoming)
+    def damaged(self, incoming):
+        """The writer found that a round's digest differs; returns what to do."""
+        incoming.given, incoming.how = False, Incoming.SUSPECT
+        return [('send', self.dialect.ask_for_sums(incoming.number))]
 
     def written(self):
         """The writer is through with a round; returns what to do."""
@@ -5283,8 +5413,10 @@ class TcpServer(threading.Thread):
                 parts = runs(request.gaps) if request.order is None else [
                     (request.order[start], request.order[stop - 1] + 1)
                     for start, stop in stretches(request.order)]
-                self._send(peer, self.session.dialect.packets(wanted.number), *[
-                    data for start, stop in parts for data in wanted.buffer.packets(start, stop)])
+                buffer = wanted.buffer
+                self._send(peer, self.session.dialect.packets(wanted.number), *(
+                    [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
+                    [data for start, stop in parts for data in buffer.packets(start, stop)]))
             else:
                 tell('member_served', member=member)
                 self._close(peer)
@@ -5579,7 +5711,8 @@ class Multicaster(object):
         size = (self.LARGE_ROUND if options.clients >= self.MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
-        self._buffers = [Buffer(payload, capacity, self.session.salt, dialect.checks)
+        checks = () if self.session.digest else dialect.checks
+        self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
         self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, options.unicast, self.session.repair_salt,
@@ -6184,20 +6317,19 @@ class Client(object):
             writer.link.wait_child()
         finally:
             while writer.results:
-                what, incoming, gaps = writer.results.popleft()
+                what, incoming = writer.results.popleft()
                 if what == writer.WRITTEN:
                     self._carry_out(window.written())
                 elif what == writer.VERIFIED:
                     self._carry_out(window.verified(incoming))
                 else:
-                    tell('damaged', count=how_many(gaps), round=incoming.number)
-                    self._carry_out(window.damaged(incoming, gaps))
+                    self._carry_out(window.damaged(incoming))
 
     def _listen(self):
         """Take the datagrams that have arrived."""
         receiver = self.receiver
         for _ in range(64):             # a flood must not keep us from TCP
-            batches = receiver.receive()
+            batches = receiver.receive(self.window.aim)
             if batches is None:
                 break
             if batches and self.window.take(batches, receiver.in_first, receiver.first, receiver.last):
