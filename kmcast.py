@@ -1479,38 +1479,54 @@ def message_call(name, fd, address, *more):
     return result
 
 
+def describe(*regions):
+    """A struct iovec for each part of some regions of memory, taken in turn: part 0 of each, part 1 of each, ...
+
+    regions: (address, bytes of a part, parts), of which all have as many, or fewer that come again and again.
+    """
+    most, step = max(count for _, _, count in regions), 2 * len(regions)
+    words = array.array('L', [0]) * (most * step)
+    for i, (address, size, count) in enumerate(regions):
+        addresses = array.array('L', range(address, address + count * size, size))
+        words[2 * i::step] = (addresses * -(-most // count))[:most]
+        words[2 * i + 1::step] = array.array('L', [size]) * most
+    return words
+
+
 class MessageVector(object):
     """Many struct mmsghdr at once, for sendmmsg(2) and recvmmsg(2)."""
 
-    def __init__(self, messages):
-        """messages: a list of (iovecs, control address, control size);
-        iovecs: a list of (address, size).  Addresses must stay valid."""
-        iovecs = [iovec for entry in messages for iovec in entry[0]]
-        self._iovecs = bytearray(IOVEC.size * len(iovecs))
-        for i, iovec in enumerate(iovecs):
-            IOVEC.pack_into(self._iovecs, i * IOVEC.size, *iovec)
-        where = address_of(self._iovecs)
-        self._one = struct.Struct('@' + MMSGHDR)
+    WORDS = 8                           # in one; those that are shorter have padding, or there are 32 bits in all
+
+    def __init__(self, iovecs, each, controls=None):
+        """iovecs: of describe(), `each` for a message; controls: where there is room for control
+        data, of describe(), for as many messages.  What is described must stay where it is."""
+        self._iovecs, count = iovecs, len(iovecs) // 2 // each
+        start, size = iovecs.buffer_info()[0], each * IOVEC.size
+        words = array.array('L', [0]) * (self.WORDS * count)
+        words[2::self.WORDS] = array.array('L', range(start, start + count * size, size))
+        words[3::self.WORDS] = array.array('L', [each]) * count
+        if controls:
+            words[4::self.WORDS], words[5::self.WORDS] = controls[0::2], controls[1::2]
+        self._size = self.WORDS * words.itemsize
         self._all = {}
-        self._template = bytearray(self._one.size * len(messages))
-        for i, (vector, control, size) in enumerate(messages):
-            self._one.pack_into(self._template, i * self._one.size, 0, 0,
-                                where, len(vector), control, size, 0, 0)
-            where += IOVEC.size * len(vector)
+        self._template = bytearray(words)
         self._headers = bytearray(self._template)
         self._address = address_of(self._headers)
 
     def send(self, fd, first, count):
         """sendmmsg(2) of `count` from message `first` on: how many were sent; raises OSError."""
-        return message_call('sendmmsg', fd, self._address + first * self._one.size, count, MSG_DONTWAIT)
+        return message_call('sendmmsg', fd, self._address + first * self._size, count, MSG_DONTWAIT)
 
-    def receive(self, fd, count):
-        """recvmmsg(2) without waiting: (sizes, control sizes) in bytes."""
-        self._headers[:] = self._template
-        got = message_call('recvmmsg', fd, self._address, count, MSG_DONTWAIT, None)
+    def receive(self, fd, first, count):
+        """recvmmsg(2) of up to `count` from message `first` on, without waiting: (sizes, control sizes) in bytes."""
+        start = first * self._size
+        used = slice(start, start + count * self._size)
+        self._headers[used] = self._template[used]
+        got = message_call('recvmmsg', fd, self._address + start, count, MSG_DONTWAIT, None)
         if got not in self._all:
             self._all[got] = struct.Struct('@' + MMSGHDR * got)
-        fields = self._all[got].unpack_from(self._headers)
+        fields = self._all[got].unpack_from(self._headers, start)
         return fields[7::8], fields[5::8]
 
 
@@ -1520,16 +1536,16 @@ class PacketVector(object):
     headers     where they are, a bytearray: those of the Buffer, or another one for what is to be received
     """
 
-    def __init__(self, buffer, headers):
-        """buffer: a Buffer; headers: a bytearray of its capacity of them."""
-        self.headers, self._payload, self._count = headers, buffer.payload, buffer.capacity
-        self._places = address_of(headers), address_of(buffer.payloads)
-        words, sizes = array.array('L', [0]) * (4 * self._count), (PACKET.size, buffer.payload)
-        for i in (0, 1):                # a struct iovec for a header, and one for a payload
-            where, size = self._places[i], sizes[i]
-            words[2 * i::4] = array.array('L', range(where, where + self._count * size, size))
-            words[2 * i + 1::4] = array.array('L', [size]) * self._count
-        self._iovecs = words + array.array('L', [0, 0])
+    def __init__(self, buffer, headers, spill=None, controls=None):
+        """buffer: a Buffer; headers: a bytearray of its capacity of them; spill, controls: regions as describe() takes
+        them, to receive what is longer than a packet, and control data."""
+        self.headers, self._payloads, self._payload = headers, buffer.payloads, buffer.payload
+        self._count, self._spill, self._controls = buffer.capacity, spill, controls
+        self._places = ((address_of(headers), PACKET.size, self._count),
+                        (address_of(buffer.payloads), buffer.payload, self._count))
+        self._iovecs = describe(*self._places)
+        if spill:
+            self._iovecs.extend(spill[:2])
         self._messages = None           # a MessageVector, once it is needed
         self._header = bytearray(MSGHDR.size)
         self._address = address_of(self._header)
@@ -1546,32 +1562,36 @@ class PacketVector(object):
     def send_many(self, fd, first, last):
         """sendmmsg(2) of the packets from index first up to last: how many were sent.  Raises OSError."""
         if self._messages is None:
-            headers, payloads = self._places
-            self._messages = MessageVector([
-                ([(headers + i * PACKET.size, PACKET.size), (payloads + i * self._payload, self._payload)], 0, 0)
-                for i in range(self._count)])
+            self._messages = MessageVector(self._iovecs, 2)
         return self._messages.send(fd, first, last - first)
 
-    def receive(self, fd, first, spill, control):
-        """recvmsg(2) of joined packets to their places from index first on; (size, control size) in bytes.
+    def receive_joined(self, fd, first):
+        """recvmsg(2) of joined packets to their places from index first on; ((size,), (control size,)) in bytes.
 
-        spill: for what goes beyond the last place; control: for control data; each (address, size).  Raises OSError.
+        The control data is in place 0.  Raises OSError.
         """
         room = min(MOST_SEGMENTS, self._count - first)
-        self._iovecs[-2:] = array.array('L', spill)
-        self._describe(first, 2 * room + (room < MOST_SEGMENTS), *control)
+        self._describe(first, 2 * room + (room < MOST_SEGMENTS), *self._controls[:2])
         size = message_call('recvmsg', fd, self._address, MSG_DONTWAIT)
-        return size, MSGHDR.unpack(self._header)[5]
+        return (size,), (MSGHDR.unpack(self._header)[5],)
 
-    def gather(self, buffer, first, size, spilt):
-        """What receive() has received, `size` bytes, as one bytearray; spilt: where the spill is."""
+    def receive_many(self, fd, first, count):
+        """recvmmsg(2) of up to so many packets to their places from index first on; (sizes, control sizes) in bytes.
+
+        Spill and control data are in the places of these indices, modulo how many there are.  Raises OSError.
+        """
+        if self._messages is None:
+            self._messages = MessageVector(describe(*(self._places + (self._spill,))), 3, (
+                describe(self._controls) * -(-self._count // self._controls[2]))[:2 * self._count])
+        return self._messages.receive(fd, first, count)
+
+    def gather(self, first, size):
+        """The first `size` bytes of what was received from index first on, as a bytearray; or less, if the rest was spilt."""
         data = bytearray()
-        for i in range(first, min(self._count, first + MOST_SEGMENTS)):
+        for i in range(first, min(self._count, first - (-size // (PACKET.size + self._payload)))):
             data += self.headers[i * PACKET.size:(i + 1) * PACKET.size]
-            data += buffer.payloads[i * self._payload:(i + 1) * self._payload]
-            if len(data) >= size:
-                break
-        return data[:size] + spilt[:max(0, size - len(data))]
+            data += self._payloads[i * self._payload:(i + 1) * self._payload]
+        return data[:size]
 
 
 def multicast_route(local_ip):
@@ -1688,7 +1708,7 @@ class DatagramReceiver(object):
     area.  While the kernel joins datagrams it puts them straight to where they are expected.
     """
 
-    MESSAGES = 32                       # in a call
+    MESSAGES = 64                       # in a call
     SPILL = 65536                       # bytes
 
     def __init__(self, local_ip, group, port, payload, way='auto', source=None):
@@ -1718,13 +1738,12 @@ class DatagramReceiver(object):
         self._slots = bytearray(self.MESSAGES * self.slot + 1)
         self._spill = bytearray(self.MESSAGES * self.SPILL)
         self._control = bytearray(self.MESSAGES * CONTROL_SIZE)
-        slots, spill, control = [
-            address_of(data) for data in (self._slots, self._spill, self._control)]
-        self._single = MessageVector([
-            ([(slots + i * self.slot, self.slot), (spill + i * self.SPILL, self.SPILL)],
-             control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.MESSAGES)])
+        self._places = (address_of(self._spill), self.SPILL, self.MESSAGES), (
+            address_of(self._control), CONTROL_SIZE, self.MESSAGES)
+        self._aside = MessageVector(
+            describe((address_of(self._slots), self.slot, self.MESSAGES), self._places[0]), 2,
+            describe(self._places[1]))
         self._joins = False             # whether the last call got joined datagrams
-        self._aside = (spill, self.SPILL), (control, CONTROL_SIZE)
         self._vectors = weakref.WeakKeyDictionary()     # Buffer -> PacketVector
 
     def _join(self, local_ip, group, port, source):
@@ -1766,10 +1785,10 @@ class DatagramReceiver(object):
         try:
             if self.way == 'plain':
                 sizes, controls = self._receive_one_by_one(), ()
-            elif self._joins and aim:
+            elif aim:
                 return self._receive_in_place(*aim)
             else:
-                sizes, controls = self._single.receive(self.fileno(), self.MESSAGES)
+                sizes, controls = self._aside.receive(self.fileno(), 0, self.MESSAGES)
         except OS_ERRORS as error:
             if errno_of(error) in NO_SUCH_WAY and self.way != 'plain':
                 tell('way_of_receiving', old=self.way, reason=explain(error), new='plain')
@@ -1781,32 +1800,56 @@ class DatagramReceiver(object):
         if not sizes:
             return None
         slot = self.slot
-        self._joins = max(controls or (0,)) > self._stamped
-        self._look_at_clock(len(sizes) - 1, controls)
+        self._note(0, controls)
         if sizes.count(slot) == len(sizes) and not self._joins:
-            self.in_first = 1
             return [(self._slots, 0, len(sizes), slot - PACKET.size)]
         batches = []
         for i, size in enumerate(sizes):
-            segment = self._segment(i, size, controls)
-            if not i:
-                self.in_first = -(-size // max(1, segment))
-            data, offset = self._slots, i * slot
-            if size > slot:
-                data = data[offset:offset + slot] + self._spill[i * self.SPILL:i * self.SPILL + size - slot]
-                offset = 0
-            batches += self._taken_apart(data, offset, size, segment)
+            data = self._slots[i * slot:(i + 1) * slot][:size]
+            batches += self._taken_apart(i, data, size, controls and controls[i], not i)
         return batches
 
-    def _segment(self, i, size, controls):
-        """The size of each datagram, but perhaps the last, in message i, which has `size` bytes."""
-        joined = controls and controls[i] > self._stamped
-        return self._control_of(i, SOL_UDP, UDP_GRO, CMSG_INT)[0] if joined else size
-
-    @staticmethod
-    def _taken_apart(data, offset, size, segment):
-        """The batches of a message that may be many datagrams."""
+    def _receive_in_place(self, buffer, first):
+        """As receive() has it; the packets are probably those of a Buffer from index first on."""
+        if buffer not in self._vectors:
+            self._vectors[buffer] = PacketVector(buffer, bytearray(len(buffer.headers)), *self._places)
+        vector, slot, place = self._vectors[buffer], self.slot, 0
+        if self._joins:
+            sizes, controls = vector.receive_joined(self.fileno(), first)
+        else:
+            place = first % self.MESSAGES
+            sizes, controls = vector.receive_many(self.fileno(), first, min(self.MESSAGES, buffer.count - first))
+        joined = self._joins
+        self._note(place, controls)
+        count, size = len(sizes), sum(sizes)
+        if joined:
+            segment = self._segment(0, size, controls[0])
+            self.in_first = count = -(-size // max(1, segment))
+            whole = segment in (slot, size)
+        else:
+            whole = sizes[:-1].count(slot) == count - 1
+        if whole and buffer.in_place(vector.headers, first, count, size):
+            return [(buffer, first, count, buffer.payload)]
+        if joined:
+            return self._taken_apart(0, vector.gather(first, size), size, controls[0], True)
+        if sizes.count(slot) == count:
+            return [(vector.gather(first, size), 0, count, buffer.payload)]
         batches = []
+        for i, size in enumerate(sizes):
+            data = vector.gather(first + i, min(size, slot))
+            batches += self._taken_apart((first + i) % self.MESSAGES, data, size, controls[i], not i)
+        return batches
+
+    def _taken_apart(self, place, data, size, control, first):
+        """The batches of a message that may be many datagrams.
+
+        place: of its control data and of its spill; data: a bytearray of what was not spilt; size: bytes in
+        all; control: size of the control data; first: whether it is the first message of a call.
+        """
+        segment, batches, offset = self._segment(place, size, control), [], 0
+        if first:
+            self.in_first = -(-size // max(1, segment))
+        data += self._spill[place * self.SPILL:place * self.SPILL + size - len(data)]
         while size > PACKET.size and segment > PACKET.size:
             count = min(max(1, size // segment), Batch.MOST)
             segment = min(segment, size)            # the last may be shorter
@@ -1815,42 +1858,38 @@ class DatagramReceiver(object):
             size -= count * segment
         return batches
 
-    def _receive_in_place(self, buffer, first):
-        """One message, as receive() has it; its packets are probably those of a Buffer from index first on."""
-        if buffer not in self._vectors:
-            self._vectors[buffer] = PacketVector(buffer, bytearray(len(buffer.headers)))
-        vector = self._vectors[buffer]
-        size, control = vector.receive(self.fileno(), first, *self._aside)
-        self._joins = control > self._stamped
-        self._look_at_clock(0, (control,))
-        segment = self._segment(0, size, (control,))
-        self.in_first = count = -(-size // max(1, segment))
-        if segment in (self.slot, size) and buffer.in_place(vector.headers, first, count, size):
-            return [(buffer, first, count, buffer.payload)]
-        return self._taken_apart(vector.gather(buffer, first, size, self._spill), 0, size, segment)
+    def _segment(self, place, size, control):
+        """The size of each datagram, but perhaps the last, in a message of `size` bytes whose control data is there."""
+        joined = control and control > self._stamped
+        return self._control_of(place, SOL_UDP, UDP_GRO, CMSG_INT)[0] if joined else size
 
-    def _look_at_clock(self, last, controls):
-        """Set when the messages 0 and `last` arrived: by the kernel, else now; socket(7)."""
-        if controls and self._stamped and controls[0] and controls[last]:
-            self.first = self.last = self._time_of(0)
-            if last:
-                self.last = self._time_of(last)
+    def _note(self, place, controls):
+        """Note when the first and the last message arrived: by the kernel, else now; socket(7).
+
+        place: of the first one's control data; controls: sizes of all.
+        """
+        self.in_first = 1
+        self._joins = max(controls or (0,)) > self._stamped
+        if controls and self._stamped and controls[0] and controls[-1]:
+            self.first = self.last = self._time_of(place)
+            if len(controls) > 1:
+                self.last = self._time_of((place + len(controls) - 1) % self.MESSAGES)
         else:
             self.first = self.last = monotonic()
 
-    def _time_of(self, i):
-        seconds, nanoseconds = self._control_of(i, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
+    def _time_of(self, place):
+        seconds, nanoseconds = self._control_of(place, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
         return seconds + nanoseconds * 1e-9
 
-    def _control_of(self, i, level, kind, data):
-        """The control data of a level and kind of message i; zeros if there is none."""
-        at = i * CONTROL_SIZE
+    def _control_of(self, place, level, kind, data):
+        """The control data of a level and kind in one of the places; zeros if there is none."""
+        at = place * CONTROL_SIZE
         for _ in range(2):              # a time and a size at the most
             length, its_level, its_kind = CMSG.unpack_from(self._control, at)
             if (its_level, its_kind) == (level, kind):
                 return data.unpack_from(self._control, at + CMSG.size)
             at += -(-length // LONG) * LONG
-            if not length or at + CMSG.size > (i + 1) * CONTROL_SIZE:
+            if not length or at + CMSG.size > (place + 1) * CONTROL_SIZE:
                 break
         return data.unpack(b'\0' * data.size)
 
