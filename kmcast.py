@@ -1479,17 +1479,17 @@ def message_call(name, fd, address, *more):
     return result
 
 
-def describe(*regions):
+def describe(count, *regions):
     """A struct iovec for each part of some regions of memory, taken in turn: part 0 of each, part 1 of each, ...
 
-    regions: (address, bytes of a part, parts), of which all have as many, or fewer that come again and again.
+    count: parts of each; regions: (address, bytes of a part, parts), those of fewer parts come again and again.
     """
-    most, step = max(count for _, _, count in regions), 2 * len(regions)
-    words = array.array('L', [0]) * (most * step)
-    for i, (address, size, count) in enumerate(regions):
-        addresses = array.array('L', range(address, address + count * size, size))
-        words[2 * i::step] = (addresses * -(-most // count))[:most]
-        words[2 * i + 1::step] = array.array('L', [size]) * most
+    step = 2 * len(regions)
+    words = array.array('L', [0]) * (count * step)
+    for i, (address, size, parts) in enumerate(regions):
+        addresses = array.array('L', range(address, address + parts * size, size))
+        words[2 * i::step] = (addresses * -(-count // max(1, parts)))[:count]
+        words[2 * i + 1::step] = array.array('L', [size]) * count
     return words
 
 
@@ -1543,7 +1543,7 @@ class PacketVector(object):
         self._count, self._spill, self._controls = buffer.capacity, spill, controls
         self._places = ((address_of(headers), PACKET.size, self._count),
                         (address_of(buffer.payloads), buffer.payload, self._count))
-        self._iovecs = describe(*self._places)
+        self._iovecs = describe(self._count, *self._places)
         if spill:
             self._iovecs.extend(spill[:2])
         self._messages = None           # a MessageVector, once it is needed
@@ -1581,8 +1581,8 @@ class PacketVector(object):
         Spill and control data are in the places of these indices, modulo how many there are.  Raises OSError.
         """
         if self._messages is None:
-            self._messages = MessageVector(describe(*(self._places + (self._spill,))), 3, (
-                describe(self._controls) * -(-self._count // self._controls[2]))[:2 * self._count])
+            self._messages = MessageVector(describe(self._count, *(self._places + (self._spill,))), 3,
+                                           describe(self._count, self._controls))
         return self._messages.receive(fd, first, count)
 
     def gather(self, first, size):
@@ -1741,8 +1741,8 @@ class DatagramReceiver(object):
         self._places = (address_of(self._spill), self.SPILL, self.MESSAGES), (
             address_of(self._control), CONTROL_SIZE, self.MESSAGES)
         self._aside = MessageVector(
-            describe((address_of(self._slots), self.slot, self.MESSAGES), self._places[0]), 2,
-            describe(self._places[1]))
+            describe(self.MESSAGES, (address_of(self._slots), self.slot, self.MESSAGES), self._places[0]), 2,
+            describe(self.MESSAGES, self._places[1]))
         self._joins = False             # whether the last call got joined datagrams
         self._vectors = weakref.WeakKeyDictionary()     # Buffer -> PacketVector
 
