@@ -6366,14 +6366,15 @@ class Client(object):
 
     def _listen(self):
         """Take the datagrams that have arrived."""
-        receiver = self.receiver
+        receiver, window, useful = self.receiver, self.window, False
         for _ in range(64):             # a flood must not keep us from TCP
-            batches = receiver.receive(self.window.aim)
+            batches = receiver.receive(window.aim)
             if batches is None:
                 break
-            if batches and self.window.take(batches, receiver.in_first, receiver.first, receiver.last):
-                self.server.heard = monotonic()
-                self.window.listened(self.server.heard)
+            useful = window.take(batches, receiver.in_first, receiver.first, receiver.last) or useful
+        if useful:
+            self.server.heard = monotonic()
+            window.listened(self.server.heard)
 
     def _hear(self):
         """Take what has arrived by TCP."""
