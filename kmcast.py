@@ -496,6 +496,10 @@ def how_many(gaps):
     return bin(gaps).count('1')
 
 
+if hasattr(int, 'bit_count'):           # 3.10 and later
+    how_many = int.bit_count            # noqa: F811
+
+
 def runs(gaps):
     """Where set bits stand next to each other: (start, stop) of each run, ascending."""
     digits = bin(gaps)[:1:-1] + '0'
@@ -2900,24 +2904,26 @@ class Connection(object):
         """Queue pieces of data, and send what can be sent without waiting.  Raises Gone."""
         for data in pieces:
             self.outgoing.put_tail(data)
-        self.flush()
+        if self.outgoing.size:
+            self.flush()
 
     def flush(self):
         """Send what can be sent without waiting.  Raises Gone."""
-        while self.outgoing.count:
-            data = self.outgoing.get_head()
-            more = MSG_MORE if self.outgoing.count else 0
+        outgoing = self.outgoing
+        while outgoing.size:
+            data = outgoing.get_head()
+            more = MSG_MORE if outgoing.size else 0
             try:
                 count = self.sock.send(data, more)
             except OS_ERRORS as error:
-                self.outgoing.put_head(data)
+                outgoing.put_head(data)
                 if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
                     return
                 raise Gone(explain(error))
             self._sent += count
             self.moved = self.told = monotonic()
             if count < len(data):
-                self.outgoing.put_head(memoryview(data)[count:])
+                outgoing.put_head(memoryview(data)[count:])
                 return
 
     def look_at_kernel(self):
@@ -3026,7 +3032,7 @@ class Connection(object):
 
     def hang_up(self):
         """If the last message is out: send no more."""
-        if self.leaving and not self.outgoing.count:
+        if self.leaving and not self.outgoing.size:
             try:
                 self.sock.shutdown(socket.SHUT_WR)
             except OS_ERRORS:
@@ -3162,7 +3168,7 @@ class Member(object):
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
-        self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
+        self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
         self.moved = now                # when it last paid, or showed life
@@ -3203,13 +3209,12 @@ class Member(object):
 
     def stands(self, number, how, awaited, now):
         """From now on it stands so with a round; how: None: it is through with it."""
-        before = self.oldest, self.owes
         if how is None:
             self.rounds.pop(number, None)
             self.times_asked.pop(number, None)
         else:
-            self.rounds[number] = [how, awaited]
-        if (self.oldest, self.owes) != before:
+            self.rounds[number] = how, awaited
+        if not self.rounds or number <= min(self.rounds):       # it is, or was, the oldest
             self.moved = now
 
 
@@ -3341,28 +3346,34 @@ class ServerWindow(object):
     def heard(self, member, message, now):
         """A message of a member; returns what to do.  Raises ProtocolError, Refused."""
         kind = message[:1]
-        if kind == BYE:
-            raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
-        if kind in (ALIVE, STATE):
-            member.signs += 1
-            most = 4 * (now - member.since) / alive_every(self.stall_timeout)
-            if member.signs > member.MOST_SIGNS + most:
-                raise ProtocolError('far too many signs of life')
-            if kind == ALIVE:
-                member.moved = now
-            else:                       # words alone move nothing
-                self._state(member, unpack_frame(message[5:]))
-            return []
-        number = self.dialect.number_of(message) if kind in self.PAYS else None
+        if kind not in self.PAYS:
+            return self._said(member, kind, message, now)
+        number = self.dialect.number_of(message)
         if number is None:
             number = member.oldest
         how, awaited = member.rounds.get(number, (None, None))
-        if how not in self.PAYS.get(kind, ()):
+        if how not in self.PAYS[kind]:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         member.busy = None
         awaited.owing.discard(member)
         awaited.answers.paid(member, now)
         return self.HANDLERS[kind](self, member, number, message, awaited, now)
+
+    def _said(self, member, kind, message, now):
+        """A message that is about no round; returns what to do: nothing.  Raises ProtocolError, Refused."""
+        if kind == BYE:
+            raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+        if kind not in (ALIVE, STATE):
+            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        member.signs += 1
+        most = 4 * (now - member.since) / alive_every(self.stall_timeout)
+        if member.signs > member.MOST_SIGNS + most:
+            raise ProtocolError('far too many signs of life')
+        if kind == ALIVE:
+            member.moved = now
+        else:                           # words alone move nothing
+            self._state(member, unpack_frame(message[5:]))
+        return []
 
     @staticmethod
     def _state(member, fields):
@@ -3409,7 +3420,7 @@ class ServerWindow(object):
         done = self._rounds[number]
         if not done.multicast:
             return
-        lost = how_many(gaps & ((1 << done.multicast) - 1))
+        lost = how_many(gaps & ((1 << done.multicast) - 1)) if gaps else 0
         if lost == done.multicast:
             awaited.answers.deaf.append(member)
             member.deaf_since = member.deaf_since or now
@@ -3939,10 +3950,10 @@ class Roster(object):
 
     def begin(self, now):
         """Start if it is time to, with those who are here; returns whether it has begun."""
-        here = self.here
-        late = self.start_by is not None and now > self.start_by and len(here) >= self.enough
-        if not self.begun and (late or len(here) >= self.places):
-            self.everyone = here
+        here = len(self._here)
+        late = self.start_by is not None and now > self.start_by and here >= self.enough
+        if not self.begun and (late or here >= self.places):
+            self.everyone = self.here
             self.begun = True
         return self.begun
 
@@ -4104,6 +4115,7 @@ class Course(object):
             underway.round.digest = self.hands.digest(underway.round.number)
             self.sent_packets += sending.last
         self.hands.do(Step('sent', underway.round))
+        self._announce()
 
     def next(self):
         """The Sending that is due; None if there is none."""
@@ -4151,7 +4163,7 @@ class Course(object):
 
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
-        if self._full and len(self._underway) < self.window and not self.over:
+        if self._full and len(self._underway) < self.window and not self.over and not self._has_time():
             buffer = self._full
             if buffer.count or self.dialect.ends and not self._underway:
                 self._full = None
@@ -4163,6 +4175,11 @@ class Course(object):
             self._check_empty()
             self._finish(None)
         self._fill()
+
+    def _has_time(self):
+        """Whether a round may wait for the next one to be sent, so that both are told in one message."""
+        unsent = [underway for underway in self._underway if not underway.sent]
+        return len(unsent) > 1 and unsent[0].ready
 
     def _begin_round(self, buffer):
         underway = Underway(Round(self.rounds, buffer, self._place))
@@ -5123,6 +5140,8 @@ class TcpServer(threading.Thread):
             self._watch(self.link.parent_fd, self._on_parent)
             while not self._over:
                 self._poll(self._tick)
+                if self.passed_on:
+                    self.link.release_child()
                 self._look_at_clocks()
                 self._advance()
         except Failure as error:
@@ -5163,24 +5182,23 @@ class TcpServer(threading.Thread):
         if self._accepting:
             if not self.roster.begin(monotonic()):
                 return
-            self._say(self._accepting, Answers())
+            self.results.append((self._accepting, Answers()))
+            self.link.release_parent()
             self._accepting = None
         alone = self.link.child_fd is None
         for awaited in self.window.complete():
             self._here[awaited.step] = awaited.answers
-        for step in list(self._here):
-            if alone or step in self._below:
-                answers = self._here.pop(step)
-                if step in self._below:
-                    answers.add(self._below.pop(step))
-                self._say(step, answers)
+        through = [step for step in self._here if alone or step in self._below]
+        for step in through:
+            answers = self._here.pop(step)
+            if step in self._below:
+                answers.add(self._below.pop(step))
+            self.results.append((step, answers))
+        if through:
+            self.link.release_parent()
         if (self.roster.begun and not self._peers and alone
                 and all(member.placed for member in self.roster.here)):
             self._over = True           # nobody is left to serve, or on the way here
-
-    def _say(self, step, answers):
-        self.results.append((step, answers))
-        self.link.release_parent()
 
     def _look_at_clocks(self):
         now = monotonic()
@@ -5188,17 +5206,20 @@ class TcpServer(threading.Thread):
             return
         self._next_look = now + self._tick
         self._look_for_the_late(now)
+        roster = self.roster
+        waiting = dict(waiting=roster.waiting) if roster.begun else dict(
+            here=len(roster.here), places=roster.places)
         for peer in self._pending[:]:
             if now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
         for member, peer in list(self._peers.items()):
-            if member.owes or peer.outgoing.count:
+            if peer.outgoing.size or member.owes:
                 peer.look_at_kernel()
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
                     self._drop(peer, reason)
                     continue
-            self._safely(peer, self._show_life, peer, now)
+            self._safely(peer, self._show_life, peer, waiting, now)
         for peer in self._leaving[:]:
             if now > peer.leaving:
                 self._close(peer)
@@ -5212,13 +5233,10 @@ class TcpServer(threading.Thread):
             self._next_words = now + 2 * self.PATIENCE
             tell('waiting_for', members=self.window.debtors())
 
-    def _show_life(self, peer, now):
+    def _show_life(self, peer, waiting, now):
         """Tell a client that waits for whom or what, if that is news, else that we are alive."""
         if not self.session.dialect.talks:
             return
-        roster = self.roster
-        waiting = dict(waiting=roster.waiting) if roster.begun else dict(
-            here=len(roster.here), places=roster.places)
         if waiting != peer.waiting and now - peer.told > self.NEWS and not peer.member.owes:
             peer.waiting = waiting
             peer.send(self.session.dialect.state(**waiting))
@@ -5237,30 +5255,30 @@ class TcpServer(threading.Thread):
             return
         self._take_those_passed_on()
         self._carry_out_sentences()
-        if not self.inbox:              # it may be a sentence on a client below
-            self.link.release_child()
+        todo = []
         while self.inbox and not self._over:
             step = self.inbox.popleft()
             self._take_those_passed_on()            # they came before the step
-            self._begin(step)
+            todo += self._begin(step)
+        self._carry_out(todo)
+        self.link.release_child()       # there are steps, or a sentence on a client below
 
     def _take_those_passed_on(self):
         while self.number > 1 and self.parent.passed_on:
             self._take(self.parent.passed_on.popleft())
 
     def _begin(self, step):
-        """Do a step here, and have the child do it."""
+        """Begin a step here, and leave it to the child; returns what to do."""
         if step.kind == 'accept':
             self._accepting = step
             self._watch(self.listener.fileno(), self._on_connection)
-            return
+            return []
         if self.link.child_fd is not None:
             self.child.inbox.append(step)
-            self.link.release_child()
         if step.kind == 'abort':
             self._dismiss_all(step.message)
-        else:
-            self._carry_out(self.window.begin(step, monotonic()))
+            return []
+        return self.window.begin(step, monotonic())
 
     def _carry_out_sentences(self):
         if self._sentences == self.roster.sentences:
@@ -5271,14 +5289,18 @@ class TcpServer(threading.Thread):
                 self._drop(peer, member.sentence)
 
     def _carry_out(self, todo):
-        """Do what the window wants."""
+        """Do what the window wants; what a client is told of several rounds goes in one piece."""
+        together = {}
         for verb, member, argument in todo:
             peer = self._peers.get(member)
             if peer is None:            # it has gone just now
                 continue
             if verb == 'send':
-                self._send(peer, argument)
-            elif verb == 'packets':
+                together[peer] = together[peer] + argument if peer in together else argument
+                continue
+            if peer in together:
+                self._send(peer, together.pop(peer))
+            if verb == 'packets':
                 wanted, request = argument
                 parts = runs(request.gaps) if request.order is None else [
                     (request.order[start], request.order[stop - 1] + 1)
@@ -5288,6 +5310,8 @@ class TcpServer(threading.Thread):
             else:
                 tell('member_served', member=member)
                 self._close(peer)
+        for peer in together:
+            self._send(peer, together[peer])
 
     def _on_child(self, _event):
         try:
@@ -5379,7 +5403,7 @@ class TcpServer(threading.Thread):
                 self._drop(peer, peer.member.sentence)
             return
         self._unwatch(peer.fileno())
-        self.passed_on.append(peer)
+        self.passed_on.append(peer)     # the child hears of it when we have looked at the others
         if not self.child:
             child = TcpServer(self.session, self.roster, self, self.link.spawn(),
                               number=self.number + 1)
@@ -5390,13 +5414,12 @@ class TcpServer(threading.Thread):
                 raise
             self.child = child
             self._watch(self.link.child_fd, self._on_child)
-        self.link.release_child()
 
     def _on_peer(self, event, peer):
         fd = peer.fileno()
         if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
             self._safely(peer, self._hear, peer)
-        if self._handlers.get(fd, (None, ()))[1] == (peer,):    # it is still ours
+        if event & select.POLLOUT and self._handlers.get(fd, (None, ()))[1] == (peer,):     # it is still ours
             self._send(peer)
 
     def _safely(self, peer, call, *args):
@@ -5449,8 +5472,12 @@ class TcpServer(threading.Thread):
         self._safely(peer, peer.send, *pieces)
         if not peer.open:
             return
-        peer.hang_up()
-        fd, waits = peer.fileno(), bool(peer.outgoing.count)
+        if peer.leaving:
+            peer.hang_up()
+        waits = bool(peer.outgoing.size)
+        if not waits and not self._writing:
+            return
+        fd = peer.fileno()
         if fd in self._handlers and waits != (fd in self._writing):
             self._poller.modify(fd, select.POLLIN | (select.POLLOUT if waits else 0))
             (self._writing.add if waits else self._writing.discard)(fd)
@@ -5559,6 +5586,7 @@ class Multicaster(object):
         self._accepting = None          # the accept step, until it is complete
         self._fed = 0.0                 # when the producer last gave anything, while it is waited for
         self._trouble = None            # the last that was told
+        self._news = False              # there are steps that the TCP servers do not know of
 
     def _open(self):
         """Check that all that it takes can be had here.  Raises Failure."""
@@ -5624,6 +5652,7 @@ class Multicaster(object):
         self.roster.end()
         if self.failure:
             self.do(Step('abort', message=self.failure))
+            self._tell_child()
         self.link.close()
         for thread in self._threads():
             thread.join(2 * FAREWELL_TIME)
@@ -5707,7 +5736,13 @@ class Multicaster(object):
     def do(self, step):
         """Have the TCP servers do a step."""
         self.tcp.inbox.append(step)
-        self.link.release_child()
+        self._news = True
+
+    def _tell_child(self):
+        """Have the TCP servers look at all the steps that came together."""
+        if self._news:
+            self._news = False
+            self.link.release_child()
 
     def fill(self, base, limit):
         """Begin to fill a buffer that is not in use."""
@@ -5795,6 +5830,7 @@ class Multicaster(object):
         """
         looked = False
         while True:
+            self._tell_child()
             now = monotonic()
             tell.look(now)
             timeout = TICK              # lest a signal that another thread took goes unheard
@@ -5836,6 +5872,7 @@ class Multicaster(object):
             if busy:
                 self.course.work()
             if until is None and (readable or busy):
+                self._tell_child()
                 return
 
     def _fill(self, now):
