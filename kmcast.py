@@ -1253,59 +1253,60 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
-MOST_COLLISIONS = 200                   # in a row, until a group is closed
 AT_A_TIME = 200                         # packets, between two moments for others
 
 
 def combine(requests, most=MOST_MEMBERS):
     """Group lost packets so that no client lacks two of one group.
 
-    requests: what each client asked for, as bits.  Greedy, most wanted packet
-    first, each into the first group in which it collides with no client.  A group
-    that has collided with a set of clients always will, so it is not tried again for
-    the same set; and one that collides MOST_COLLISIONS times in a row is as good as
-    full.  So the time is linear in what was lost.
+    requests: what each client asked for, as bits.  Greedy, one group after the other,
+    the most wanted packets first: each packet that is taken leaves those that none
+    of its clients lacks.  So the time is linear in what was lost.
 
     Yields lists of places as far as they are found, now and then, so that others get
     their turn; the last ones are complete.
     """
-    wanted = collections.defaultdict(int)           # place -> clients, as bits
-    popular = collections.defaultdict(int)          # place -> how many they are
-    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
-    work = 0
-    for number, gaps in enumerate(requests):
-        client = 1 << number
+    groups, work, everything = [], 0, 0
+    for gaps in requests:
+        everything |= gaps
+    lacking = collections.defaultdict(list)         # place -> of each client that lacks it: what it does not lack
+    for gaps in requests:
+        others = everything ^ gaps
         for place in places(gaps):
-            wanted[place] |= client
-            popular[place] += 1
+            lacking[place].append(others)
             work += 1
         if work > 10 * AT_A_TIME:
             work = 0
             yield groups
-    everybody = (1 << len(requests)) - 1
-    tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
-    closed = 0                                      # so many groups at the front are full
-    for done, place in enumerate(sorted(wanted, key=lambda place: (-popular[place], place))):
-        mask = wanted[place]
-        while closed < len(groups) and taken[closed] == everybody:
-            closed += 1
-        at = max(closed, tried[mask])
-        while at < len(groups) and (taken[at] & mask or len(groups[at]) >= most):
-            collisions[at] += 1
-            if collisions[at] > MOST_COLLISIONS:
-                taken[at] = everybody
-            at += 1
-        if at == len(groups):
-            groups.append([])
-            taken.append(0)
-            collisions.append(0)
-        groups[at].append(place)
-        taken[at] |= mask
-        collisions[at] = 0
-        tried[mask] = at + 1
-        if not (done + 1) % AT_A_TIME:
+    classes = collections.defaultdict(lambda: bytearray(everything.bit_length()))
+    for place, clients in lacking.items():          # by how popular they are
+        classes[len(clients)][place] = 1
+    popular = [gaps_of(classes[size].translate(SWAPPED)) for size in sorted(classes, reverse=True)]
+    left = everything                               # in no group yet
+    while left:
+        members, free = [], left
+        for like in popular:
+            fitting = free & like
+            while fitting and len(members) < most:
+                place = fitting.bit_length() - 1
+                members.append(place)
+                left ^= 1 << place
+                for others in lacking[place]:
+                    free &= others
+                    if not free:
+                        break
+                fitting = free & like
+                work += 1
+            if not free:
+                break
+        groups.append(members)
+        if work > AT_A_TIME:
+            work = 0
             yield groups
     yield groups
+
+
+SWAPPED = b'\1' + b'\0' * 255           # of flags: 0 and what is not
 
 
 def recipes(groups, number, room):
