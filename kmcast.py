@@ -2771,6 +2771,10 @@ def open_standard_files():
             os.open(os.devnull, mode)
 
 
+MANY = 200                              # clients that make a large session
+# Between threads the interpreter's lock changes hands at each system call, which costs more than the call; so a
+# large session has one for all.
+CLIENTS_PER_THREAD = 64
 MOST_PENDING = 256                      # connections of one address that are no clients (yet)
 
 
@@ -2978,18 +2982,20 @@ class Connection(object):
             gone = error
         if gone or self.incoming.size >= self._need:
             data, start, self._need = self.incoming.flat(), 0, 1
+            end = len(data)
             try:
-                while start < len(data):
+                while start < end:
                     size = size_of(data[start:start + 5])
                     paused = size == 0
-                    if not size or start + size > len(data):
+                    if not size or start + size > end:
                         self._need = 5 if size is None else size or 1
                         break
                     start += size
                     gone = None
                     yield data[start - size:start]
             finally:                    # be it that nobody wants more
-                self.incoming.put_head(data[start:])
+                if start < end:
+                    self.incoming.put_head(data[start:])
         if gone and not paused:
             raise gone
 
@@ -5448,9 +5454,11 @@ class TcpServer(threading.Thread):
                 self._on_hello(peer, hello)
             return
         for message in peer.messages(self.window.size_of):
-            self._carry_out(self.window.heard(peer.member, message, monotonic()))
-            if peer.leaving or not peer.open:
-                return
+            todo = self.window.heard(peer.member, message, peer.heard)
+            if todo:
+                self._carry_out(todo)
+                if peer.leaving or not peer.open:
+                    return
 
     @staticmethod
     def _hello_size(head):
@@ -5565,8 +5573,7 @@ class Multicaster(object):
     """
 
     ROUND = 4 << 20                     # bytes in a round at the most,
-    LARGE_ROUND = 8 << 20               # or where so many clients each cost time in a round,
-    MANY = 200
+    LARGE_ROUND = 8 << 20               # or where MANY clients each cost time in a round,
     LONE_ROUND = 8 << 20                # or where only one is under way
     STUCK = 5.0                         # seconds without room to send a packet
     SILENT = 10.0                       # seconds of a producer, until it is said
@@ -5605,7 +5612,7 @@ class Multicaster(object):
         self.listener = self._listen(options.port)
         self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
         dialect = self.session.dialect
-        size = (self.LARGE_ROUND if options.clients >= self.MANY
+        size = (self.LARGE_ROUND if options.clients >= MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
         self._buffers = [Buffer(payload, capacity, self.session.salt, dialect.checks)
@@ -6551,8 +6558,8 @@ def command_line():
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
                         help='packets in a round at the most; memory is that of some seven rounds '
                         '(as many as make 4 MB)')
-    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), default=64, metavar='N',
-                        help='clients that one TCP thread serves (64)')
+    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
+                        help='clients that one TCP thread serves (64, or all of 200 and more)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
     server.add_argument('--compat', action='store_true',
                         help='serve clients of the base protocol (the C implementation)')
@@ -6595,6 +6602,8 @@ def server_command(options, signals):
                       % (options.min_clients, options.clients), USAGE)
     if options.min_clients > 1 and options.start_wait is None:
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
+    if options.clients_per_thread is None:
+        options.clients_per_thread = CLIENTS_PER_THREAD if options.clients < MANY else options.clients
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
