@@ -2956,17 +2956,22 @@ class Connection(object):
 
     def receive(self, most=8192):
         """Queue what has arrived; returns whether anything has.  Raises Gone."""
+        data = self._receive(most)
+        self.incoming.put_tail(data)
+        return bool(data)
+
+    def _receive(self, most):
+        """What has arrived, b'' if nothing has.  Raises Gone."""
         try:
             data = self.sock.recv(most)
         except OS_ERRORS as error:
             if errno_of(error) in TRY_AGAIN:
-                return False
+                return b''
             raise Gone(explain(error))
         if not data:
             raise Gone('the connection was closed')
         self.heard = monotonic()
-        self.incoming.put_tail(data)
-        return True
+        return data
 
     def messages(self, size_of):
         """Receive once, and take apart what is complete; yields bytes.
@@ -2976,13 +2981,16 @@ class Connection(object):
         size_of raises.
         """
         gone = paused = None
+        data = b''
         try:
-            self.receive()
+            data = self._receive(8192)
         except Gone as error:           # but what it said before it went is to be heard
             gone = error
-        if gone or self.incoming.size >= self._need:
-            data, start, self._need = self.incoming.flat(), 0, 1
-            end = len(data)
+        if self.incoming.size:
+            self.incoming.put_tail(data)
+            data = self.incoming.flat() if gone or self.incoming.size >= self._need else b''
+        if data:
+            start, end, self._need = 0, len(data), 1
             try:
                 while start < end:
                     size = size_of(data[start:start + 5])
@@ -3441,7 +3449,9 @@ class ServerWindow(object):
             awaited.answers.heard(Reception(1.0, 0.0, lost / done.multicast, member))
             return
         first, last = done.tail_of(done.buffer.count)
-        through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
+        through = 1.0
+        if gaps:
+            through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
         figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
         arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
@@ -6559,7 +6569,8 @@ def command_line():
                         help='packets in a round at the most; memory is that of some seven rounds '
                         '(as many as make 4 MB)')
     server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
-                        help='clients that one TCP thread serves (64, or all of 200 and more)')
+                        help='clients that one TCP thread serves (64, or all of them where they are '
+                        '200 or more)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
     server.add_argument('--compat', action='store_true',
                         help='serve clients of the base protocol (the C implementation)')
