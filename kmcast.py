@@ -82,10 +82,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import math
+import operator
 import os
 import re
 import resource
@@ -1269,19 +1271,19 @@ def combine(requests, most=MOST_MEMBERS):
     groups, work, everything = [], 0, 0
     for gaps in requests:
         everything |= gaps
-    lacking = collections.defaultdict(list)         # place -> of each client that lacks it: what it does not lack
+    lacking = [[] for _ in range(everything.bit_length())]      # by place: what those who lack it do not lack
     for gaps in requests:
-        others = everything ^ gaps
-        for place in places(gaps):
+        others, lost = everything ^ gaps, places(gaps)
+        for place in lost:
             lacking[place].append(others)
-            work += 1
+        work += len(lost)
         if work > 10 * AT_A_TIME:
             work = 0
             yield groups
-    classes = collections.defaultdict(lambda: bytearray(everything.bit_length()))
-    for place, clients in lacking.items():          # by how popular they are
+    classes = collections.defaultdict(lambda: bytearray(len(lacking)))
+    for place, clients in enumerate(lacking):       # by how popular they are
         classes[len(clients)][place] = 1
-    popular = [gaps_of(classes[size].translate(SWAPPED)) for size in sorted(classes, reverse=True)]
+    popular = [gaps_of(classes[size].translate(SWAPPED)) for size in sorted(classes, reverse=True) if size]
     left = everything                               # in no group yet
     while left:
         members, free = [], left
@@ -1291,10 +1293,7 @@ def combine(requests, most=MOST_MEMBERS):
                 place = fitting.bit_length() - 1
                 members.append(place)
                 left ^= 1 << place
-                for others in lacking[place]:
-                    free &= others
-                    if not free:
-                        break
+                free = functools.reduce(operator.and_, lacking[place], free)
                 fitting = free & like
                 work += 1
             if not free:
@@ -2909,8 +2908,7 @@ class Connection(object):
         """Queue pieces of data, and send what can be sent without waiting.  Raises Gone."""
         for data in pieces:
             self.outgoing.put_tail(data)
-        if self.outgoing.size:
-            self.flush()
+        self.flush()
 
     def flush(self):
         """Send what can be sent without waiting.  Raises Gone."""
@@ -3918,6 +3916,7 @@ class Roster(object):
         self.sentences = 0              # passed on clients so far
         self.everyone = []              # who was here at the start, whatever became of them
         self._here = []
+        self._identities = {}           # (host, address) -> the last of those who are here
         self._refused = {}              # (host, address) -> why
 
     @property
@@ -3949,12 +3948,13 @@ class Roster(object):
         """
         if member.host is None or member.loopback:
             return None
-        twins = [other for other in self.here if other.identity == member.identity]
-        return twins[0] if twins else None
+        twin = self._identities.get(member.identity)
+        return twin if twin in self._here else None
 
     def admit(self, member):
         """A client has a place; returns how many are here now."""
         self._here.append(member)
+        self._identities[member.identity] = member
         return len(self._here)
 
     def leave(self, member):
@@ -3963,6 +3963,8 @@ class Roster(object):
             self._here.remove(member)
         except ValueError:
             return False
+        if self._identities.get(member.identity) is member:
+            del self._identities[member.identity]
         return True
 
     def begin(self, now):
