@@ -2906,28 +2906,37 @@ class Connection(object):
 
     def send(self, *pieces):
         """Queue pieces of data, and send what can be sent without waiting.  Raises Gone."""
+        if len(pieces) == 1 and pieces[0] and not self.outgoing.size:       # as nearly always
+            self._put(pieces[0])
+            return
         for data in pieces:
             self.outgoing.put_tail(data)
         self.flush()
 
     def flush(self):
         """Send what can be sent without waiting.  Raises Gone."""
-        outgoing = self.outgoing
-        while outgoing.size:
-            data = outgoing.get_head()
-            more = MSG_MORE if outgoing.size else 0
-            try:
-                count = self.sock.send(data, more)
-            except OS_ERRORS as error:
-                outgoing.put_head(data)
-                if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
-                    return
-                raise Gone(explain(error))
-            self._sent += count
-            self.moved = self.told = monotonic()
-            if count < len(data):
-                outgoing.put_head(memoryview(data)[count:])
+        more = self.outgoing.size
+        while more:
+            data = self.outgoing.get_head()
+            more = self.outgoing.size
+            if not self._put(data, MSG_MORE if more else 0):
                 return
+
+    def _put(self, data, flags=0):
+        """Send a piece, or queue what is not taken before all others; returns whether all was.  Raises Gone."""
+        try:
+            count = self.sock.send(data, flags)
+        except OS_ERRORS as error:
+            self.outgoing.put_head(data)
+            if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
+                return False
+            raise Gone(explain(error))
+        self._sent += count
+        self.moved = self.told = monotonic()
+        if count < len(data):
+            self.outgoing.put_head(memoryview(data)[count:])
+            return False
+        return True
 
     def look_at_kernel(self):
         """Take what the other end's kernel has acknowledged for a move: tcp(7), SIOCOUTQ."""
@@ -2945,7 +2954,7 @@ class Connection(object):
 
         That the kernels take it is no move: that of a peer that hangs does so, too.
         """
-        if not self.outgoing.count and monotonic() - self.told >= self.alive_every:
+        if not self.outgoing.size and monotonic() - self.told >= self.alive_every:
             moved, sent = self.moved, self._sent
             self.send(message)
             self.moved, self._sent = moved, sent
@@ -3438,7 +3447,8 @@ class ServerWindow(object):
             awaited.answers.deaf.append(member)
             member.deaf_since = member.deaf_since or now
             return
-        self._hears(member, now)
+        if member.deaf_since is not None:
+            self._hears(member, now)
         RateControl.remember(member, lost / done.multicast, done.speed)
         if member.ignored:
             awaited.answers.hearing += 1
@@ -3446,9 +3456,9 @@ class ServerWindow(object):
         if done.tail is None:
             awaited.answers.heard(Reception(1.0, 0.0, lost / done.multicast, member))
             return
-        first, last = done.tail_of(done.buffer.count)
         through = 1.0
         if gaps:
+            first, last = done.tail_of(done.buffer.count)
             through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
         figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
@@ -3476,7 +3486,7 @@ class ServerWindow(object):
 
     @staticmethod
     def _hears(member, now):
-        if member.deaf_since is not None and member.deaf_told:
+        if member.deaf_told:
             tell('member_hears', member=member, seconds=now - member.deaf_since)
         member.deaf_since, member.deaf_told = None, False
 
@@ -5446,14 +5456,18 @@ class TcpServer(threading.Thread):
         try:
             call(*args)
         except Gone as error:
-            if peer.member in self._peers and call != self._hear:
-                peer.outgoing.clear()   # reading will tell, after what it said before it went
-            else:
-                self._drop(peer, 'it went away: %s' % error, told=False)
+            self._gone(peer, error, call == self._hear)
         except Refused as error:
             self._drop(peer, error.reason, told=False)
         except ProtocolError as error:
             self._drop(peer, 'protocol error: %s' % error)
+
+    def _gone(self, peer, error, reading):
+        """It has ended; where we did not read, reading will tell, after what it said before it went."""
+        if peer.member in self._peers and not reading:
+            peer.outgoing.clear()
+        else:
+            self._drop(peer, 'it went away: %s' % error, told=False)
 
     def _hear(self, peer):
         if peer.leaving:                # until it hangs up
@@ -5490,11 +5504,13 @@ class TcpServer(threading.Thread):
 
     def _send(self, peer, *pieces):
         """Send what can be sent, and poll for what cannot."""
-        self._safely(peer, peer.send, *pieces)
+        try:
+            peer.send(*pieces)
+        except Gone as error:
+            self._gone(peer, error, reading=False)
         if not peer.open:
             return
-        if peer.leaving:
-            peer.hang_up()
+        peer.hang_up()
         waits = bool(peer.outgoing.size)
         if not waits and not self._writing:
             return
