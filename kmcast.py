@@ -83,10 +83,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import math
+import operator
 import os
 import re
 import resource
@@ -493,6 +495,10 @@ GAP_DIGITS = b'1' + b'0' * 255
 def how_many(gaps):
     """How many bits are set."""
     return bin(gaps).count('1')
+
+
+if hasattr(int, 'bit_count'):           # 3.10 and later
+    how_many = int.bit_count            # noqa: F811
 
 
 def runs(gaps):
@@ -1271,59 +1277,57 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
-MOST_COLLISIONS = 200                   # in a row, until a group is closed
 AT_A_TIME = 200                         # packets, between two moments for others
 
 
 def combine(requests, most=MOST_MEMBERS):
     """Group lost packets so that no client lacks two of one group.
 
-    requests: what each client asked for, as bits.  Greedy, most wanted packet
-    first, each into the first group in which it collides with no client.  A group
-    that has collided with a set of clients always will, so it is not tried again for
-    the same set; and one that collides MOST_COLLISIONS times in a row is as good as
-    full.  So the time is linear in what was lost.
+    requests: what each client asked for, as bits.  Greedy, one group after the other,
+    the most wanted packets first: each packet that is taken leaves those that none
+    of its clients lacks.  So the time is linear in what was lost.
 
     Yields lists of places as far as they are found, now and then, so that others get
     their turn; the last ones are complete.
     """
-    wanted = collections.defaultdict(int)           # place -> clients, as bits
-    popular = collections.defaultdict(int)          # place -> how many they are
-    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
-    work = 0
-    for number, gaps in enumerate(requests):
-        client = 1 << number
-        for place in places(gaps):
-            wanted[place] |= client
-            popular[place] += 1
-            work += 1
+    groups, work, everything = [], 0, 0
+    for gaps in requests:
+        everything |= gaps
+    lacking = [[] for _ in range(everything.bit_length())]      # by place: what those who lack it do not lack
+    for gaps in requests:
+        others, lost = everything ^ gaps, places(gaps)
+        for place in lost:
+            lacking[place].append(others)
+        work += len(lost)
         if work > 10 * AT_A_TIME:
             work = 0
             yield groups
-    everybody = (1 << len(requests)) - 1
-    tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
-    closed = 0                                      # so many groups at the front are full
-    for done, place in enumerate(sorted(wanted, key=lambda place: (-popular[place], place))):
-        mask = wanted[place]
-        while closed < len(groups) and taken[closed] == everybody:
-            closed += 1
-        at = max(closed, tried[mask])
-        while at < len(groups) and (taken[at] & mask or len(groups[at]) >= most):
-            collisions[at] += 1
-            if collisions[at] > MOST_COLLISIONS:
-                taken[at] = everybody
-            at += 1
-        if at == len(groups):
-            groups.append([])
-            taken.append(0)
-            collisions.append(0)
-        groups[at].append(place)
-        taken[at] |= mask
-        collisions[at] = 0
-        tried[mask] = at + 1
-        if not (done + 1) % AT_A_TIME:
+    classes = collections.defaultdict(lambda: bytearray(len(lacking)))
+    for place, clients in enumerate(lacking):       # by how popular they are
+        classes[len(clients)][place] = 1
+    popular = [gaps_of(classes[size].translate(SWAPPED)) for size in sorted(classes, reverse=True) if size]
+    left = everything                               # in no group yet
+    while left:
+        members, free = [], left
+        for like in popular:
+            fitting = free & like
+            while fitting and len(members) < most:
+                place = fitting.bit_length() - 1
+                members.append(place)
+                left ^= 1 << place
+                free = functools.reduce(operator.and_, lacking[place], free)
+                fitting = free & like
+                work += 1
+            if not free:
+                break
+        groups.append(members)
+        if work > AT_A_TIME:
+            work = 0
             yield groups
     yield groups
+
+
+SWAPPED = b'\1' + b'\0' * 255           # of flags: 0 and what is not
 
 
 def recipes(groups, number, room):
@@ -2894,6 +2898,10 @@ def open_standard_files():
             os.open(os.devnull, mode)
 
 
+MANY = 200                              # clients that make a large session
+# Between threads the interpreter's lock changes hands at each system call, which costs more than the call; so a
+# large session has one for all.
+CLIENTS_PER_THREAD = 64
 MOST_PENDING = 256                      # connections of one address that are no clients (yet)
 
 
@@ -3026,27 +3034,37 @@ class Connection(object):
 
     def send(self, *pieces):
         """Queue pieces of data, and send what can be sent without waiting.  Raises Gone."""
+        if len(pieces) == 1 and pieces[0] and not self.outgoing.size:       # as nearly always
+            self._put(pieces[0])
+            return
         for data in pieces:
             self.outgoing.put_tail(data)
         self.flush()
 
     def flush(self):
         """Send what can be sent without waiting.  Raises Gone."""
-        while self.outgoing.count:
+        more = self.outgoing.size
+        while more:
             data = self.outgoing.get_head()
-            more = MSG_MORE if self.outgoing.count else 0
-            try:
-                count = self.sock.send(data, more)
-            except OS_ERRORS as error:
-                self.outgoing.put_head(data)
-                if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
-                    return
-                raise Gone(explain(error))
-            self._sent += count
-            self.moved = self.told = monotonic()
-            if count < len(data):
-                self.outgoing.put_head(memoryview(data)[count:])
+            more = self.outgoing.size
+            if not self._put(data, MSG_MORE if more else 0):
                 return
+
+    def _put(self, data, flags=0):
+        """Send a piece, or queue what is not taken before all others; returns whether all was.  Raises Gone."""
+        try:
+            count = self.sock.send(data, flags)
+        except OS_ERRORS as error:
+            self.outgoing.put_head(data)
+            if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
+                return False
+            raise Gone(explain(error))
+        self._sent += count
+        self.moved = self.told = monotonic()
+        if count < len(data):
+            self.outgoing.put_head(memoryview(data)[count:])
+            return False
+        return True
 
     def look_at_kernel(self):
         """Take what the other end's kernel has acknowledged for a move: tcp(7), SIOCOUTQ."""
@@ -3064,7 +3082,7 @@ class Connection(object):
 
         That the kernels take it is no move: that of a peer that hangs does so, too.
         """
-        if not self.outgoing.count and monotonic() - self.told >= self.alive_every:
+        if not self.outgoing.size and monotonic() - self.told >= self.alive_every:
             moved, sent = self.moved, self._sent
             self.send(message)
             self.moved, self._sent = moved, sent
@@ -3073,17 +3091,22 @@ class Connection(object):
 
     def receive(self, most=8192):
         """Queue what has arrived; returns whether anything has.  Raises Gone."""
+        data = self._receive(most)
+        self.incoming.put_tail(data)
+        return bool(data)
+
+    def _receive(self, most):
+        """What has arrived, b'' if nothing has.  Raises Gone."""
         try:
             data = self.sock.recv(most)
         except OS_ERRORS as error:
             if errno_of(error) in TRY_AGAIN:
-                return False
+                return b''
             raise Gone(explain(error))
         if not data:
             raise Gone('the connection was closed')
         self.heard = monotonic()
-        self.incoming.put_tail(data)
-        return True
+        return data
 
     def messages(self, size_of):
         """Receive once, and take apart what is complete; yields bytes.
@@ -3093,24 +3116,29 @@ class Connection(object):
         size_of raises.
         """
         gone = paused = None
+        data = b''
         try:
-            self.receive()
+            data = self._receive(8192)
         except Gone as error:           # but what it said before it went is to be heard
             gone = error
-        if gone or self.incoming.size >= self._need:
-            data, start, self._need = self.incoming.flat(), 0, 1
+        if self.incoming.size:
+            self.incoming.put_tail(data)
+            data = self.incoming.flat() if gone or self.incoming.size >= self._need else b''
+        if data:
+            start, end, self._need = 0, len(data), 1
             try:
-                while start < len(data):
+                while start < end:
                     size = size_of(data[start:start + 5])
                     paused = size == 0
-                    if not size or start + size > len(data):
+                    if not size or start + size > end:
                         self._need = 5 if size is None else size or 1
                         break
                     start += size
                     gone = None
                     yield data[start - size:start]
             finally:                    # be it that nobody wants more
-                self.incoming.put_head(data[start:])
+                if start < end:
+                    self.incoming.put_head(data[start:])
         if gone and not paused:
             raise gone
 
@@ -3154,7 +3182,7 @@ class Connection(object):
 
     def hang_up(self):
         """If the last message is out: send no more."""
-        if self.leaving and not self.outgoing.count:
+        if self.leaving and not self.outgoing.size:
             try:
                 self.sock.shutdown(socket.SHUT_WR)
             except OS_ERRORS:
@@ -3290,7 +3318,7 @@ class Member(object):
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
-        self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
+        self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
         self.moved = now                # when it last paid, or showed life
@@ -3331,13 +3359,12 @@ class Member(object):
 
     def stands(self, number, how, awaited, now):
         """From now on it stands so with a round; how: None: it is through with it."""
-        before = self.oldest, self.owes
         if how is None:
             self.rounds.pop(number, None)
             self.times_asked.pop(number, None)
         else:
-            self.rounds[number] = [how, awaited]
-        if (self.oldest, self.owes) != before:
+            self.rounds[number] = how, awaited
+        if not self.rounds or number <= min(self.rounds):       # it is, or was, the oldest
             self.moved = now
 
 
@@ -3469,23 +3496,13 @@ class ServerWindow(object):
     def heard(self, member, message, now):
         """A message of a member; returns what to do.  Raises ProtocolError, Refused."""
         kind = message[:1]
-        if kind == BYE:
-            raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
-        if kind in (ALIVE, STATE):
-            member.signs += 1
-            most = 4 * (now - member.since) / alive_every(self.stall_timeout)
-            if member.signs > member.MOST_SIGNS + most:
-                raise ProtocolError('far too many signs of life')
-            if kind == ALIVE:
-                member.moved = now
-            else:                       # words alone move nothing
-                self._state(member, unpack_frame(message[5:]))
-            return []
-        number = self.dialect.number_of(message) if kind in self.PAYS else None
+        if kind not in self.PAYS:
+            return self._said(member, kind, message, now)
+        number = self.dialect.number_of(message)
         if number is None:
             number = member.oldest
         how, awaited = member.rounds.get(number, (None, None))
-        if how not in self.PAYS.get(kind, ()):
+        if how not in self.PAYS[kind]:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         if kind == SUMS:                # it still owes its answer
             return [('send', member, self._sums(member, number))]
@@ -3493,6 +3510,22 @@ class ServerWindow(object):
         awaited.owing.discard(member)
         awaited.answers.paid(member, now)
         return self.HANDLERS[kind](self, member, number, message, awaited, now)
+
+    def _said(self, member, kind, message, now):
+        """A message that is about no round; returns what to do: nothing.  Raises ProtocolError, Refused."""
+        if kind == BYE:
+            raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+        if kind not in (ALIVE, STATE):
+            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        member.signs += 1
+        most = 4 * (now - member.since) / alive_every(self.stall_timeout)
+        if member.signs > member.MOST_SIGNS + most:
+            raise ProtocolError('far too many signs of life')
+        if kind == ALIVE:
+            member.moved = now
+        else:                           # words alone move nothing
+            self._state(member, unpack_frame(message[5:]))
+        return []
 
     @staticmethod
     def _state(member, fields):
@@ -3547,12 +3580,13 @@ class ServerWindow(object):
         done = self._rounds[number]
         if not done.multicast:
             return
-        lost = how_many(gaps & ((1 << done.multicast) - 1))
+        lost = how_many(gaps & ((1 << done.multicast) - 1)) if gaps else 0
         if lost == done.multicast:
             awaited.answers.deaf.append(member)
             member.deaf_since = member.deaf_since or now
             return
-        self._hears(member, now)
+        if member.deaf_since is not None:
+            self._hears(member, now)
         RateControl.remember(member, lost / done.multicast, done.speed)
         if member.ignored:
             awaited.answers.hearing += 1
@@ -3560,8 +3594,10 @@ class ServerWindow(object):
         if done.tail is None:
             awaited.answers.heard(Reception(1.0, 0.0, lost / done.multicast, member))
             return
-        first, last = done.tail_of(done.buffer.count)
-        through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
+        through = 1.0
+        if gaps:
+            first, last = done.tail_of(done.buffer.count)
+            through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
         figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
         arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
@@ -3588,7 +3624,7 @@ class ServerWindow(object):
 
     @staticmethod
     def _hears(member, now):
-        if member.deaf_since is not None and member.deaf_told:
+        if member.deaf_told:
             tell('member_hears', member=member, seconds=now - member.deaf_since)
         member.deaf_since, member.deaf_told = None, False
 
@@ -4059,6 +4095,7 @@ class Roster(object):
         self.sentences = 0              # passed on clients so far
         self.everyone = []              # who was here at the start, whatever became of them
         self._here = []
+        self._identities = {}           # (host, address) -> the last of those who are here
         self._refused = {}              # (host, address) -> why
 
     @property
@@ -4090,12 +4127,13 @@ class Roster(object):
         """
         if member.host is None or member.loopback:
             return None
-        twins = [other for other in self.here if other.identity == member.identity]
-        return twins[0] if twins else None
+        twin = self._identities.get(member.identity)
+        return twin if twin in self._here else None
 
     def admit(self, member):
         """A client has a place; returns how many are here now."""
         self._here.append(member)
+        self._identities[member.identity] = member
         return len(self._here)
 
     def leave(self, member):
@@ -4104,14 +4142,16 @@ class Roster(object):
             self._here.remove(member)
         except ValueError:
             return False
+        if self._identities.get(member.identity) is member:
+            del self._identities[member.identity]
         return True
 
     def begin(self, now):
         """Start if it is time to, with those who are here; returns whether it has begun."""
-        here = self.here
-        late = self.start_by is not None and now > self.start_by and len(here) >= self.enough
-        if not self.begun and (late or len(here) >= self.places):
-            self.everyone = here
+        here = len(self._here)
+        late = self.start_by is not None and now > self.start_by and here >= self.enough
+        if not self.begun and (late or here >= self.places):
+            self.everyone = self.here
             self.begun = True
         return self.begun
 
@@ -4273,6 +4313,7 @@ class Course(object):
             underway.round.digest = self.hands.digest(underway.round.number)
             self.sent_packets += sending.last
         self.hands.do(Step('sent', underway.round))
+        self._announce()
 
     def next(self):
         """The Sending that is due; None if there is none."""
@@ -4320,7 +4361,7 @@ class Course(object):
 
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
-        if self._full and len(self._underway) < self.window and not self.over:
+        if self._full and len(self._underway) < self.window and not self.over and not self._has_time():
             buffer = self._full
             if buffer.count or self.dialect.ends and not self._underway:
                 self._full = None
@@ -4332,6 +4373,11 @@ class Course(object):
             self._check_empty()
             self._finish(None)
         self._fill()
+
+    def _has_time(self):
+        """Whether a round may wait for the next one to be sent, so that both are told in one message."""
+        unsent = [underway for underway in self._underway if not underway.sent]
+        return len(unsent) > 1 and unsent[0].ready
 
     def _begin_round(self, buffer):
         underway = Underway(Round(self.rounds, buffer, self._place))
@@ -5292,6 +5338,8 @@ class TcpServer(threading.Thread):
             self._watch(self.link.parent_fd, self._on_parent)
             while not self._over:
                 self._poll(self._tick)
+                if self.passed_on:
+                    self.link.release_child()
                 self._look_at_clocks()
                 self._advance()
         except Failure as error:
@@ -5332,24 +5380,23 @@ class TcpServer(threading.Thread):
         if self._accepting:
             if not self.roster.begin(monotonic()):
                 return
-            self._say(self._accepting, Answers())
+            self.results.append((self._accepting, Answers()))
+            self.link.release_parent()
             self._accepting = None
         alone = self.link.child_fd is None
         for awaited in self.window.complete():
             self._here[awaited.step] = awaited.answers
-        for step in list(self._here):
-            if alone or step in self._below:
-                answers = self._here.pop(step)
-                if step in self._below:
-                    answers.add(self._below.pop(step))
-                self._say(step, answers)
+        through = [step for step in self._here if alone or step in self._below]
+        for step in through:
+            answers = self._here.pop(step)
+            if step in self._below:
+                answers.add(self._below.pop(step))
+            self.results.append((step, answers))
+        if through:
+            self.link.release_parent()
         if (self.roster.begun and not self._peers and alone
                 and all(member.placed for member in self.roster.here)):
             self._over = True           # nobody is left to serve, or on the way here
-
-    def _say(self, step, answers):
-        self.results.append((step, answers))
-        self.link.release_parent()
 
     def _look_at_clocks(self):
         now = monotonic()
@@ -5357,17 +5404,20 @@ class TcpServer(threading.Thread):
             return
         self._next_look = now + self._tick
         self._look_for_the_late(now)
+        roster = self.roster
+        waiting = dict(waiting=roster.waiting) if roster.begun else dict(
+            here=len(roster.here), places=roster.places)
         for peer in self._pending[:]:
             if now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
         for member, peer in list(self._peers.items()):
-            if member.owes or peer.outgoing.count:
+            if peer.outgoing.size or member.owes:
                 peer.look_at_kernel()
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
                     self._drop(peer, reason)
                     continue
-            self._safely(peer, self._show_life, peer, now)
+            self._safely(peer, self._show_life, peer, waiting, now)
         for peer in self._leaving[:]:
             if now > peer.leaving:
                 self._close(peer)
@@ -5381,13 +5431,10 @@ class TcpServer(threading.Thread):
             self._next_words = now + 2 * self.PATIENCE
             tell('waiting_for', members=self.window.debtors())
 
-    def _show_life(self, peer, now):
+    def _show_life(self, peer, waiting, now):
         """Tell a client that waits for whom or what, if that is news, else that we are alive."""
         if not self.session.dialect.talks:
             return
-        roster = self.roster
-        waiting = dict(waiting=roster.waiting) if roster.begun else dict(
-            here=len(roster.here), places=roster.places)
         if waiting != peer.waiting and now - peer.told > self.NEWS and not peer.member.owes:
             peer.waiting = waiting
             peer.send(self.session.dialect.state(**waiting))
@@ -5406,30 +5453,30 @@ class TcpServer(threading.Thread):
             return
         self._take_those_passed_on()
         self._carry_out_sentences()
-        if not self.inbox:              # it may be a sentence on a client below
-            self.link.release_child()
+        todo = []
         while self.inbox and not self._over:
             step = self.inbox.popleft()
             self._take_those_passed_on()            # they came before the step
-            self._begin(step)
+            todo += self._begin(step)
+        self._carry_out(todo)
+        self.link.release_child()       # there are steps, or a sentence on a client below
 
     def _take_those_passed_on(self):
         while self.number > 1 and self.parent.passed_on:
             self._take(self.parent.passed_on.popleft())
 
     def _begin(self, step):
-        """Do a step here, and have the child do it."""
+        """Begin a step here, and leave it to the child; returns what to do."""
         if step.kind == 'accept':
             self._accepting = step
             self._watch(self.listener.fileno(), self._on_connection)
-            return
+            return []
         if self.link.child_fd is not None:
             self.child.inbox.append(step)
-            self.link.release_child()
         if step.kind == 'abort':
             self._dismiss_all(step.message)
-        else:
-            self._carry_out(self.window.begin(step, monotonic()))
+            return []
+        return self.window.begin(step, monotonic())
 
     def _carry_out_sentences(self):
         if self._sentences == self.roster.sentences:
@@ -5440,14 +5487,18 @@ class TcpServer(threading.Thread):
                 self._drop(peer, member.sentence)
 
     def _carry_out(self, todo):
-        """Do what the window wants."""
+        """Do what the window wants; what a client is told of several rounds goes in one piece."""
+        together = {}
         for verb, member, argument in todo:
             peer = self._peers.get(member)
             if peer is None:            # it has gone just now
                 continue
             if verb == 'send':
-                self._send(peer, argument)
-            elif verb == 'packets':
+                together[peer] = together[peer] + argument if peer in together else argument
+                continue
+            if peer in together:
+                self._send(peer, together.pop(peer))
+            if verb == 'packets':
                 wanted, request = argument
                 parts = runs(request.gaps) if request.order is None else [
                     (request.order[start], request.order[stop - 1] + 1)
@@ -5459,6 +5510,8 @@ class TcpServer(threading.Thread):
             else:
                 tell('member_served', member=member)
                 self._close(peer)
+        for peer in together:
+            self._send(peer, together[peer])
 
     def _on_child(self, _event):
         try:
@@ -5550,7 +5603,7 @@ class TcpServer(threading.Thread):
                 self._drop(peer, peer.member.sentence)
             return
         self._unwatch(peer.fileno())
-        self.passed_on.append(peer)
+        self.passed_on.append(peer)     # the child hears of it when we have looked at the others
         if not self.child:
             child = TcpServer(self.session, self.roster, self, self.link.spawn(),
                               number=self.number + 1)
@@ -5561,13 +5614,12 @@ class TcpServer(threading.Thread):
                 raise
             self.child = child
             self._watch(self.link.child_fd, self._on_child)
-        self.link.release_child()
 
     def _on_peer(self, event, peer):
         fd = peer.fileno()
         if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
             self._safely(peer, self._hear, peer)
-        if self._handlers.get(fd, (None, ()))[1] == (peer,):    # it is still ours
+        if event & select.POLLOUT and self._handlers.get(fd, (None, ()))[1] == (peer,):     # it is still ours
             self._send(peer)
 
     def _safely(self, peer, call, *args):
@@ -5575,14 +5627,18 @@ class TcpServer(threading.Thread):
         try:
             call(*args)
         except Gone as error:
-            if peer.member in self._peers and call != self._hear:
-                peer.outgoing.clear()   # reading will tell, after what it said before it went
-            else:
-                self._drop(peer, 'it went away: %s' % error, told=False)
+            self._gone(peer, error, call == self._hear)
         except Refused as error:
             self._drop(peer, error.reason, told=False)
         except ProtocolError as error:
             self._drop(peer, 'protocol error: %s' % error)
+
+    def _gone(self, peer, error, reading):
+        """It has ended; where we did not read, reading will tell, after what it said before it went."""
+        if peer.member in self._peers and not reading:
+            peer.outgoing.clear()
+        else:
+            self._drop(peer, 'it went away: %s' % error, told=False)
 
     def _hear(self, peer):
         if peer.leaving:                # until it hangs up
@@ -5595,9 +5651,11 @@ class TcpServer(threading.Thread):
                 self._on_hello(peer, hello)
             return
         for message in peer.messages(self.window.size_of):
-            self._carry_out(self.window.heard(peer.member, message, monotonic()))
-            if peer.leaving or not peer.open:
-                return
+            todo = self.window.heard(peer.member, message, peer.heard)
+            if todo:
+                self._carry_out(todo)
+                if peer.leaving or not peer.open:
+                    return
 
     @staticmethod
     def _hello_size(head):
@@ -5617,11 +5675,17 @@ class TcpServer(threading.Thread):
 
     def _send(self, peer, *pieces):
         """Send what can be sent, and poll for what cannot."""
-        self._safely(peer, peer.send, *pieces)
+        try:
+            peer.send(*pieces)
+        except Gone as error:
+            self._gone(peer, error, reading=False)
         if not peer.open:
             return
         peer.hang_up()
-        fd, waits = peer.fileno(), bool(peer.outgoing.count)
+        waits = bool(peer.outgoing.size)
+        if not waits and not self._writing:
+            return
+        fd = peer.fileno()
         if fd in self._handlers and waits != (fd in self._writing):
             self._poller.modify(fd, select.POLLIN | (select.POLLOUT if waits else 0))
             (self._writing.add if waits else self._writing.discard)(fd)
@@ -5708,8 +5772,7 @@ class Multicaster(object):
     """
 
     ROUND = 4 << 20                     # bytes in a round at the most,
-    LARGE_ROUND = 8 << 20               # or where so many clients each cost time in a round,
-    MANY = 200
+    LARGE_ROUND = 8 << 20               # or where MANY clients each cost time in a round,
     LONE_ROUND = 8 << 20                # or where only one is under way
     STUCK = 5.0                         # seconds without room to send a packet
     SILENT = 10.0                       # seconds of a producer, until it is said
@@ -5730,6 +5793,7 @@ class Multicaster(object):
         self._accepting = None          # the accept step, until it is complete
         self._fed = 0.0                 # when the producer last gave anything, while it is waited for
         self._trouble = None            # the last that was told
+        self._news = False              # there are steps that the TCP servers do not know of
 
     def _open(self):
         """Check that all that it takes can be had here.  Raises Failure."""
@@ -5747,7 +5811,7 @@ class Multicaster(object):
         self.listener = self._listen(options.port)
         self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
         dialect = self.session.dialect
-        size = (self.LARGE_ROUND if options.clients >= self.MANY
+        size = (self.LARGE_ROUND if options.clients >= MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
         checks = () if self.session.digest else dialect.checks
@@ -5796,6 +5860,7 @@ class Multicaster(object):
         self.roster.end()
         if self.failure:
             self.do(Step('abort', message=self.failure))
+            self._tell_child()
         self.link.close()
         for thread in self._threads():
             thread.join(2 * FAREWELL_TIME)
@@ -5879,7 +5944,13 @@ class Multicaster(object):
     def do(self, step):
         """Have the TCP servers do a step."""
         self.tcp.inbox.append(step)
-        self.link.release_child()
+        self._news = True
+
+    def _tell_child(self):
+        """Have the TCP servers look at all the steps that came together."""
+        if self._news:
+            self._news = False
+            self.link.release_child()
 
     def fill(self, base, limit):
         """Begin to fill a buffer that is not in use."""
@@ -5967,6 +6038,7 @@ class Multicaster(object):
         """
         looked = False
         while True:
+            self._tell_child()
             now = monotonic()
             tell.look(now)
             timeout = TICK              # lest a signal that another thread took goes unheard
@@ -6008,6 +6080,7 @@ class Multicaster(object):
             if busy:
                 self.course.work()
             if until is None and (readable or busy):
+                self._tell_child()
                 return
 
     def _fill(self, now):
@@ -6685,8 +6758,9 @@ def command_line():
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
                         help='packets in a round at the most; memory is that of some seven rounds '
                         '(as many as make 4 MB)')
-    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), default=64, metavar='N',
-                        help='clients that one TCP thread serves (64)')
+    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
+                        help='clients that one TCP thread serves (64, or all of them where they are '
+                        '200 or more)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
     server.add_argument('--compat', action='store_true',
                         help='serve clients of the base protocol (the C implementation)')
@@ -6729,6 +6803,8 @@ def server_command(options, signals):
                       % (options.min_clients, options.clients), USAGE)
     if options.min_clients > 1 and options.start_wait is None:
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
+    if options.clients_per_thread is None:
+        options.clients_per_thread = CLIENTS_PER_THREAD if options.clients < MANY else options.clients
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
