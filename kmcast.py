@@ -124,10 +124,6 @@ if sys.version_info[0] == 2:
         """Bytes of a bytearray, not copied, for zlib.crc32."""
         return buffer(data, start, size)            # noqa: F821
 
-    def join(parts):
-        """One bytes of many parts."""
-        return b''.join([bytes(piece) for piece in parts])
-
     def monotonic():
         """Seconds on a clock that nobody sets (clock_gettime(2))."""
         timespec = (ctypes.c_long * 2)()
@@ -135,7 +131,6 @@ if sys.version_info[0] == 2:
         return timespec[0] + timespec[1] * 1e-9
 else:
     from time import monotonic
-    join = b''.join
 
     def part(data, start, size):
         """Bytes of a bytearray, not copied, for zlib.crc32."""
@@ -1115,7 +1110,8 @@ class Buffer(object):
 
     def packet(self, index):
         """A packet as it goes on the wire, bytes."""
-        return join((self.headers[index * PACKET.size:(index + 1) * PACKET.size], self.view(index, index + 1)))
+        return (bytes(self.headers[index * PACKET.size:(index + 1) * PACKET.size])
+                + self.view(index, index + 1).tobytes())
 
     def packets(self, first, last):
         """The packets from index first up to last, header and payload of each, as few adjacent slices.
