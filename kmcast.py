@@ -580,10 +580,12 @@ class SessionDialect(object):
         if kind in (BYE, WELCOME, STATE):
             return frame_size(head)
         if kind == SUMS:
-            count = U32.unpack(head[1:5])[0] if len(head) == 5 else 0
-            if count > MAX_PACKETS:
-                raise ProtocolError('sums of %d packets' % count)
-            return 9 + 4 * count if count else None
+            if len(head) < 5:
+                return None
+            count, = U32.unpack(head[1:5])
+            if not 0 < count <= MAX_PACKETS:
+                raise ProtocolError('sums of %s' % counted(count, 'packet'))
+            return 9 + 4 * count
         sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
                  AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
         if kind not in sizes:
