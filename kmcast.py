@@ -3252,6 +3252,7 @@ class Member(object):
         self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
+        self.noted = set()              # rounds for which it is known how they were heard
         self.moved = now                # when it last paid, or showed life
         self.signs = 0                  # of life
         self.lost = 0                   # packets it asked for, all in all
@@ -3294,6 +3295,7 @@ class Member(object):
         if how is None:
             self.rounds.pop(number, None)
             self.times_asked.pop(number, None)
+            self.noted.discard(number)
         else:
             self.rounds[number] = [how, awaited]
         if (self.oldest, self.owes) != before:
@@ -3466,8 +3468,7 @@ class ServerWindow(object):
     def _request(self, member, number, message, awaited, now):
         buffer = self._rounds[number].buffer
         gaps, order = self.dialect.asked(message, buffer.base, buffer.count)
-        if number not in member.times_asked:
-            self._reception(member, number, message, awaited, gaps, now)
+        self._reception(member, number, message, awaited, gaps, now)
         self._count_request(member, number)
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
@@ -3491,8 +3492,7 @@ class ServerWindow(object):
             member.outcome, member.ended = 'complete', now
             member.stands(number, None, None, now)
             return [('served', member, None)]
-        if number not in member.times_asked:
-            self._reception(member, number, message, awaited, 0, now)
+        self._reception(member, number, message, awaited, 0, now)
         member.stands(number, None, None, now)
         return self._see_off(member, now)
 
@@ -3504,8 +3504,9 @@ class ServerWindow(object):
     def _reception(self, member, number, message, awaited, gaps, now):
         """Note how a member heard a round, from its first answer."""
         done = self._rounds[number]
-        if not done.multicast:
+        if not done.multicast or number in member.noted:
             return
+        member.noted.add(number)
         lost = how_many(gaps & ((1 << done.multicast) - 1))
         if lost == done.multicast:
             awaited.answers.deaf.append(member)
