@@ -126,10 +126,6 @@ if sys.version_info[0] == 2:
         """Bytes of a bytearray, not copied, for zlib.crc32."""
         return buffer(data, start, size)            # noqa: F821
 
-    def join(parts):
-        """One bytes of many parts."""
-        return b''.join([bytes(piece) for piece in parts])
-
     def monotonic():
         """Seconds on a clock that nobody sets (clock_gettime(2))."""
         timespec = (ctypes.c_long * 2)()
@@ -137,7 +133,6 @@ if sys.version_info[0] == 2:
         return timespec[0] + timespec[1] * 1e-9
 else:
     from time import monotonic
-    join = b''.join
 
     def part(data, start, size):
         """Bytes of a bytearray, not copied, for zlib.crc32."""
@@ -591,10 +586,12 @@ class SessionDialect(object):
         if kind in (BYE, WELCOME, STATE):
             return frame_size(head)
         if kind == SUMS:
-            count = U32.unpack(head[1:5])[0] if len(head) == 5 else 0
-            if count > MAX_PACKETS:
-                raise ProtocolError('sums of %d packets' % count)
-            return 9 + 4 * count if count else None
+            if len(head) < 5:
+                return None
+            count, = U32.unpack(head[1:5])
+            if not 0 < count <= MAX_PACKETS:
+                raise ProtocolError('sums of %s' % counted(count, 'packet'))
+            return 9 + 4 * count
         sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
                  AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
         if kind not in sizes:
@@ -1121,7 +1118,8 @@ class Buffer(object):
 
     def packet(self, index):
         """A packet as it goes on the wire, bytes."""
-        return join((self.headers[index * PACKET.size:(index + 1) * PACKET.size], self.view(index, index + 1)))
+        return (bytes(self.headers[index * PACKET.size:(index + 1) * PACKET.size])
+                + self.view(index, index + 1).tobytes())
 
     def packets(self, first, last):
         """The packets from index first up to last, header and payload of each, as few adjacent slices.
@@ -3321,6 +3319,7 @@ class Member(object):
         self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
+        self.noted = set()              # rounds for which it is known how they were heard
         self.moved = now                # when it last paid, or showed life
         self.signs = 0                  # of life
         self.lost = 0                   # packets it asked for, all in all
@@ -3362,6 +3361,7 @@ class Member(object):
         if how is None:
             self.rounds.pop(number, None)
             self.times_asked.pop(number, None)
+            self.noted.discard(number)
         else:
             self.rounds[number] = how, awaited
         if not self.rounds or number <= min(self.rounds):       # it is, or was, the oldest
@@ -3540,8 +3540,7 @@ class ServerWindow(object):
     def _request(self, member, number, message, awaited, now):
         buffer = self._rounds[number].buffer
         gaps, order = self.dialect.asked(message, buffer.base, buffer.count)
-        if number not in member.times_asked:
-            self._reception(member, number, message, awaited, gaps, now)
+        self._reception(member, number, message, awaited, gaps, now)
         self._count_request(member, number)
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
@@ -3565,8 +3564,7 @@ class ServerWindow(object):
             member.outcome, member.ended = 'complete', now
             member.stands(number, None, None, now)
             return [('served', member, None)]
-        if number not in member.times_asked:
-            self._reception(member, number, message, awaited, 0, now)
+        self._reception(member, number, message, awaited, 0, now)
         member.stands(number, None, None, now)
         return self._see_off(member, now)
 
@@ -3578,8 +3576,9 @@ class ServerWindow(object):
     def _reception(self, member, number, message, awaited, gaps, now):
         """Note how a member heard a round, from its first answer."""
         done = self._rounds[number]
-        if not done.multicast:
+        if not done.multicast or number in member.noted:
             return
+        member.noted.add(number)
         lost = how_many(gaps & ((1 << done.multicast) - 1)) if gaps else 0
         if lost == done.multicast:
             awaited.answers.deaf.append(member)

@@ -164,6 +164,11 @@ def random_bytes(size, seed=0):
     return b"".join(random_chunks(size, seed))
 
 
+def data_of(buffer):
+    """What a kmcast.Buffer gives the output, as bytes."""
+    return b"".join([piece.tobytes() for piece in buffer.flush()])
+
+
 def sha256(data):
     """Return the SHA-256 of `data` (bytes, or an iterable of chunks of bytes) in hexadecimal."""
     digest = hashlib.sha256()
