@@ -56,7 +56,8 @@ protocol, which has no greetings, is the window of one round, whose end is a rou
 0 packets.
 
 On the server the Multicaster is the parent of TCP server 1, which is the
-parent of TCP server 2, and so on, each with up to 64 clients.  The parent
+parent of TCP server 2, and so on, each with up to 64 clients (a large session has
+one for all).  The parent
 publishes a step and releases its child; the child does the step for its own
 clients while its own child does the same, and releases its parent when all
 of them are through.  So orders run down the chain and answers run up.
@@ -4374,9 +4375,9 @@ class Course(object):
         self._fill()
 
     def _has_time(self):
-        """Whether a round may wait for the next one to be sent, so that both are told in one message."""
+        """Whether a round may wait until another one is sent, so that MANY clients are told of both in one piece."""
         unsent = [underway for underway in self._underway if not underway.sent]
-        return len(unsent) > 1 and unsent[0].ready
+        return len(unsent) > 1 and unsent[0].ready and len(self.roster.everyone) >= MANY
 
     def _begin_round(self, buffer):
         underway = Underway(Round(self.rounds, buffer, self._place))
@@ -5283,7 +5284,7 @@ class Peer(Connection):
 
 
 class TcpServer(threading.Thread):
-    """Looks after up to 64 clients; its child looks after the next ones.
+    """Looks after up to so many clients; its child looks after the next ones.
 
     The spec's TCP server: one poll() over its clients and its links.  Of its
     states, INIT and ACCEPT are as there; PREP, SYNC and SEND are those of a round, and several

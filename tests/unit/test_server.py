@@ -703,6 +703,22 @@ def test_a_round_is_through_when_nobody_asks_and_makes_room_for_the_next():
     assert drive.took() == [("announce", 4)]
 
 
+def test_many_clients_are_told_of_a_round_that_is_in_no_hurry_when_another_one_was_sent():
+    drive = Drive(5000, kmcast.MANY).start()
+    drive.fill_all()
+    for number in range(4):
+        drive.complete("announce", number)
+    drive.send()
+    drive.took()
+    drive.complete("sent", 0)
+    drive.fill_all()
+    assert drive.took() == [], "three others are to be sent before it"
+    drive.send()
+    assert drive.took() == [("sent", 1)]
+    drive.send()
+    assert drive.took() == [("sent", 2), ("announce", 4)]
+
+
 @pytest.mark.parametrize("windows, expected", [([4], 4), ([2], 2), ([1, 4], 1), ([9, 3], 3), ([8, 8], 4)])
 def test_no_more_rounds_are_under_way_than_the_smallest_window(windows, expected):
     drive = Drive(5000, len(windows), windows).start()
