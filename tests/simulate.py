@@ -211,9 +211,12 @@ class ClientPlan:
         self.full_at = r.randrange(len(plan.image) + 1)
 
     def hears_all(self, plan):
-        """Whether all that is multicast comes to it, and before SENT by TCP does, or soon after."""
+        """Whether all that is multicast comes to it, in order, and before SENT by TCP does, or soon after.
+
+        In order: who has the first and the last packet of a round asks at once for what is between them.
+        """
         return not (self.loss or self.burst or self.late or self.damage or self.queue or self.deaf or self.fault
-                    or self.jitter > 0.001 or self.socket_buffer < 10000
+                    or self.jitter or self.socket_buffer < 10000
                     or plan.shared or plan.refused or plan.unicast or plan.server_fault or plan.rate == "max")
 
     def arguments(self):
