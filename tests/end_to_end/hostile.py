@@ -17,6 +17,10 @@ MEMORY_KIB = 32 << 10
 #: the transfer never ends.
 ENDLESS = dict(change="kmcast.GREETING_TIME = 3600.0")
 NEVER = ["--stall-timeout", 0]
+#: Of a client: its kernel lets the datagrams of others in, as if they came with the server's address.
+SPOOFED = """join = kmcast.DatagramReceiver._join
+kmcast.DatagramReceiver._join = lambda self, ip, group, port, source: join(self, ip, group, port, None)
+"""
 
 
 def wrapped(code, args, python=None, **options):

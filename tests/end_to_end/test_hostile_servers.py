@@ -14,7 +14,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from hostile import flooded, GARBAGE, noise, orderly, wrapped
+from hostile import flooded, GARBAGE, noise, orderly, SPOOFED, wrapped
 from pythons import BOTH, NEWEST, OLDEST
 from wire import ABSENT, ALIVE, BASE, BYE, HEADER, Round, SESSION, packet
 
@@ -621,7 +621,7 @@ def test_a_flood_does_not_keep_a_client_from_asking_for_what_it_lost(lost):
             server.done()
         server.end()
     started = Script(lambda server: _flood_then(server, script), ["--stall-timeout", 0],
-                     change="kmcast.ClientWindow.SETTLE = kmcast.ClientWindow.NOTHING_YET = 2.0")
+                     change=SPOOFED + "kmcast.ClientWindow.SETTLE = kmcast.ClientWindow.NOTHING_YET = 2.0")
     code, stderr, received = started.finish(60)
     assert code == 0 and received == 2 * ROUNDS[0], "%s\n%r" % (stderr, started.error)
 
@@ -639,14 +639,14 @@ def test_a_flood_does_not_hide_a_silent_server():
             server.greet()
             server.start_round(ROUNDS[0])
             server.client.wait(15)
-    started = Script(script, ["--stall-timeout", 1])
+    started = Script(script, ["--stall-timeout", 1], change=SPOOFED)
     code, stderr, _ = started.finish(30)
     judge(code, stderr, says="silent for 1 s")
 
 
 def test_a_flood_does_not_hide_a_silent_server_from_a_small_socket_buffer():
     server = wire.Server()
-    client = wrapped("kmcast.SOCKET_BUFFER = 100000", ["client", "--stall-timeout", 1, LOOPBACK, LOOPBACK, server.port])
+    client = wrapped(SPOOFED + "kmcast.SOCKET_BUFFER = 100000", ["client", "--stall-timeout", 1, LOOPBACK, LOOPBACK, server.port])
     server.accept()
     with flooded(server.port, noise, server.group, 0.001):
         server.greet()

@@ -15,7 +15,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import (all_receive, another_session, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, NEVER, noise, orderly,
-                     undisturbed, wrong_checksums, wrong_sizes)
+                     SPOOFED, undisturbed, wrong_checksums, wrong_sizes)
 from pythons import BOTH, NEWEST, OLDEST
 from wire import ALIVE, HELLO, REQUEST, SESSION, U32, reset
 
@@ -273,7 +273,8 @@ def test_a_flood_of_datagrams_on_the_group(make):
     port = helpers.free_port()
     with flooded(port, make):
         server = helpers.start_server(NEVER + ["--rate", "40M", LOOPBACK, 2, port], stdin=IMAGE)
-        clients = [helpers.start_client(NEVER + [LOOPBACK, LOOPBACK, port], python=python) for python in (OLDEST, NEWEST)]
+        clients = [helpers.start_client(NEVER + [LOOPBACK, LOOPBACK, port], python=python, change=SPOOFED)
+                   for python in (OLDEST, NEWEST)]
         all_receive(IMAGE, clients, server, 90)
         code, stderr, _ = server.finish()
     assert code == 0, stderr
