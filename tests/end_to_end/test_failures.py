@@ -519,14 +519,14 @@ LAST_BYE = 2 * (BUFFER_INFO + SENT)     # of an image of one round
 
 
 @BOTH
-@pytest.mark.parametrize("server_args, places", [
+@pytest.mark.parametrize("packets, server_args, places", [
     # the digest's first byte, its last, the next round's
-    ([], [DIGEST, DIGEST + 31, BUFFER_INFO + SENT + DIGEST]),
+    (20, [], [DIGEST, DIGEST + 31, BUFFER_INFO + SENT + DIGEST]),
     # of a repaired packet: payload, seq, checksum, size
-    (["--unicast", "--no-digest"], [SUMMED + HEADER + 700, SUMMED, SUMMED + 4, SUMMED + 8]),
+    (10, ["--unicast", "--no-digest"], [SUMMED + HEADER + 700, SUMMED, SUMMED + 4, SUMMED + 8]),
 ], ids=["digests", "repaired packets without digests"])
-def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
-    data, port = helpers.random_bytes(20 * PAYLOAD), helpers.free_port()
+def test_what_was_damaged_is_not_written(python, packets, server_args, places, tmp_path):
+    data, port = helpers.random_bytes(packets * PAYLOAD), helpers.free_port()
     # It says nothing to clients that wait, so that the places stay where they are.
     server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + server_args + [LOOPBACK, len(places) + 1, port],
                      python=python, stdin=data)
@@ -549,9 +549,9 @@ def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
 
 @BOTH
 def test_what_was_damaged_by_tcp_is_asked_for_again_where_a_digest_tells(python):
-    """In any packet of a round; and nobody sees it but who reads how much was repaired."""
-    places = [REPAIRED, REPAIRED + 700, REPAIRED + 10 * PAYLOAD - 1, 2 * REPAIRED + 15 * PAYLOAD]
-    data, port = helpers.random_bytes(20 * PAYLOAD), helpers.free_port()
+    """The first byte of a round's packets, one among them, the last."""
+    places = [REPAIRED, REPAIRED + 700, REPAIRED + 10 * PAYLOAD - 1]
+    data, port = helpers.random_bytes(10 * PAYLOAD), helpers.free_port()
     server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + ["--unicast", LOOPBACK, len(places), port],
                      python=python, stdin=data)
     server.wait_stderr("waiting for")
@@ -560,6 +560,7 @@ def test_what_was_damaged_by_tcp_is_asked_for_again_where_a_digest_tells(python)
     for place, client in zip(places, clients):
         code, stderr, received = client.finish(20)
         assert (code, received) == (0, data), (place, stderr)
+        assert ", 11 by TCP;" in stderr, stderr
     code, stderr, _ = server.finish(20)
     assert code == 0 and helpers.summary(server).served == len(places), stderr
 
