@@ -1164,8 +1164,6 @@ class Buffer(object):
         first = self.index(U32.unpack_from(data, offset)[0])
         last = first + count
         there = self._have.count(b'\1', first, last) if last <= self.count else None
-        if there == count:
-            return
         if there == 0 and 0 < payload <= self.payload and self._right(data, offset, first, count, payload):
             pieces = Batch.of(payload)('payloads', count).unpack_from(data, offset)
             if payload == self.payload:
@@ -1177,11 +1175,11 @@ class Buffer(object):
                     self._view[start:start + payload] = piece
                     self.short[index] = payload
             self.arrived(first, last)
-        elif count > 1:                 # some of them are not as they should be, or not in order
+        elif count > 1:                 # some of them are there, are not as they should be, or not in order
             half = count // 2
             self.put(data, offset, half, payload)
             self.put(data, offset + half * (PACKET.size + payload), count - half, payload)
-        elif first < self.count:
+        elif first < self.count and not there:
             self.damaged += 1
 
     def _right(self, data, offset, first, count, payload):
