@@ -1872,6 +1872,7 @@ class RateControl(object):
     SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
     GENTLE = 15.0                       # and after which we look for more as if there had never been one
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
+    LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
 
     def __init__(self):
         self.rate = self.START
@@ -3231,6 +3232,8 @@ class Member(object):
         self.lost = 0                   # packets it asked for, all in all
         self.by_tcp = 0                 # packets of these that went by TCP
         self.medium = 0.0               # share of packets that it loses at any rate
+        self.queued = 0.0               # seconds of packets that are in some queue, if it tells the truth
+        self.doubted = False            # no queue is that long
         self.ignored = False            # it loses too much to decide on the rate
         self.busy = None                # what it says that it is doing
         self.figures = {}               # what else it says of itself
@@ -3488,13 +3491,18 @@ class ServerWindow(object):
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
         figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
         arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
+        if arrived is not None:
+            packets = (figures[2:] if figures[2] else figures[:2])[0]
+            member.queued = 0.0 if lost else max(
+                0.0, member.queued + packets * bits_a_packet * (1 / arrived - 1 / done.tail))
+            member.doubted = member.doubted or member.queued > RateControl.LONGEST_QUEUE
         ratio = through if arrived is None else min(through, arrived / done.tail)
-        if arrived is None or 1 - ratio < error:        # the clock does not tell, but losses do
+        if arrived is None or member.doubted or 1 - ratio < error:      # the clock does not tell, but losses do
             ratio, error = through, 0.0
         ratio /= 1 - member.medium
         awaited.answers.heard(Reception(ratio, error, lost / done.multicast, member))
         arrived, error = self.arrival(figures[:2], bits_a_packet)
-        if done.head and arrived is not None:
+        if done.head and arrived is not None and not member.doubted:
             awaited.answers.heard_head(arrived / (1 - member.medium), error)
 
     @staticmethod

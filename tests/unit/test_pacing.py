@@ -207,6 +207,20 @@ def test_one_slow_client_of_many_sets_the_rate():
     assert 0.85 * 100e6 < mean(rates[-20:]) < 1.1 * 100e6
 
 
+class Liar(Link):
+    """What it says that it hears always takes twice as long as it was sent, and nothing is ever lost."""
+
+    def arrivals(self, departures):
+        return [departures[0] + 2 * (departure - departures[0]) for departure in departures]
+
+
+def test_a_client_that_lies_about_its_times_is_not_believed_for_ever():
+    network = Network(Link(100e6), Liar())
+    slowest = min(network.run(300))
+    assert slowest < 0.5 * 100e6, "else this tests nothing"
+    assert mean(network.run(100)[-20:]) > 0.85 * 100e6
+
+
 def test_a_rival_gets_a_share_and_when_it_has_gone_its_share_is_taken_back():
     link = Link(100e6)
     network = Network(link)
