@@ -127,6 +127,8 @@ if sys.version_info[0] == 2:
         """Bytes of a bytearray, not copied, for zlib.crc32."""
         return buffer(data, start, size)            # noqa: F821
 
+    array_bytes = array.array.tostring
+
     def monotonic():
         """Seconds on a clock that nobody sets (clock_gettime(2))."""
         timespec = (ctypes.c_long * 2)()
@@ -134,6 +136,7 @@ if sys.version_info[0] == 2:
         return timespec[0] + timespec[1] * 1e-9
 else:
     from time import monotonic
+    array_bytes = array.array.tobytes
 
     def part(data, start, size):
         """Bytes of a bytearray, not copied, for zlib.crc32."""
@@ -942,7 +945,7 @@ def pack_headers(base, sums, size, count):
     words[1::3] = array.array('I', sums)
     if sys.byteorder == 'big':
         words.byteswap()
-    return words.tobytes() if hasattr(words, 'tobytes') else words.tostring()
+    return array_bytes(words)
 
 
 class Batch(object):
@@ -1511,7 +1514,7 @@ class MessageVector(object):
             words[4::self.WORDS], words[5::self.WORDS] = controls[0::2], controls[1::2]
         self._size = self.WORDS * words.itemsize
         self._all = {}
-        self._template = bytearray(words)
+        self._template = bytearray(array_bytes(words))
         self._headers = bytearray(self._template)
         self._address = address_of(self._headers)
 
