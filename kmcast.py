@@ -3328,16 +3328,16 @@ class Answers(object):
     lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
     head        bit/s at which the head arrived at the slowest, and by which share that may be wrong
-    late        (when, member) of the last two that paid, the last first
+    late        (when, member, what it was busy with) of the last two that paid, the last first
     """
 
     def __init__(self):
         self.requests, self.hearing, self.deaf, self.lost = {}, 0, [], 0.0
         self.worst, self.head, self.late = [], None, []
 
-    def paid(self, member, now):
-        """A member owes nothing more for this step."""
-        self.late = [(now, member)] + self.late[:1]
+    def paid(self, member, now, busy=None):
+        """A member owes nothing more for this step; busy: what it said that it did meanwhile."""
+        self.late = [(now, member, busy)] + self.late[:1]
 
     def heard(self, reception):
         """A member has heard some of the round."""
@@ -3572,9 +3572,9 @@ class ServerWindow(object):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         if kind == SUMS:                # it still owes its answer
             return [('send', member, self._sums(member, number))]
-        member.busy = None
         awaited.owing.discard(member)
-        awaited.answers.paid(member, now)
+        awaited.answers.paid(member, now, member.busy)
+        member.busy = None
         return self.HANDLERS[kind](self, member, number, message, awaited, now)
 
     def _said(self, member, kind, message, now):
@@ -4280,6 +4280,7 @@ class Course(object):
     PATIENCE = 1.0                      # seconds without multicast, until it is said
     ENDURANCE = 10.0                    # seconds below --min-rate
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
+    SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
     HOLDUP_WORDS = 10.0                 # seconds between two such lines
     FIRST_SEQ = 0
@@ -4541,10 +4542,12 @@ class Course(object):
         """Note who alone was waited for while there was nothing to multicast."""
         if len(answers.late) < 2 or self._idle_since is None:
             return
-        (paid, last), (before, _) = answers.late
+        (paid, last, busy), (before, _, _) = answers.late
         seconds = paid - max(before, self._idle_since)
         if seconds > 0:
-            cause = 'network' if last in answers.requests else 'output'
+            # Who is held up by its output says so after a second.
+            cause = ('network' if last in answers.requests else
+                     'silence' if seconds > self.SILENCE and not busy and self.dialect.talks else 'output')
             self._alone[last] = self._alone.get(last, 0) + seconds
             last.waited[cause] = last.waited.get(cause, 0) + seconds
             self._idle_since = paid
@@ -4745,8 +4748,8 @@ def causes(payload):
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
-CAUSES = {'output': 'its disk or command', 'network': 'its network', 'writing': 'its disk or command',
-          'receiving': 'its network'}
+CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 'nothing was heard of it',
+          'writing': 'its disk or command', 'receiving': 'its network'}
 
 
 def in_words(what, facts):
