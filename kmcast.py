@@ -1935,8 +1935,8 @@ class RateControl(object):
                 return self._blame(worst, achieved)
         lagged, self._lagged = self._lagged, lags
         # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
-        most = UNLIMITED if self._estimate else self.FASTER * self._fastest
-        arrived = max(self.LOWEST, (achieved if steady else min(speed.rate, most)) * worst.ratio)
+        sent = achieved if steady else min(speed.rate, UNLIMITED if self._estimate else self.FASTER * self._fastest)
+        arrived = max(self.LOWEST, sent * worst.ratio)
         if self.line is None:
             return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady, now)
         if speed.rate > self.rate * 1.0001:
@@ -1967,7 +1967,7 @@ class RateControl(object):
             self._next_look = 0.0
             if self._found < self.HEADS:
                 return None
-            self._found, self.line, self._step = 0, None, self.OVER - 1
+            self._found, self.line, self._gave_way, self._step = 0, None, None, self.OVER - 1
             self.rate *= self.OVER
             return 'there is more'
         if error > self.AGREE:
@@ -2016,7 +2016,7 @@ class RateControl(object):
             self._error = self.AGREE + error        # if it is less than we think, losses will tell
             self.line = self._at_most(max(before, arrived), error)
             self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
-            self._next_look = now + self.LOOK_SOON
+            self._next_look, self._gave_way = now + self.LOOK_SOON, None
         else:                           # what was known is not given up at once: somebody may have been held up
             self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
             self.line = None
