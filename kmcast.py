@@ -1870,6 +1870,7 @@ class RateControl(object):
     BACK = 0.06                         # share of the line that we take back in a second
     SHARE = 0.47                        # of the line, whatever a rival takes
     SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
+    PATIENCE = 1.2                      # that he has to take what we leave: TCP may have to find out first,
     GENTLE = 15.0                       # and after which we look for more as if there had never been one
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
@@ -1977,7 +1978,7 @@ class RateControl(object):
             self._error = 0.0
         elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
             return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
-        elif self._gave_way:            # and nobody took it
+        elif self._gave_way and now - self._rival_at > self.PATIENCE:       # and nobody took it
             self.line, self._gave_way, self._error = min(self.line, self._gave_way), None, self.AGREE
             self.rate = self.BELOW * self.line
             return 'nobody else is there'
