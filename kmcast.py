@@ -2018,6 +2018,7 @@ class RateControl(object):
     BACK = 0.06                         # share of the line that we take back in a second
     SHARE = 0.47                        # of the line, whatever a rival takes
     SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
+    PATIENCE = 1.2                      # that he has to take what we leave: TCP may have to find out first,
     GENTLE = 15.0                       # and after which we look for more as if there had never been one
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
@@ -2083,8 +2084,8 @@ class RateControl(object):
                 return self._blame(worst, achieved)
         lagged, self._lagged = self._lagged, lags
         # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
-        most = UNLIMITED if self._estimate else self.FASTER * self._fastest
-        arrived = max(self.LOWEST, (achieved if steady else min(speed.rate, most)) * worst.ratio)
+        sent = achieved if steady else min(speed.rate, UNLIMITED if self._estimate else self.FASTER * self._fastest)
+        arrived = max(self.LOWEST, sent * worst.ratio)
         if self.line is None:
             return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady, now)
         if speed.rate > self.rate * 1.0001:
@@ -2115,7 +2116,7 @@ class RateControl(object):
             self._next_look = 0.0
             if self._found < self.HEADS:
                 return None
-            self._found, self.line, self._step = 0, None, self.OVER - 1
+            self._found, self.line, self._gave_way, self._step = 0, None, None, self.OVER - 1
             self.rate *= self.OVER
             return 'there is more'
         if error > self.AGREE:
@@ -2125,7 +2126,7 @@ class RateControl(object):
             self._error = 0.0
         elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
             return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
-        elif self._gave_way:            # and nobody took it
+        elif self._gave_way and now - self._rival_at > self.PATIENCE:       # and nobody took it
             self.line, self._gave_way, self._error = min(self.line, self._gave_way), None, self.AGREE
             self.rate = self.BELOW * self.line
             return 'nobody else is there'
@@ -2164,7 +2165,7 @@ class RateControl(object):
             self._error = self.AGREE + error        # if it is less than we think, losses will tell
             self.line = self._at_most(max(before, arrived), error)
             self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
-            self._next_look = now + self.LOOK_SOON
+            self._next_look, self._gave_way = now + self.LOOK_SOON, None
         else:                           # what was known is not given up at once: somebody may have been held up
             self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
             self.line = None
