@@ -24,6 +24,7 @@ only those above it:
     This host           interfaces, addresses, limits, signals
     Connection          one end of a TCP connection, for server and client alike
     Window              the round in flight, as the server and as the client see it
+    Chain               where multicast does not reach: who takes the packets from whom, and how
     Roster and policy   who takes part, who keeps the others waiting; what to do next
     Report              what the user sees: the log, the progress, the table, the report
     TCP servers         the spec's chain of threads, one poll() each
@@ -357,6 +358,9 @@ PACKETS = REQUEST = b'\x02'
 DONE = b'\x04'
 SENT = b'\x08'
 HELLO = b'\x10'
+UPSTREAM = b'\x11'
+FOLLOWER = b'\x14'
+RELAY = b'\x15'
 WELCOME = b'\x20'
 AGAIN = b'\x40'
 BYE = b'\x80'
@@ -368,16 +372,20 @@ ROUND = struct.Struct('<4I')                        # the spec's buffer_ctl
 PLACE = struct.Struct('<Q')                         # of a round in the image, bytes
 PACKET = struct.Struct('<I' + CRC_TYPE + 'I')       # the spec's packet_ctl
 REPAIR = struct.Struct('<3I')                       # what follows AGAIN and the round's number
-FIGURES_OF_ROUND = struct.Struct('<4I')             # what follows DONE or REQUEST and its number
+FIGURES_OF_ROUND = struct.Struct('<5I')             # what follows DONE or REQUEST and its number
+PIECE = struct.Struct('<3I')                        # between clients: round, first packet, bytes
 UDP_OVERHEAD = 28                       # IP and UDP headers, bytes
 MAX_PACKETS = 65536                     # in a round
 REPAIR_BIT = 1 << 31                    # of a seq in a session: a repair datagram
 END = MASK                              # the number in a session's last DONE
 MAX_FRAME = 65536                       # bytes
 DIGEST_SIZE = 32                        # SHA-256, bytes
+TOKEN_SIZE = 16                         # what a follower says first to its upstream, bytes
+LARGEST_PIECE = 256 << 10               # bytes
+STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
 # What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'written', 'overflows')
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows')
 
 
 def payload_for(mtu):
@@ -449,6 +457,38 @@ def stall_of(fields):
     if not isinstance(value, NUMBER + (float,)) or isinstance(value, bool) or not 0 <= value < 1 << 32:
         raise ProtocolError('a frame without a proper "stall"')
     return value
+
+
+def token_of(fields, optional=False):
+    """The token in a frame about the chain, bytes; None for null.  Raises ProtocolError."""
+    text = field(fields, 'token', TEXT, optional)
+    if text is None:
+        return None
+    if not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
+        raise ProtocolError('a frame without a proper "token"')
+    return binascii.unhexlify(text.encode('ascii'))
+
+
+def place_of_upstream(fields):
+    """(first round, (address, port), token) of UPSTREAM, the latter None for nobody.  Raises ProtocolError."""
+    number, address = field(fields, 'round', NUMBER), field(fields, 'address', TEXT, optional=True)
+    if number > MASK:
+        raise ProtocolError('a frame without a proper "round"')
+    if address is None:
+        return number, None, None
+    port = field(fields, 'port', NUMBER)
+    if not is_address(address) or not 0 < port < 65536:
+        raise ProtocolError('a frame without a proper "address"')
+    return number, (address, port), token_of(fields)
+
+
+def is_address(text):
+    """Whether a text is a dotted IPv4 address."""
+    try:
+        socket.inet_pton(socket.AF_INET, text)
+    except OS_ERRORS + (ValueError, TypeError):
+        return False
+    return True
 
 
 def printable(text, limit=200):
@@ -572,13 +612,26 @@ class SessionDialect(object):
         return pack_frame(STATE, fields)
 
     @staticmethod
+    def follower(token):
+        """Serve whoever says this token; None: nobody."""
+        return pack_frame(FOLLOWER, {'token': token and hexadecimal(token)})
+
+    @staticmethod
+    def upstream(number, address=None, port=None, token=None):
+        """From that round on take the packets from there; address None: from nobody."""
+        fields = {'round': number & MASK, 'address': address}
+        if address:
+            fields.update(port=port, token=hexadecimal(token))
+        return pack_frame(UPSTREAM, fields)
+
+    @staticmethod
     def server_message_size(head, digest_size, _between_rounds=False):
         """The size in bytes of a server's message that begins with `head`, once the session
         is agreed.  Returns None where more is needed to tell; raises ProtocolError."""
         kind = head[:1]
         if kind == ALIVE:
             return 1
-        if kind in (BYE, WELCOME, STATE):
+        if kind in (BYE, WELCOME, STATE, UPSTREAM, FOLLOWER):
             return frame_size(head)
         sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
                  AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
@@ -610,6 +663,11 @@ class SessionDialect(object):
                 + to_bitmap(gaps, count))
 
     @staticmethod
+    def relay(token, **fields):
+        """How a client stands with a neighbour: the `port` where it listens, or why the other is `lost`."""
+        return pack_frame(RELAY, dict(fields, token=hexadecimal(token)))
+
+    @staticmethod
     def client_message_size(head, count_of):
         """The size in bytes of a client's message that begins with `head`.
 
@@ -622,7 +680,7 @@ class SessionDialect(object):
             return 1
         if kind == READY:
             return 1 + U32.size
-        if kind in (HELLO, BYE, STATE):
+        if kind in (HELLO, BYE, STATE, RELAY):
             return frame_size(head)
         if kind not in (DONE, REQUEST):
             raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
@@ -746,6 +804,11 @@ class BaseDialect(SessionDialect):
         for place in order:
             flags[place] = 0
         return gaps_of(flags), order
+
+
+def hexadecimal(data):
+    """Bytes as hexadecimal digits."""
+    return binascii.hexlify(data).decode('ascii')
 
 
 def frame_size(head):
@@ -994,6 +1057,7 @@ class Buffer(object):
         self._view = memoryview(self._bytes)
         self._batch = Batch.of(payload)
         self._payloads = []             # of each slot, made when first needed
+        self._flat = None               # payloads back to back, made when first needed
         self.start(0, 0, 0)
 
     # ---- what a round is
@@ -1192,6 +1256,40 @@ class Buffer(object):
     def missing(self):
         """What has not arrived, as bits."""
         return gaps_of(self._have) if self._missing else 0
+
+    # ---- for the chain
+
+    def here(self, first, last):
+        """(start, stop) of the first packets in a row, from index first up to last, that have arrived; None if none."""
+        start = self._have.find(b'\1', first, last)
+        if start < 0:
+            return None
+        stop = self._have.find(b'\0', start, last)
+        return start, last if stop < 0 else stop
+
+    def size_of(self, first, last):
+        """Bytes in the payloads from index first up to last."""
+        size = (last - first) * self.payload
+        return size - self.payload + self.packet_size(last - 1) if last == self.count else size
+
+    def view(self, first, last):
+        """A memoryview of the payloads from index first up to last, back to back: to be read, or written to."""
+        if self._flat is None:
+            self._flat = memoryview(bytearray(self.capacity * self.payload))
+        for index in range(first, last):
+            if self._have[index]:
+                start = index * self.payload
+                size = self.packet_size(index)
+                self._flat[start:start + size] = self._parts(index, index + 1)[0][:size]
+        return self._flat[first * self.payload:first * self.payload + self.size_of(first, last)]
+
+    def arrived(self, first, last):
+        """The payloads from index first up to last were written to their view().  Nobody knows their checksums."""
+        for index in range(first, last):
+            if not self._have[index]:
+                start, size = index * self.payload, self.packet_size(index)
+                header = PACKET.pack((self.base + index) & MASK, 0, size)
+                self._store(index, size, bytearray(header) + self._flat[start:start + size], 0)
 
     def damaged_packets(self):
         """Which packets have a wrong checksum, as bits; of a complete round."""
@@ -3089,12 +3187,14 @@ class Step(object):
 
     kind: accept (the clients; only TCP server 1), announce (the `round`), sent (the
     round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
-    being `message`; by TCP for all others that asked), finish (when a client has
-    everything; `message` is the last BYE), abort (`message` is the reason).
+    being `message`; by TCP for all others that asked), chain (`messages`: member -> what to
+    tell it), finish (when a client has everything; `message` is the last BYE), abort
+    (`message` is the reason).
     """
 
-    def __init__(self, kind, round=None, coded=(), message=b''):      # pylint: disable=redefined-builtin
+    def __init__(self, kind, round=None, coded=(), message=b'', messages=()):      # pylint: disable=redefined-builtin
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
+        self.messages = messages
 
 
 # Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
@@ -3109,6 +3209,7 @@ class Answers(object):
     hearing     how many heard any multicast, `deaf` those who heard none
     lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
+    by_tcp      packets that were asked for and sent at once
     head        bit/s at which the head arrived at the slowest
     late        (when, member) of the last two that paid, the last first
     """
@@ -3116,6 +3217,7 @@ class Answers(object):
     def __init__(self):
         self.requests, self.hearing, self.deaf, self.lost = {}, 0, [], 0.0
         self.worst, self.head, self.late = [], None, []
+        self.by_tcp = 0
 
     def paid(self, member, now):
         """A member owes nothing more for this step."""
@@ -3136,6 +3238,7 @@ class Answers(object):
         """Those of another thread, too."""
         self.requests.update(other.requests)
         self.hearing += other.hearing
+        self.by_tcp += other.by_tcp
         self.lost += other.lost
         self.deaf += other.deaf
         self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
@@ -3156,12 +3259,19 @@ class Member(object):
 
     MOST_SIGNS = 20                     # of life at once, and four times as many as we ask for
     MOST_REQUESTS = 20                  # for the same round
+    FEW = 0.1                           # share of packets that who hears multicast may lose
+    MOST_RELAY_WORDS = 1000             # about its neighbours in the chain
 
     def __init__(self, address, now):
         self.address, self.host = address, None
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
+        self.willing = False            # to serve another client
+        self.relays = False             # another client waits for what it asks for
+        self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
+        self.relay_words = 0
+        self.done_at = {}               # number -> when it was through with the round
         self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
@@ -3269,6 +3379,9 @@ class ServerWindow(object):
                 todo.append(('packets', member, (step.round, request)))
         return todo
 
+    def _begin_chain(self, step, _awaited, _now):
+        return [('send', member, step.messages[member]) for member in self.members if member in step.messages]
+
     def _begin_finish(self, step, awaited, now):
         self._last = awaited
         awaited.owing.update(self.members)
@@ -3353,6 +3466,8 @@ class ServerWindow(object):
             else:                       # words alone move nothing
                 self._state(member, unpack_frame(message[5:]))
             return []
+        if kind == RELAY and self.dialect.talks:
+            return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
         number = self.dialect.number_of(message) if kind in self.PAYS else None
         if number is None:
             number = member.oldest
@@ -3370,6 +3485,21 @@ class ServerWindow(object):
         member.busy = field(fields, 'busy', TEXT, optional=True)
         member.figures = dict((key, field(fields, key, NUMBER)) for key in FIGURES if key in fields)
 
+    @staticmethod
+    def _neighbour(member, fields):
+        """What a client says of its upstream or follower, checked."""
+        member.relay_words += 1
+        if member.relay_words > member.MOST_RELAY_WORDS:
+            raise ProtocolError('far too many words about its neighbours')
+        said = {'token': token_of(fields)}
+        for key, kinds in (('port', NUMBER), ('lost', TEXT), ('reason', TEXT)):
+            if key in fields:
+                said[key] = field(fields, key, kinds, optional=True)
+        if not 0 < (said.get('port') or 1) < 65536:
+            raise ProtocolError('a frame without a proper "port"')
+        said['connected'] = fields.get('connected') is True
+        return said
+
     def _ready(self, member, number, _message, _awaited, now):
         member.stands(number, LISTENS, None, now)
         return []
@@ -3384,6 +3514,11 @@ class ServerWindow(object):
             raise ProtocolError('it asks for the same round again and again')
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
+        if member.relays:               # others wait for what it asked for, so it does not wait for their answers
+            member.by_tcp += request.count
+            awaited.answers.by_tcp += request.count
+            self._owe(member, number, ANSWER, awaited, now)
+            return [('packets', member, (self._rounds[number], request))]
         member.asked[number] = request
         member.stands(number, ASKED, None, now)
         awaited.answers.requests[member] = request
@@ -3396,6 +3531,9 @@ class ServerWindow(object):
             return [('served', member, None)]
         if number not in member.times_asked:
             self._reception(member, number, message, awaited, 0, now)
+        member.done_at[number] = now
+        if len(member.done_at) > 16:
+            del member.done_at[min(member.done_at)]
         member.stands(number, None, None, now)
         return self._see_off(member, now)
 
@@ -3410,6 +3548,10 @@ class ServerWindow(object):
         if not done.multicast:
             return
         lost = how_many(gaps & ((1 << done.multicast) - 1))
+        figures = self.dialect.figures_of(message) or (done.multicast - lost, 0, 0, 0, 0)
+        lost = max(0, done.multicast - figures[0])
+        member.deaf_rounds = member.deaf_rounds + 1 if lost == done.multicast else 0
+        member.heard_rounds = member.heard_rounds + 1 if lost <= member.FEW * done.multicast else 0
         if lost == done.multicast:
             awaited.answers.deaf.append(member)
             member.deaf_since = member.deaf_since or now
@@ -3425,14 +3567,13 @@ class ServerWindow(object):
         first, last = done.tail_of(done.buffer.count)
         through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
-        figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
-        arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
+        arrived, error = self.arrival(figures[3:] if figures[3] else figures[1:3], bits_a_packet)
         ratio = through if arrived is None else min(through, arrived / done.tail)
         if arrived is None or 1 - ratio < error:        # the clock does not tell, but losses do
             ratio, error = through, 0.0
         ratio /= 1 - member.medium
         awaited.answers.heard(Reception(ratio, error, lost / done.multicast, member))
-        arrived, error = self.arrival(figures[:2], bits_a_packet)
+        arrived, error = self.arrival(figures[1:3], bits_a_packet)
         if done.head and arrived is not None:
             awaited.answers.heard_head(arrived / (1 - member.medium))
 
@@ -3495,6 +3636,8 @@ class Incoming(object):
         self.gaps = 0                   # asked for, as bits
         self.deadline = None            # for stragglers, seconds
         self.given = False              # to the writer
+        self.heard = 0                  # packets by multicast
+        self.carried = True             # the upstream, if there is one, may bring more of it
         self.head, self.tail = Train(*Round.head_of(count)), Train(*Round.tail_of(count))
 
     def note(self, place, heard, seconds):
@@ -3523,6 +3666,7 @@ class ClientWindow(object):
     BASE_ROOM = 2                       # buffers, where one round is under way
     CHUNK = 64                          # packets read from TCP at once
     EARLY = 64                          # batches that may come before their announcement
+    AHEAD = 1 << 31                     # rounds: numbers wrap
 
     def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None):
         """payload: bytes in a full packet; salts: for packets, and for repairs;
@@ -3535,7 +3679,10 @@ class ClientWindow(object):
         self.begun = False              # a round was announced
         self.over = False
         self.announced = 0              # rounds
-        self.by_multicast = self.by_tcp = self.coded = 0        # packets
+        self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
+        self.upstream_from = None       # the first round that an upstream brings, while there is one
+        self.forwarding = None          # what a follower is to get, while there is one
+        self._kept = []                 # rounds that are written, and that the follower does not have
         self.rounds = collections.deque()           # those that are not DONE, the oldest first
         self._base = self._place = None # of the next round
         self._last = None               # the round of 0 packets that ends the image
@@ -3554,6 +3701,10 @@ class ClientWindow(object):
         hows = set(incoming.how for incoming in self.rounds)
         if Incoming.BYTES in hows:
             return 'receiving'
+        if [1 for incoming in self.rounds if incoming.how == Incoming.STRAGGLERS and self._awaits_upstream(incoming)]:
+            return 'following'
+        if self._kept and not self.writing and Incoming.WAITS in hows:
+            return 'relaying'
         return 'writing' if Incoming.WAITS in hows or Incoming.COMPLETE in hows else None
 
     @property
@@ -3569,7 +3720,8 @@ class ClientWindow(object):
     @property
     def deadline(self):
         """When to call tick(), seconds; None: no need to."""
-        deadlines = [incoming.deadline for incoming in self.rounds if incoming.deadline is not None]
+        deadlines = [incoming.deadline for incoming in self.rounds
+                     if incoming.deadline is not None and not self._awaits_upstream(incoming)]
         return min(deadlines) if deadlines else None
 
     def size_of(self, head):
@@ -3591,6 +3743,10 @@ class ClientWindow(object):
                 return []
             if kind == STATE:
                 return [('state', unpack_frame(message[5:]))]
+            if kind == UPSTREAM:
+                return [('upstream', place_of_upstream(unpack_frame(message[5:])))]
+            if kind == FOLLOWER:
+                return [('follower', token_of(unpack_frame(message[5:]), optional=True))]
             if kind == BYE:
                 return self._on_bye(unpack_frame(message[5:]))
             if kind == BUFFER_INFO:
@@ -3650,7 +3806,7 @@ class ClientWindow(object):
     def _make_room(self):
         """Be ready for those rounds for which there is a buffer now."""
         todo = []
-        used = len(self._lent) + len([1 for incoming in self.rounds
+        used = len(self._lent) + len(self._kept) + len([1 for incoming in self.rounds
                                       if incoming.buffer and incoming not in self._lent])
         for incoming in self.rounds:
             if incoming.how != Incoming.WAITS:
@@ -3665,12 +3821,14 @@ class ClientWindow(object):
                 buffer = Buffer(payload, incoming.count, self._salt, self._checks, not self.digest)
             buffer.start(incoming.base, incoming.count, incoming.size if self.dialect.sizes else None)
             incoming.buffer, incoming.how = buffer, Incoming.LISTENS
+            if self.forwarding:
+                self.forwarding.add(incoming)
             todo.append(('send', self.dialect.ready(incoming.number)))
         return todo
 
     def _on_sent(self, incoming, digest, now):
         incoming.digest = digest
-        patience = self.SETTLE if incoming.target.received else self.NOTHING_YET
+        patience = self.SETTLE if self._heard_of(incoming) else self.NOTHING_YET
         incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + patience
         return []
 
@@ -3718,6 +3876,7 @@ class ClientWindow(object):
                 target.put(data, offset, count, payload)
                 useful += target.received - before
                 if target is now_for.buffer:
+                    now_for.heard += target.received - before
                     if not number:
                         now_for.note(place, before + in_first, first)
                     if number == len(batches) - 1:
@@ -3727,6 +3886,8 @@ class ClientWindow(object):
                 before = incoming.target.received
                 incoming.target.put(data, offset, count, payload)
                 useful += incoming.target.received - before
+                if not incoming.repair:
+                    incoming.heard += incoming.target.received - before
             if not now_for and seq & REPAIR_BIT:
                 self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                     count, payload))
@@ -3742,16 +3903,21 @@ class ClientWindow(object):
         """Whether stragglers may be on their way: the end of what was sent is
         missing, though we hear multicast, and nothing later has come."""
         target = incoming.target
-        return ((target.received or self._hears) and not target.complete
+        return ((self._heard_of(incoming) or self._hears) and not target.complete
                 and not (target.has(0) and target.has(target.count - 1))
                 and not any(later.number > incoming.number and later.target and later.target.received
                             for later in self.rounds))
+
+    @staticmethod
+    def _heard_of(incoming):
+        """Packets by multicast for a round, or for the repair pass that is under way for it."""
+        return incoming.repair[0].received if incoming.repair else incoming.heard
 
     def tick(self, now):
         """Time passes; returns what to do."""
         todo = []
         for incoming in list(self.rounds):
-            if incoming.how == Incoming.STRAGGLERS and (
+            if incoming.how == Incoming.STRAGGLERS and not self._awaits_upstream(incoming) and (
                     now >= incoming.deadline or not self._may_come(incoming)):
                 todo += self._answer(incoming)
         return todo
@@ -3763,8 +3929,9 @@ class ClientWindow(object):
             self.coded += solve(buffer, *incoming.repair)
             incoming.repair = None
         else:
-            self.by_multicast += buffer.received
-            self._hears = bool(buffer.received)
+            self.by_multicast += incoming.heard
+            self._hears = bool(incoming.heard)
+        incoming.carried = False
         return self._complete(incoming) if buffer.complete else self._ask(incoming)
 
     def _ask(self, incoming):
@@ -3777,7 +3944,7 @@ class ClientWindow(object):
 
     @staticmethod
     def _figures(incoming):
-        return incoming.head.figures() + incoming.tail.figures()
+        return (incoming.heard,) + incoming.head.figures() + incoming.tail.figures()
 
     def _complete(self, incoming):
         """Nothing is missing: give the writer what is its turn."""
@@ -3861,8 +4028,717 @@ class ClientWindow(object):
     def written(self):
         """The writer is through with a round; returns what to do."""
         incoming = self._lent.popleft()
+        if self.forwarding and self.forwarding.holds(incoming):
+            self._kept.append(incoming)
+            return []
         self._free.append(incoming.buffer)
         return self._make_room()
+
+    # ---- the chain: what another client brings, and what one takes from here
+
+    def _awaits_upstream(self, incoming):
+        """Whether a round's answer waits for what the upstream may still bring."""
+        return (incoming.carried and self.upstream_from is not None
+                and (incoming.number - self.upstream_from) & MASK < self.AHEAD and not incoming.buffer.complete)
+
+    def area_for(self, number, first, size):
+        """Where to put a piece that an upstream sends: (round, memoryview, index after its last packet).
+
+        (None, None, None): the round is not waited for any more.  Raises ProtocolError.
+        """
+        for incoming in self.rounds:
+            if incoming.number == number:
+                break
+        else:
+            if not 0 < (self.announced - number) & MASK < self.AHEAD:
+                raise ProtocolError('a piece of a round that is not announced')
+            return None, None, None
+        last = first + -(-size // self.payload)
+        if last > incoming.count or size != (last - first) * self.payload and (
+                last != incoming.count or size != incoming.size - first * self.payload):
+            raise ProtocolError('a piece outside its round')
+        if not self.takes(incoming):
+            return None, None, None
+        return incoming, incoming.buffer.view(first, last), last
+
+    @staticmethod
+    def takes(incoming):
+        """Whether what an upstream brings of a round may still be put to its place."""
+        return incoming.how in (Incoming.LISTENS, Incoming.STRAGGLERS) and not incoming.buffer.complete
+
+    def arrived(self, incoming, first, last):
+        """An upstream has brought these packets of a round, to their place."""
+        before = incoming.buffer.received
+        incoming.buffer.arrived(first, last)
+        self.by_chain += incoming.buffer.received - before
+
+    def no_more(self, number, now):
+        """The upstream brings no more of a round."""
+        for incoming in self.rounds:
+            if incoming.number == number:
+                incoming.carried, incoming.deadline = False, now if incoming.deadline is not None else None
+
+    def follow(self, number):
+        """From a round on there is an upstream; None: there is none any more."""
+        self.upstream_from = number
+
+    def serve(self, forwarding):
+        """There is a follower, or (None) none any more; returns what to do."""
+        self.forwarding = forwarding
+        if forwarding:
+            rounds = self._kept + list(self._lent) + [each for each in self.rounds if each not in self._lent]
+            for incoming in sorted(rounds, key=lambda each: each.place):
+                if incoming.buffer:
+                    forwarding.add(incoming)
+            oldest = min(rounds, key=lambda each: each.place).number if rounds else self.announced & MASK
+            forwarding.skip(oldest)
+        return self.relayed()
+
+    def relayed(self):
+        """The follower may have got a round; returns what to do."""
+        for incoming in self._kept[:]:
+            if not self.forwarding or not self.forwarding.holds(incoming):
+                self._kept.remove(incoming)
+                self._free.append(incoming.buffer)
+        return self._make_room()
+
+
+# ---------------------------------------------------------------------------
+# Chain
+# ---------------------------------------------------------------------------
+
+# Where multicast does not reach, each client takes the packets from another one, its
+# upstream, and only the first of them from the server.  The chain is a carrier, as multicast
+# is: what it does not bring is asked for as ever.
+
+class Link(object):
+    """A client takes its packets from another one.
+
+    up      whether the follower was told so: the upstream listens
+    """
+
+    def __init__(self, upstream, follower, now):
+        self.upstream, self.follower, self.since = upstream, follower, now
+        self.token = os.urandom(TOKEN_SIZE)
+        self.port = None                # where the upstream listens
+        self.up = False
+
+
+class Chain(object):
+    """Who takes the packets from whom: no socket, no thread and no clock.
+
+    It is told who hears multicast and who does not, what clients say of their neighbours, who left,
+    and when time passes; changes() is what to tell whom.  Links only go from earlier to later in `order`, and each
+    client has one upstream and one follower at the most, so there is never a loop.
+    """
+
+    DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all
+    ANSWER = 2.0                        # seconds for an upstream to listen
+    SETTLE = 1.0                        # seconds that all wait for a chain that is being built
+    JIFFY = 0.05                        # seconds that nobody is blamed for
+    SLOW = 3                            # rounds in a row in which a client holds its followers up
+
+    def __init__(self, dialect):
+        self.dialect = dialect
+        self.order = []                 # members that are in it
+        self.links = {}                 # follower -> Link
+        self._inside = set()            # members that it is for
+        self._head = None               # a member that hears multicast, and passes it on
+        self._last = []                 # members that go behind all others, in their order
+        self._lost = {}                 # upstream -> the followers that could not reach it, or lost it
+        self._slow = {}                 # member -> rounds in a row
+        self._served = {}               # upstream -> the token that it was told last
+        self._news = []                 # (member, message without the round's number, or a function of it)
+        self._settled_by = None         # when not to wait any longer for it to be built
+
+    def __str__(self):
+        return ' - '.join(str(member) for member in self.order)
+
+    # ---- what happens
+
+    def build(self, members, now):
+        """It is for all of them."""
+        self._inside.update(members)
+        self._wire(now, wait=True)
+
+    def learn(self, here, now):
+        """A round was answered for: who hears, who does not; here: all members."""
+        before, head = set(self._inside), self._head
+        for member in here:
+            if member.deaf_rounds >= self.DEAF:
+                self._inside.add(member)
+            elif member.heard_rounds >= self.BACK:
+                self._inside.discard(member)
+        hearing = [member for member in here if member.heard_rounds and member not in self._inside
+                   and member.willing and len(self._lost.get(member, ())) < 2]
+        if self._head not in hearing or not self._inside:
+            self._head = None
+        if self._inside and hearing and not self._head:
+            hearing.sort(key=self._place)
+            first = min(map(self._place, self._inside))
+            self._head = ([member for member in hearing if self._place(member) < first] or hearing[:1])[-1]
+        if self._inside != before or self._head is not head:
+            self._wire(now, wait=not hearing)
+
+    def leave(self, member, now):
+        """A member is none any more."""
+        for members in (self._inside, self._lost, self._slow, self._served):
+            if member in members:
+                (members.discard if members is self._inside else members.pop)(member)
+        for followers in self._lost.values():
+            followers.discard(member)
+        if member in self._last:
+            self._last.remove(member)
+        if member is self._head:
+            self._head = None
+        if member in self.order:
+            self._wire(now)
+
+    def heard(self, member, said, now):
+        """What a member says of a neighbour: the fields of RELAY."""
+        for link in self.links.values():
+            if link.token == said['token']:
+                break
+        else:
+            return                      # of a link that is none any more
+        if member is link.upstream and not link.up:
+            if said.get('port'):
+                link.up, link.upstream.relays, link.port = True, True, said['port']
+                self._say(link.follower, lambda number: self.dialect.upstream(
+                    number, member.address, link.port, link.token))
+            else:
+                self._lost.setdefault(member, set()).add(None)      # it can serve nobody else either
+                self._fails(link, 'it cannot listen: %s' % said.get('reason'), now)
+        elif member is link.follower and said.get('lost'):
+            self._fails(link, said['lost'], now, said['connected'])
+
+    def through(self, seconds, number, now):
+        """All are through with a round, which took so long since the one before."""
+        times = dict((member, member.done_at.pop(number, None)) for member in self.order)
+        followed = dict((link.upstream, follower) for follower, link in self.links.items() if link.up)
+        late = []
+        for member, link in self.links.items():
+            after = followed.get(member)
+            if not link.up or after is None or None in (times[member], times[link.upstream], times[after]):
+                self._slow.pop(member, None)
+                continue
+            if times[member] - times[link.upstream] > max(self.JIFFY, seconds / 2) and times[after] - times[member] < seconds / 4:
+                self._slow[member] = self._slow.get(member, 0) + 1
+                if self._slow[member] >= self.SLOW:
+                    late.append(member)
+            else:
+                self._slow.pop(member, None)
+        for member in late[:1]:
+            del self._slow[member]
+            tell('chain_slow', member=member)
+            self._to_the_end(member)
+            self._wire(now)
+
+    def look(self, now):
+        """Time passes."""
+        for link in list(self.links.values()):
+            if not link.up and now - link.since > self.ANSWER and link.follower in self.links:
+                self._fails(link, 'no word from it', now)
+
+    def settling(self, now):
+        """Whether to wait for it, as it is just being built."""
+        if self._settled_by and (now > self._settled_by or all(link.up for link in self.links.values())):
+            self._settled_by = None
+        return self._settled_by is not None
+
+    def changes(self, number):
+        """What to tell whom: member -> bytes; number: the first round that it can be for."""
+        messages = {}
+        for member, message in self._news:
+            messages[member] = messages.get(member, b'') + message(number)
+        self._news = []
+        return messages
+
+    # ---- how it is made
+
+    @staticmethod
+    def _place(member):
+        return socket.inet_aton(member.address), member.since
+
+    def _to_the_end(self, member):
+        if member in self._last:
+            self._last.remove(member)
+        self._last.append(member)
+
+    def _fails(self, link, reason, now, connected=False):
+        """A link does not hold: the upstream goes to the end."""
+        upstream, follower = link.upstream, link.follower
+        self._lost.setdefault(upstream, set()).add(follower)
+        tell('chain_broken', upstream=upstream, follower=follower, reason=reason)
+        if link.port and not connected and len(self._lost[upstream]) == 1:
+            tell('relay_unreachable', upstream=upstream, follower=follower, reason=reason, port=link.port)
+        self._to_the_end(upstream)
+        if len([1 for followers in self._lost.values() if follower in followers]) > 1:
+            self._inside.discard(follower)              # it is more likely its own doing
+        self._wire(now)
+
+    def _may_serve(self, upstream, follower):
+        lost = self._lost.get(upstream, ())
+        return upstream.willing and len(lost) < 2 and follower not in lost and None not in lost
+
+    def _wire(self, now, wait=False):
+        """Have the links that the order wants."""
+        inside = [member for member in self._inside if member not in self._last]
+        last = [member for member in self._last if member in self._inside]
+        order = ([self._head] if self._head and self._inside else []) + sorted(inside, key=self._place) + last
+        wanted, before = {}, None       # follower -> upstream
+        for member in order:
+            if before and self._may_serve(before, member):
+                wanted[member] = before
+                before = member
+            elif not before or member.willing and len(self._lost.get(member, ())) < 2:
+                before = member         # the server's packets go on from here
+        for follower, link in list(self.links.items()):
+            if wanted.get(follower) is not link.upstream:
+                del self.links[follower]
+                link.upstream.relays = False
+                self._say(follower, lambda number: self.dialect.upstream(number))
+        fresh = [follower for follower in order if follower in wanted and follower not in self.links]
+        for follower in fresh:
+            self.links[follower] = Link(wanted[follower], follower, now)
+        serving = dict((link.upstream, link.token) for link in self.links.values())
+        for member in set(self._served) - set(serving):
+            del self._served[member]
+            self._say(member, lambda number: self.dialect.follower(None))
+        for member in order:
+            if member in serving and self._served.get(member) != serving[member]:
+                self._served[member] = serving[member]
+                self._say(member, lambda number, token=serving[member]: self.dialect.follower(token))
+        if wait and fresh:
+            self._settled_by = now + self.SETTLE
+        before, self.order = self.order, order
+        if self.links and (order != before or fresh):
+            tell('chain', chain=self)
+
+    def _say(self, member, message):
+        self._news.append((member, message))
+
+
+class Forwarding(object):
+    """What a follower is still to get of the rounds, in pieces, as the packets come."""
+
+    def __init__(self, first, most):
+        """first: the first round that it wants; most: bytes in a piece."""
+        self.first, self._most = first, most
+        self._rounds = collections.deque()          # [Incoming, [(start, stop) of packets that it does not have]]
+        self._gone = collections.deque()            # numbers of rounds that nobody has here any more
+
+    empty = property(lambda self: not self._rounds and not self._gone)
+
+    def add(self, incoming):
+        """There is a buffer for a round."""
+        if (incoming.number - self.first) & MASK < ClientWindow.AHEAD:
+            self._rounds.append([incoming, [(0, incoming.count)]])
+
+    def skip(self, number):
+        """Rounds before that one are gone."""
+        gone = (number - self.first) & MASK
+        if gone < ClientWindow.AHEAD:
+            self._gone.extend((self.first + i) & MASK for i in range(min(gone, 2 * SessionDialect.window)))
+
+    def holds(self, incoming):
+        """Whether a round is still needed."""
+        return any(entry[0] is incoming for entry in self._rounds)
+
+    def next(self):
+        """What to send next: (round, first packet, index after the last), (number of a round of which no more comes,
+        None, None), or None."""
+        if self._gone:
+            return self._gone.popleft(), None, None
+        for entry in self._rounds:
+            incoming, left = entry
+            buffer = incoming.buffer
+            for i, (start, stop) in enumerate(left):
+                found = buffer.here(start, stop)
+                if found:
+                    first, last = found[0], min(found[1], found[0] + max(1, self._most // buffer.payload))
+                    left[i:i + 1] = [part for part in ((start, first), (last, stop)) if part[0] < part[1]]
+                    return incoming, first, last
+            if not left:
+                self._rounds.remove(entry)
+                return incoming.number, None, None
+        return None
+
+
+class Piece(object):
+    """A piece that is coming from an upstream.
+
+    incoming    its round; None: nobody waits for it any more
+    first, last places of its packets; `done`: of those that have arrived
+    left        a memoryview, to be filled
+    """
+
+    def __init__(self, incoming, first, last, area):
+        self.incoming, self.first, self.last = incoming, first, last
+        self.left, self.size, self.got = area, len(area), 0
+        self.done = first
+
+
+class Relay(object):
+    """A client's neighbours in the chain: its upstream, which it takes packets from, and its follower.
+
+    It never waits: turn() does what can be done.
+    """
+
+    SILENCE = 2.0                       # seconds without a byte, after which an upstream is lost
+    STILL = 0.5                         # seconds after which a follower hears that we are here
+    GREETING = 2.0                      # seconds for a follower to say its token
+    MOST = 8                            # connections that have not
+    LITTLE = 64 << 10                   # bytes in a turn: more would come if we waited
+    AT_ONCE = 1 << 20                   # bytes from an upstream in a turn
+    LONGEST_END = 30.0                  # seconds that a follower can keep us at the end
+
+    def __init__(self, window, address, port, say, carry_out):
+        """window: a ClientWindow; address: of this host; port: where to listen, if it is free;
+        say(bytes): to the server; carry_out(todo): what the window wants."""
+        self.window, self._say, self._carry_out = window, say, carry_out
+        self._address, self._port = address, port
+        self._watched = {}              # descriptor -> events
+        self._pollers = []
+        # the follower
+        self._token = None              # who says it is served
+        self._named_at = None           # when that was
+        self._listener = None
+        self._candidates = []           # Connections
+        self._follower = None           # Connection
+        # the upstream
+        self._upstream = None           # Connection
+        self._upstream_token = None
+        self._connected = False         # to the upstream
+        self._head = bytearray(PIECE.size)
+        self._head_left = memoryview(self._head)
+        self._piece = None              # that is coming
+        self._sum = bytearray(U32.size)             # of it, without digests
+        self._sum_left = None
+        self._scratch = None
+        self.trickles = False           # the upstream sends less than is worth a turn
+
+    @property
+    def active(self):
+        """Whether it has anything to do."""
+        return bool(self._watched)
+
+    upstream_fd = property(lambda self: self._upstream.fileno() if self._upstream else None)
+    following = property(lambda self: self._connected)
+
+    # ---- descriptors
+
+    def descriptors(self):
+        """(descriptor, events) of all, for poll()."""
+        return list(self._watched.items())
+
+    def poll_with(self, *pollers):
+        """From now on all is registered there."""
+        self._pollers = pollers
+        for fd, events in self._watched.items():
+            for poller in pollers:
+                poller.register(fd, events)
+
+    def _watch(self, connection, events):
+        fd = connection.fileno()
+        if self._watched.get(fd) != events:
+            for poller in self._pollers:
+                (poller.modify if fd in self._watched else poller.register)(fd, events)
+            self._watched[fd] = events
+
+    def _close(self, connection):
+        if self._watched.pop(connection.fileno(), None):
+            for poller in self._pollers:
+                poller.unregister(connection.fileno())
+        connection.close()
+
+    def close(self):
+        """Leave nothing behind."""
+        self._drop_upstream()
+        self._end_service()
+
+    # ---- what the server wants
+
+    def serve(self, token):
+        """Serve whoever says this token; None: nobody.  Raises Failure, as all that follows."""
+        self._drop_follower()
+        for candidate in self._candidates[:]:
+            self._dismiss(candidate)
+        if token is None:
+            return self._end_service()
+        self._token, self._named_at = token, monotonic()
+        try:
+            self._listen()
+        except OS_ERRORS as error:
+            self._end_service()
+            return self._say(SessionDialect.relay(token, port=None, reason=explain(error)))
+        return self._say(SessionDialect.relay(token, port=self._listener.getsockname()[1]))
+
+    def _listen(self):
+        for port in (self._port, 0) if not self._listener else ():
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((self._address, port))
+                sock.listen(self.MOST)
+            except OS_ERRORS:
+                sock.close()
+                if not port:
+                    raise
+                continue
+            sock.setblocking(False)
+            self._listener = sock
+            self._watch(sock, select.POLLIN)
+            break
+
+    def _end_service(self):
+        self._token = None
+        self._drop_follower()
+        for candidate in self._candidates[:]:
+            self._dismiss(candidate)
+        if self._listener:
+            self._close(self._listener)
+            self._listener = None
+
+    def follow(self, number, place, token):
+        """Take the rounds from that number on from (address, port); None: from nobody."""
+        self._drop_upstream()
+        if place is None:
+            return
+        self._upstream_token, self._connected = token, False
+        try:
+            self._upstream = Connection(socket.socket(socket.AF_INET, socket.SOCK_STREAM), place[0])
+            self._upstream.sock.setblocking(False)
+            self._upstream.outgoing.put_tail(token + U32.pack(number))
+            code = self._upstream.sock.connect_ex(place)
+            if code not in (0, errno.EINPROGRESS):
+                raise socket.error(code, os.strerror(code))
+        except OS_ERRORS as error:
+            return self._lose_upstream(explain(error))
+        self.window.follow(number)
+        self._watch(self._upstream, select.POLLOUT)
+
+    # ---- a turn
+
+    def turn(self, fds, now):
+        """Do what can be done; fds: descriptors that are ready; now: seconds."""
+        if self._listener and self._listener.fileno() in fds:
+            self._accept(now)
+        for candidate in self._candidates[:]:
+            if candidate.fileno() in fds:
+                self._greet(candidate)
+            elif now - candidate.since > self.GREETING:
+                self._dismiss(candidate, 'it says nothing')
+        if self._follower and self._follower.fileno() in fds:
+            self._hear_follower()
+        upstream = self._upstream
+        if upstream and (upstream.fileno() in fds or now - upstream.heard > self.SILENCE):
+            self._hear_upstream(now)
+        if self._follower:
+            self._forward(now)
+
+    # ---- the follower
+
+    def _accept(self, now):
+        try:
+            sock, address = self._listener.accept()
+        except OS_ERRORS:
+            return
+        candidate = Connection(sock, address[0])
+        candidate.begin(STALL)
+        candidate.since = now
+        self._candidates.append(candidate)
+        self._watch(candidate, select.POLLIN)
+        if len(self._candidates) > self.MOST:
+            self._dismiss(self._candidates[0], 'too many connections that say nothing')
+
+    def _dismiss(self, candidate, reason=None):
+        self._candidates.remove(candidate)
+        self._close(candidate)
+        if reason:
+            tell('relay_stranger', address=candidate.address, reason=reason)
+
+    def _greet(self, candidate):
+        size = TOKEN_SIZE + U32.size
+        try:
+            candidate.receive(size - candidate.incoming.size)
+        except Gone:
+            return self._dismiss(candidate, 'it went away')
+        if candidate.incoming.size < size:
+            return None
+        words = candidate.incoming.flat()
+        if words[:TOKEN_SIZE] != self._token or self._follower:
+            return self._dismiss(candidate, 'it is not the one that the server named')
+        self._candidates.remove(candidate)
+        self._follower = candidate
+        most = LARGEST_PIECE if self.window.digest else LARGEST_PIECE // 4
+        return self._carry_out(self.window.serve(Forwarding(U32.unpack(words[TOKEN_SIZE:])[0], most)))
+
+    def _hear_follower(self):
+        try:
+            if self._watched.get(self._follower.fileno(), 0) & select.POLLOUT:
+                self._follower.flush()
+            if self._follower.receive():
+                raise Gone('it says what is not asked for')
+        except Gone:
+            self._drop_follower()
+
+    def _drop_follower(self):
+        if self._follower:
+            self._close(self._follower)
+            self._follower = None
+            self._carry_out(self.window.serve(None))
+
+    def _forward(self, now):
+        """Send what has come, as far as the follower takes it."""
+        follower, forwarding = self._follower, self.window.forwarding
+        through = False
+        try:
+            while not follower.outgoing.count:
+                following = forwarding.next()
+                if following is None:
+                    break
+                incoming, first, last = following
+                if first is None:
+                    follower.send(PIECE.pack(incoming, 0, 0))
+                    through = True
+                    continue
+                data = incoming.buffer.view(first, last)
+                pieces = [PIECE.pack(incoming.number, first, len(data)), data]
+                if not self.window.digest:
+                    pieces.append(U32.pack(zlib.crc32(data) & MASK))
+                follower.send(*pieces)
+            if not follower.outgoing.count and now - follower.told > self.STILL:
+                follower.send(STILL_HERE)
+        except Gone:
+            return self._drop_follower()
+        self._watch(follower, select.POLLIN | (select.POLLOUT if follower.outgoing.count else 0))
+        if through:
+            self._carry_out(self.window.relayed())
+        return None
+
+    def owes(self, now, since):
+        """At the end, which came `since`: whether a follower is still to get something, and takes it."""
+        if not self._follower or self.window.forwarding.empty and not self._follower.outgoing.count:
+            return False
+        self._follower.look_at_kernel()
+        return now - max(since, self._follower.moved) < self.SILENCE and now - since < self.LONGEST_END
+
+    # ---- the upstream
+
+    def _drop_upstream(self):
+        if self._upstream:
+            self._close(self._upstream)
+        self._upstream = self._piece = None
+        self._connected = self.trickles = False
+        self._head_left, self._sum_left = memoryview(self._head), None
+        self.window.follow(None)
+
+    def _lose_upstream(self, reason):
+        connected = self._connected
+        self._drop_upstream()
+        self._say(SessionDialect.relay(self._upstream_token, lost=reason, connected=connected))
+
+    def _hear_upstream(self, now):
+        try:
+            if not self._connected:
+                self._connect(now)
+            if self._connected:
+                got = 0
+                while got < self.AT_ONCE:
+                    size = self._read(now)
+                    if not size:
+                        break
+                    got += size
+                self.trickles = got < self.LITTLE
+        except Gone as error:
+            return self._lose_upstream(str(error))
+        except ProtocolError as error:
+            return self._lose_upstream('protocol error: %s' % error)
+        if now - self._upstream.heard > self.SILENCE:
+            self._lose_upstream('silent for %g s' % self.SILENCE if self._connected else 'no connection within %g s'
+                                % self.SILENCE)
+        return None
+
+    def _connect(self, now):
+        """See whether the connection is there.  Raises Gone."""
+        upstream = self._upstream
+        number = upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            if not number and upstream.sock.getsockname() == upstream.sock.getpeername():
+                number = errno.ECONNREFUSED             # to ourselves: nobody listens there
+        except OS_ERRORS:
+            if not number:
+                return                  # it is not
+        if number:
+            raise Gone(os.strerror(number))
+        self._connected, upstream.heard = True, now
+        upstream.begin(STALL)
+        upstream.flush()
+        self._watch(upstream, select.POLLIN)
+
+    def _read(self, now):
+        """Take some of what has come; returns bytes.  Raises Gone, ProtocolError."""
+        upstream, piece = self._upstream, self._piece
+        if piece is None:
+            size = upstream.read_into(self._head_left)
+            self._head_left = self._head_left[size:]
+            if size and not self._head_left:
+                self._head_left = memoryview(self._head)
+                self._begin_piece(now)
+            return size
+        if self._sum_left is not None:
+            size = upstream.read_into(self._sum_left)
+            self._sum_left = self._sum_left[size:]
+            if not self._sum_left:
+                self._sum_left = None
+                self._check_piece(piece)
+            return size
+        if piece.incoming and self.window.digest and not self.window.takes(piece.incoming):
+            # It was complete meanwhile, and is being verified: no byte of it may change any more.
+            piece.incoming, piece.left = None, self._scratch_of(len(piece.left))
+        size = upstream.read_into(piece.left)
+        piece.left = piece.left[size:]
+        piece.got += size
+        if size and self.window.digest and piece.incoming:
+            done = piece.last if not piece.left else piece.first + piece.got // self.window.payload
+            if done > piece.done:
+                self.window.arrived(piece.incoming, piece.done, done)
+                piece.done = done
+        if not piece.left:
+            if self.window.digest:
+                self._piece = None
+            else:
+                self._sum_left = memoryview(self._sum)
+        return size
+
+    def _begin_piece(self, now):
+        number, first, size = PIECE.unpack(self._head)
+        if not size:
+            if number != MASK:
+                self.window.no_more(number, now)
+            return
+        if size > LARGEST_PIECE:
+            raise ProtocolError('a piece of %d bytes' % size)
+        incoming, area, last = self.window.area_for(number, first, size)
+        if incoming is None or not self.window.digest:
+            area = self._scratch_of(size)
+        self._piece = Piece(incoming, first, last, area)
+
+    def _scratch_of(self, size):
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(LARGEST_PIECE))
+        return self._scratch[:size]
+
+    def _check_piece(self, piece):
+        """Without digests a piece has a checksum.  Raises ProtocolError."""
+        self._piece = None
+        data = self._scratch[:piece.size]
+        if zlib.crc32(data) & MASK != U32.unpack(self._sum)[0]:
+            raise ProtocolError('a piece with a wrong checksum')
+        if piece.incoming and self.window.takes(piece.incoming):
+            piece.incoming.buffer.view(piece.first, piece.last)[:] = data
+            self.window.arrived(piece.incoming, piece.first, piece.last)
 
 
 # ---------------------------------------------------------------------------
@@ -3889,6 +4765,7 @@ class Roster(object):
         self.waiting = None             # for whom else than a client all wait, in words
         self.sentences = 0              # passed on clients so far
         self.everyone = []              # who was here at the start, whatever became of them
+        self.news = collections.deque()             # (member, what it says of a neighbour; None: it has left)
         self._here = []
         self._refused = {}              # (host, address) -> why
 
@@ -3903,6 +4780,10 @@ class Roster(object):
         served = set(member.identity for member in self.everyone
                      if member.outcome == 'complete' and not member.loopback)
         return sorted(item for item in self._refused.items() if item[0] not in served)
+
+    def is_here(self, member):
+        """Whether a client is."""
+        return member in self._here
 
     def condemn(self, member, why):
         """Its thread, whichever that is, is to drop a client at its next look."""
@@ -4003,18 +4884,20 @@ class Course(object):
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
     HOLDUP_WORDS = 10.0                 # seconds between two such lines
+    LOOK_EVERY = 0.1                    # seconds
     FIRST_SEQ = 0
 
     def __init__(self, hands, roster, dialect, payload, capacity, rate='auto', min_rate=0,
-                 unicast=False, repair_salt=0, farewell=None, allow_empty=False):
+                 unicast=False, repair_salt=0, farewell=None, allow_empty=False, chain=None):
         """payload: bytes in a packet; capacity: packets in a round; rate: bit/s
-        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE."""
+        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE;
+        chain: a Chain, where there may be one."""
         self.hands, self.roster, self.dialect = hands, roster, dialect
         self.payload, self.capacity = payload, capacity
         self.control = RateControl() if rate == 'auto' else None
         self._rate = rate
         self.min_rate = min_rate
-        self.unicast = unicast
+        self.unicast, self.chain = unicast, chain
         self.window = dialect.window    # rounds under way at the most
         self.multicasting = not unicast
         self.over = False               # all who are here have everything
@@ -4037,6 +4920,8 @@ class Course(object):
         self._last_heard = None         # when a client last got any multicast
         self._silent = 0                # rounds in a row of which nobody heard anything
         self._warned = False            # that none gets any
+        self._settling = False          # the chain did, at the last look
+        self._next_look = 0.0
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
@@ -4049,6 +4934,7 @@ class Course(object):
 
     rate = property(lambda self: self.control.rate if self.control else self._rate)
     idle = property(lambda self: not self._underway)
+    chained = property(lambda self: bool(self.chain and self.chain.links))
 
     # ---- what happens
 
@@ -4061,6 +4947,9 @@ class Course(object):
         """All clients are here: announce what there is."""
         self.window = min([self.dialect.window] + [member.window for member in self.roster.everyone])
         self._through_at = self.hands.now()
+        if self.chain and self.unicast:
+            self.chain.build([member for member in self.roster.everyone if self.roster.is_here(member)], self._through_at)
+            self._publish_chain()
         self._announce()
 
     def filled(self, buffer):
@@ -4072,6 +4961,7 @@ class Course(object):
     def complete(self, step, answers):
         """The TCP servers have done a step, and this came in.  Raises Failure."""
         self._note_waits(step, answers)
+        self.by_tcp += answers.by_tcp
         if step.kind == 'finish':
             self.over = True
             return
@@ -4128,6 +5018,8 @@ class Course(object):
             buffer = underway.round.buffer
             if not underway.ready or not buffer.count:
                 return None
+            if self.chain and self.chain.settling(self.hands.now()):
+                return None
             count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
             if (self.control and self.control.line is None and unanswered
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
@@ -4138,6 +5030,41 @@ class Course(object):
             return Sending(underway, buffer, count, speed)
         return None
 
+    # ---- the chain
+
+    def hear(self):
+        """Take the news of the roster: what clients say of their neighbours, and who has left."""
+        now = self.hands.now()
+        while self.roster.news:
+            member, said = self.roster.news.popleft()
+            if not self.chain or self._finishing:
+                continue
+            if said is None:
+                self.chain.leave(member, now)
+            else:
+                self.chain.heard(member, said, now)
+        self._publish_chain()
+
+    def look(self, now):
+        """Time passes; returns whether there may be something to multicast that was not before."""
+        if not self.chain or self._finishing or now < self._next_look:
+            return False
+        self._next_look = now + self.LOOK_EVERY
+        self.chain.look(now)
+        self._publish_chain()
+        settling = self.chain.settling(now)
+        settled, self._settling = self._settling and not settling, settling
+        return settled
+
+    def _publish_chain(self):
+        """Tell the clients what is new: it is for the first round of which they were not told that it was sent."""
+        if not self.chain:
+            return
+        numbers = [underway.round.number for underway in self._underway if not underway.sent]
+        messages = self.chain.changes(min(numbers) if numbers else self.rounds)
+        if messages:
+            self.hands.do(Step('chain', messages=messages))
+
     # ---- rounds
 
     def _fill(self):
@@ -4146,7 +5073,8 @@ class Course(object):
         limit = min(self.limit, self.capacity, self.dialect.seqs + 1 - self._base)
         self._filling = True
         self.hands.fill(self._base, limit)
-        longest = self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size)
+        longest = (self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size)
+                   if self.multicasting or not self.chain else self.capacity)
         self.limit = int(max(self.FIRST_ROUND, min(2 * limit, longest, self.capacity)))
 
     def _announce(self):
@@ -4242,6 +5170,9 @@ class Course(object):
         self.delivered += underway.round.buffer.size
         now = self.hands.now()
         self._look_for_holdup(now)
+        if self.chain and not self._finishing:
+            self.chain.through(now - self._through_at, underway.round.number, now)
+            self._publish_chain()
         if self.min_rate:
             seconds = max(1e-6, now - self._through_at)
             self._judge(underway.round.buffer.size * 8 / seconds, seconds, now)
@@ -4271,6 +5202,9 @@ class Course(object):
         if not count:
             return
         now, silent = self.hands.now(), len(answers.deaf)
+        if self.chain and not self._finishing:
+            self.chain.learn(self.roster.here, now)
+            self._publish_chain()
         self._look_for_the_deaf(answers, now)
         if answers.hearing:
             self.lost += int(round(max(reception.lost for reception in answers.worst) * count)
@@ -4428,6 +5362,11 @@ WORDS = {
     'multicast_refused': (WARNING, 'multicast failed at this host: %(reason)s'),
     'multicast_silent': (WARNING, 'no client receives multicast, all is sent by TCP; %(causes)s'),
     'multicast_back': (WARNING, 'multicast gets through now'),
+    'chain': (DEBUG, 'the chain is now: %(chain)s'),
+    'chain_broken': (DEBUG, '%(follower)s gets nothing from %(upstream)s: %(reason)s'),
+    'chain_slow': (INFO, '%(member)s holds up who gets the image from it, so it goes to the end of the chain'),
+    'relay_unreachable': (WARNING, '%(follower)s cannot connect to %(upstream)s: %(reason)s; open TCP port %(port)d '
+                          'there'),
     'brake': (INFO, '%(member)s alone takes no more than %(rate)s'),
     'holdup': (INFO, '%(member)s holds the others up, %(share)d %% of the time: %(cause)s'),
     'hopeless': (WARNING, '%(member)s loses %(share)d %% at any rate, so the rate is set without it; '
@@ -4444,6 +5383,7 @@ WORDS = {
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes by TCP; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
+    'relay_stranger': (INFO, '%(address)s: %(reason)s'),
     'server_not_told': (WARNING, 'the image is complete, but the server could not be told: %(reason)s'),
 }
 
@@ -4583,7 +5523,7 @@ class Log(object):
     """A reader of the events that has a line for what it knows words for."""
 
     # What may come in floods: who connects but is no client, who comes and goes before the start.
-    FLOODS = {'stranger': 'strangers', 'refused': 'strangers',
+    FLOODS = {'stranger': 'strangers', 'refused': 'strangers', 'relay_stranger': 'strangers',
               'member_here': 'arrivals', 'member_left': 'arrivals'}
     MOST = {'strangers': 10, 'arrivals': 200}   # lines of them all in a period
 
@@ -4685,7 +5625,7 @@ def server_status(server, now):
         begun=roster.begun, bytes=course.delivered, size=server.source.size or server.options.size,
         here=len(here), places=roster.places, waits=waits, lost=course.lost / sent,
         repaired=(course.coded + course.by_tcp) / sent, rate=course.rate,
-        carrier='multicast' if course.multicasting else 'TCP')
+        carrier=' and '.join(['multicast'] * course.multicasting + ['chain'] * course.chained) or 'TCP')
 
 
 def client_status(client, now):
@@ -4713,7 +5653,7 @@ def client_status(client, now):
         size=client.image.get('size'), waits=waits,
         here=None if window.begun else here, places=None if window.begun else places,
         lost=(window.by_tcp + window.coded) / packets, repaired=(window.by_tcp + window.coded) / packets,
-        carrier='TCP' if client.deaf or client.unicast else 'multicast')
+        carrier='chain' if client.relay.following else 'TCP' if client.deaf or client.unicast else 'multicast')
 
 
 def amount(size):
@@ -5043,6 +5983,7 @@ class Session(object):
         if self.stall_timeout is None:
             self.stall_timeout = self.dialect.server_stall
         self.strangers = options.strangers
+        self.unicast = options.unicast or options.chain == 'always'
         self.payload = payload
         self.salt, self.repair_salt = self.dialect.salts()
         self.digest = self.dialect.talks and not options.no_digest
@@ -5053,7 +5994,7 @@ class Session(object):
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
-            'source': source, 'unicast': options.unicast})
+            'source': source, 'unicast': self.unicast})
 
 
 class Peer(Connection):
@@ -5285,9 +6226,16 @@ class TcpServer(threading.Thread):
                     for start, stop in stretches(request.order)]
                 self._send(peer, self.session.dialect.packets(wanted.number), *[
                     data for start, stop in parts for data in wanted.buffer.packets(start, stop)])
+            elif verb == 'relay':
+                self._bring((member, argument))
             else:
                 tell('member_served', member=member)
                 self._close(peer)
+
+    def _bring(self, news):
+        """There is something for the roster's reader."""
+        self.roster.news.append(news)
+        self.link.release_parent()
 
     def _on_child(self, _event):
         try:
@@ -5301,6 +6249,8 @@ class TcpServer(threading.Thread):
         while self.child.results:
             step, answers = self.child.results.popleft()
             self._below[step] = answers
+        if self.roster.news:
+            self.link.release_parent()
 
     # ---- connections
 
@@ -5441,6 +6391,7 @@ class TcpServer(threading.Thread):
         peer.member.window = min(field(fields, 'window', NUMBER), self.session.dialect.window)
         if not peer.member.window:
             raise ProtocolError('a window of no rounds')
+        peer.member.willing = fields.get('relay') is True
         peer.alive_every = alive_every(stall_of(fields))
         self._welcome(peer)
 
@@ -5490,6 +6441,7 @@ class TcpServer(threading.Thread):
             return False
         del self._peers[member]
         self.window.leave(member)
+        self._bring((member, None))
         return True
 
     def _close(self, peer):
@@ -5582,8 +6534,9 @@ class Multicaster(object):
         self._buffers = [Buffer(payload, capacity, self.session.salt, dialect.checks)
                          for _ in range(dialect.window + 1)]
         self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
-                             options.min_rate, options.unicast, self.session.repair_salt,
-                             self._last_word, options.allow_empty)
+                             options.min_rate, self.session.unicast, self.session.repair_salt,
+                             self._last_word, options.allow_empty,
+                             Chain(dialect) if dialect.talks and options.chain != 'never' else None)
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -5786,6 +6739,7 @@ class Multicaster(object):
                 self._accepting = None
             else:
                 self.course.complete(step, answers)
+        self.course.hear()
 
     def _wait(self, until=None, sender=False):
         """Fill the next buffer until a time (seconds on the monotonic clock), until there is
@@ -5797,6 +6751,8 @@ class Multicaster(object):
         while True:
             now = monotonic()
             tell.look(now)
+            if self.course.look(now) and until is None:
+                return
             timeout = TICK              # lest a signal that another thread took goes unheard
             if until is not None:
                 timeout = max(0, until - now)
@@ -5896,6 +6852,7 @@ class Client(object):
         self.dialect = None             # until the server's is known
         self.receiver = None            # DatagramReceiver
         self.window = None              # ClientWindow
+        self.relay = None               # Relay
         self.writer = None
         self.image = {}                 # of WELCOME: name, size
         self.failure = None
@@ -5948,6 +6905,7 @@ class Client(object):
         self.signals.over()
         self.ended = monotonic()
         self._say_done()
+        self._see_follower_off()
         tell('client_ended', client=self, code=OK)
         return OK
 
@@ -5956,6 +6914,8 @@ class Client(object):
         self.sink.close()
         if self.writer:
             self.writer.close()
+        if self.relay:
+            self.relay.close()
         if self.server:
             self.server.close()
         if self.receiver:
@@ -5980,7 +6940,7 @@ class Client(object):
         try:
             if self.dialect.talks:
                 self.server.outgoing.put_tail(self.dialect.state(busy=None, **self.figures()))
-            self.server.send(self.dialect.done(END, (0, 0, 0, 0)))
+            self.server.send(self.dialect.done(END, (0,) * 5))
             while self.server.outgoing.count:
                 self._check_stall()
                 self._poll([(self.server, select.POLLOUT)], TICK)
@@ -6036,6 +6996,7 @@ class Client(object):
             # A server of the base protocol has no way to say that it is alive.
             self._stall_timeout = self.dialect.client_stall
         self.server.begin(self._stall_timeout)
+        self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
         self._join()
         with uninterruptible:
             self.writer = Writer(self.sink, self.window.digest)
@@ -6088,7 +7049,7 @@ class Client(object):
         try:
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
-                'window': SessionDialect.window, 'seek': False, 'relay': None,
+                'window': SessionDialect.window, 'seek': False, 'relay': True,
                 'stall': STALL if stall is None else stall}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
@@ -6156,19 +7117,25 @@ class Client(object):
         for fd in (tcp, link, udp):
             everything.register(fd, select.POLLIN)
         self._output = self.sink.written, monotonic()
+        relay, fds = self.relay, []
+        relay.poll_with(control, everything)
         self._hear()                    # what came with the greetings
         while not window.over:
             self._listen()
             now = monotonic()
+            if relay.active:
+                relay.turn(fds, now)
             self._carry_out(window.tick(now))
             self._look_at_clocks(now)
-            wait = min(TICK, self.server.alive_every / 2)
+            wait = min(TICK, self.server.alive_every / 2, relay.STILL / 2 if relay.active else TICK)
             if window.deadline is not None:
                 wait = max(0, min(wait, window.deadline - now))
             fds = [fd for fd, _ in ready(everything, wait)]
             if fds == [udp] and ample and window.deadline is None:
                 # Let some more gather, unless somebody else has something to say.
                 fds = [fd for fd, _ in ready(control, self.NAP)]
+            elif relay.trickles and fds == [relay.upstream_fd]:
+                time.sleep(self.NAP)
             if link in fds:
                 self._look_at_writer()
             if tcp in fds:
@@ -6241,12 +7208,23 @@ class Client(object):
             elif verb == 'begin':
                 self._flowing = True
                 self.sink.start()
+            elif verb == 'upstream':
+                self.relay.follow(*argument)
+            elif verb == 'follower':
+                self.relay.serve(argument)
             elif verb == 'state':
                 self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places')
                                  if key in argument)
                 self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
             else:
                 self._fields = argument
+
+    def _say(self, message):
+        """Tell the server of a neighbour, unless all has come."""
+        if self.window.over:
+            return
+        self.server.outgoing.put_tail(message)
+        self._flush()
 
     def _look_at_clocks(self, now):
         """Say that we are alive, and give up who is not.  Raises Failure."""
@@ -6268,6 +7246,8 @@ class Client(object):
             self._owing_since, self._next_state = now, now + self.STATE_EVERY
         if owing == 'receiving':
             moved = self.server.heard > self.server.told
+        elif owing in ('following', 'relaying'):        # that is for the server to judge
+            moved = True
         else:
             moved = self.sink.written != self._shown
             if self._stall_timeout and now - self._output[1] > self._stall_timeout:
@@ -6297,7 +7277,8 @@ class Client(object):
 
     def figures(self):
         """What is worth to be told of this end, by the names of FIGURES."""
-        figures = {'by_multicast': self.window.by_multicast, 'written': self.sink.written}
+        figures = {'by_multicast': self.window.by_multicast, 'by_chain': self.window.by_chain,
+                   'written': self.sink.written}
         if self.overflows is not None:
             figures['overflows'] = self.overflows
         return figures
@@ -6326,11 +7307,11 @@ class Client(object):
     def _finish(self):
         """All has come: verify it, and make it final.  Raises Failure, LinkClosed."""
         window, began = self.window, monotonic()
+        self.relay.follow(0, None, None)
         while window.unwritten:
             tell.look(monotonic())
             self.sink.look()
-            if self._poll([(self.writer.link.child_fd, select.POLLIN)],
-                          min(TICK, self.server.alive_every / 2)):
+            if self.writer.link.child_fd in self._serve_while([(self.writer.link.child_fd, select.POLLIN)]):
                 self._look_at_writer()
             if self.sink.written != self._output[0]:
                 self._output = self.sink.written, monotonic()
@@ -6359,9 +7340,28 @@ class Client(object):
             tell.look(monotonic())
             self._show_life()
             self.sink.look()
-            self.writer.join(min(TICK, self.server.alive_every / 2))
+            if self.relay.active:
+                self._serve_while([(self.writer.link.child_fd, select.POLLIN)])
+                self.writer.join(0)
+            else:
+                self.writer.join(min(TICK, self.server.alive_every / 2))
         if self.writer.failure:
             raise self.writer.failure
+
+    def _serve_while(self, wanted):
+        """Wait for what is wanted, and serve the follower meanwhile; returns descriptors that are ready."""
+        active = self.relay.active
+        seconds = min(TICK, self.server.alive_every / 2, self.relay.STILL / 2 if active else TICK)
+        fds = self._poll(wanted + self.relay.descriptors(), seconds)
+        if active:
+            self.relay.turn(fds, monotonic())
+        return fds
+
+    def _see_follower_off(self):
+        """The follower may still take from here what it lacks: wait for that, while it does."""
+        since = monotonic()
+        while self.relay.owes(monotonic(), since):
+            self._serve_while([])
 
     # ---- what the readers of the events want to know
 
@@ -6503,7 +7503,10 @@ def command_line():
     server.add_argument('--rate', type=rate_type, default='auto',
                         help='bit/s as in 940M, auto: as fast as the slowest link, max (auto)')
     server.add_argument('--unicast', action='store_true',
-                        help='no multicast, TCP only: for a few hosts')
+                        help='no multicast: the clients pass the image on, one to the next')
+    server.add_argument('--chain', choices=('auto', 'always', 'never'), default='auto',
+                        help='whether clients pass the image on: auto, where multicast does not reach; always, as '
+                        '--unicast; never, all is sent by TCP there (auto)')
     server.add_argument('--start-wait', type=seconds_type, metavar='SECONDS',
                         help='start after so long, even if not all clients came')
     server.add_argument('--min-clients', type=whole_number(1, 100000), default=1, metavar='M',

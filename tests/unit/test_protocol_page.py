@@ -107,7 +107,7 @@ SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
     ("BUFFER INFO", 1 + kmcast.ROUND.size + kmcast.PLACE.size),
     ("READY", len(WIRE.ready(0))),
     ("SENT", len(WIRE.sent(0, b"\0" * kmcast.DIGEST_SIZE))),
-    ("DONE and REQUEST", len(WIRE.done(0, (0, 0, 0, 0)))),
+    ("DONE and REQUEST", len(WIRE.done(0, (0, 0, 0, 0, 0)))),
     ("PACKETS", len(WIRE.packets(0))),
     ("AGAIN", len(WIRE.again(0, 0, 0, 0))),
     ("Frames", 5),
@@ -121,7 +121,7 @@ def test_the_fields_of_a_message_make_its_size(title, size):
 
 
 def test_request_has_the_bytes_of_done_and_a_bitmap():
-    assert len(WIRE.request(0, (0, 0, 0, 0), 1, 0, 17)) == len(WIRE.done(0, (0, 0, 0, 0))) + 3
+    assert len(WIRE.request(0, (0, 0, 0, 0, 0), 1, 0, 17)) == len(WIRE.done(0, (0, 0, 0, 0, 0))) + 3
     assert rows("DONE and REQUEST")[-1][:2] == ["n", "bitmap"]
 
 
@@ -293,7 +293,7 @@ def two_rounds():
     talk.step("repair", first)
     talk.step("finish")
     assert b"".join(talk.written) == IMAGE and talk.ended["ok"]
-    last = WIRE.done(kmcast.END, (0, 0, 0, 0))
+    last = WIRE.done(kmcast.END, (0, 0, 0, 0, 0))
     talk.to_server("client: the last DONE", last)
     assert talk.member.outcome == "complete"
     return talk.said
