@@ -4408,6 +4408,7 @@ class Relay(object):
         self._follower = None           # Connection
         # the upstream
         self._upstream = None           # Connection
+        self.upstream_place = None      # its (address, port)
         self._upstream_token = None
         self._connected = False         # to the upstream
         self._head = bytearray(PIECE.size)
@@ -4505,6 +4506,7 @@ class Relay(object):
         self._drop_upstream()
         if place is None:
             return
+        self.upstream_place = place
         self._upstream_token, self._connected = token, False
         try:
             self._upstream = Connection(socket.socket(socket.AF_INET, socket.SOCK_STREAM), place[0])
@@ -4629,7 +4631,7 @@ class Relay(object):
     def _drop_upstream(self):
         if self._upstream:
             self._close(self._upstream)
-        self._upstream = self._piece = None
+        self._upstream = self.upstream_place = self._piece = None
         self._connected = self.trickles = False
         self._head_left, self._sum_left = memoryview(self._head), None
         self.window.follow(None)
@@ -5032,12 +5034,17 @@ class Course(object):
 
     # ---- the chain
 
+    @property
+    def _chains(self):
+        """Whether there are rounds to come that a chain may be for."""
+        return self.chain and not (self._finishing and all(underway.sent for underway in self._underway))
+
     def hear(self):
         """Take the news of the roster: what clients say of their neighbours, and who has left."""
         now = self.hands.now()
         while self.roster.news:
             member, said = self.roster.news.popleft()
-            if not self.chain or self._finishing:
+            if not self._chains:
                 continue
             if said is None:
                 self.chain.leave(member, now)
@@ -5047,7 +5054,7 @@ class Course(object):
 
     def look(self, now):
         """Time passes; returns whether there may be something to multicast that was not before."""
-        if not self.chain or self._finishing or now < self._next_look:
+        if not self._chains or now < self._next_look:
             return False
         self._next_look = now + self.LOOK_EVERY
         self.chain.look(now)
@@ -5170,7 +5177,7 @@ class Course(object):
         self.delivered += underway.round.buffer.size
         now = self.hands.now()
         self._look_for_holdup(now)
-        if self.chain and not self._finishing:
+        if self._chains:
             self.chain.through(now - self._through_at, underway.round.number, now)
             self._publish_chain()
         if self.min_rate:
@@ -5202,7 +5209,7 @@ class Course(object):
         if not count:
             return
         now, silent = self.hands.now(), len(answers.deaf)
-        if self.chain and not self._finishing:
+        if self._chains:
             self.chain.learn(self.roster.here, now)
             self._publish_chain()
         self._look_for_the_deaf(answers, now)
