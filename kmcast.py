@@ -5253,7 +5253,7 @@ class Course(object):
         """Say that no client hears multicast, once."""
         if not self._warned:
             self._warned = True
-            tell('multicast_silent', payload=self.payload)
+            tell('multicast_silent', payload=self.payload, carrier='chain' if self.chained else 'tcp')
 
     def _look_for_the_deaf(self, answers, now):
         """Name the clients that hear no multicast while others do."""
@@ -5261,7 +5261,8 @@ class Course(object):
             since = member.deaf_since   # None: it has heard some of another round meanwhile
             if since is not None and now - since > self.PATIENCE and not member.deaf_told:
                 member.deaf_told = True
-                tell('member_deaf', member=member, seconds=now - since, payload=self.payload)
+                carrier = 'upstream' if self.chained and member in self.chain.links else 'tcp'
+                tell('member_deaf', member=member, seconds=now - since, payload=self.payload, carrier=carrier)
 
     # ---- the slowest
 
@@ -5361,13 +5362,13 @@ WORDS = {
     'member_left': (WARNING, '%(member)s: %(reason)s'),
     'member_lost': (WARNING, '%(member)s: %(reason)s'),
     'member_served': (INFO, '%(member)s has everything'),
-    'member_deaf': (WARNING, '%(member)s hears no multicast for %(seconds).0f s, it gets everything by '
-                    'TCP; %(causes)s'),
+    'member_deaf': (WARNING, '%(member)s hears no multicast for %(seconds).0f s, it gets everything %(carrier)s; '
+                    '%(causes)s'),
     'member_hears': (WARNING, '%(member)s hears multicast again, after %(seconds).0f s'),
     'waiting_for': (INFO, 'waiting for %(names)s'),
     'producer_silent': (INFO, 'waiting for what makes the image, which was silent for %(seconds).0f s'),
     'multicast_refused': (WARNING, 'multicast failed at this host: %(reason)s'),
-    'multicast_silent': (WARNING, 'no client receives multicast, all is sent by TCP; %(causes)s'),
+    'multicast_silent': (WARNING, 'no client receives multicast, all is sent %(carrier)s; %(causes)s'),
     'multicast_back': (WARNING, 'multicast gets through now'),
     'chain': (DEBUG, 'the chain is now: %(chain)s'),
     'chain_broken': (DEBUG, '%(follower)s gets nothing from %(upstream)s: %(reason)s'),
@@ -5388,7 +5389,7 @@ WORDS = {
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
-    'deaf': (WARNING, 'multicast does not reach this host, everything comes by TCP; %(causes)s'),
+    'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
     'relay_stranger': (INFO, '%(address)s: %(reason)s'),
     'server_not_told': (WARNING, 'the image is complete, but the server could not be told: %(reason)s'),
@@ -5407,6 +5408,10 @@ CAUSES = {'output': 'its disk or command', 'network': 'its network', 'writing': 
           'receiving': 'its network'}
 
 
+# What brings the image where multicast does not, in words.
+CARRIERS = {'tcp': 'by TCP', 'chain': 'in a chain from client to client', 'upstream': 'from another client'}
+
+
 def in_words(what, facts):
     """The facts as the template of WORDS wants them."""
     words = dict(facts)
@@ -5415,6 +5420,8 @@ def in_words(what, facts):
     for key in ('rate', 'achieved'):
         if key in words:
             words[key] = bits(words[key])
+    if 'carrier' in words:
+        words['carrier'] = CARRIERS[words['carrier']]
     if 'share' in words:
         words['share'] = 100 * words['share']
     if 'cause' in words:
@@ -5653,7 +5660,7 @@ def client_status(client, now):
         waits = says['waiting']
     else:
         waits = 'the server, or its other clients'
-    packets = max(1, window.by_multicast + window.by_tcp + window.coded)
+    packets = max(1, window.by_multicast + window.by_chain + window.by_tcp + window.coded)
     return Status(
         seconds=now - (client.started or now),
         begun=window.begun, bytes=client.writer.bytes if client.writer else 0,
@@ -5770,6 +5777,7 @@ def server_rows(server):
             'result': 'complete' if complete else 'failed', 'reason': reason,
             'exit_code': 0 if complete else None, 'lost': member.lost,
             'repaired': {'multicast': max(0, member.lost - member.by_tcp), 'tcp': member.by_tcp},
+            'by_chain': member.figures.get('by_chain', 0),
             'waited_for': dict((cause, round(seconds, 3)) for cause, seconds in member.waited.items()),
             'overflows': member.figures.get('overflows'),
             'seconds': member.ended and server.started and round(max(0, member.ended - server.started), 3)})
@@ -5786,6 +5794,7 @@ def server_rows(server):
         for key in ('lost', 'seconds', 'overflows'):
             row.setdefault(key, None)
         row.setdefault('repaired', {'multicast': 0, 'tcp': 0})
+        row.setdefault('by_chain', 0)
         row.setdefault('waited_for', {})
     return rows
 
@@ -5803,14 +5812,14 @@ def named(row):
 
 def host_table(rows, most):
     """Lines of a table of hosts, `most` at the most."""
-    head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'held up', 'seconds')
+    head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'chain', 'held up', 'seconds')
     lines = [head]
     for row in rows[:most]:
         waited = sorted(row['waited_for'].items(), key=lambda item: -item[1])
         held = '%.1f s, %s' % waited[0][::-1] if waited and waited[0][1] >= 0.1 else '-'
         lines.append((row['host'] or '?', row['address'] or '?', row['result'],
                       '-' if row['lost'] is None else str(row['lost']), str(row['repaired']['multicast']),
-                      str(row['repaired']['tcp']), held,
+                      str(row['repaired']['tcp']), str(row['by_chain']), held,
                       '-' if not row['seconds'] else '%.1f' % row['seconds']))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
@@ -5840,8 +5849,10 @@ def server_summary(server, rows, most):
             counted(course.data, 'packet'), counted(course.rounds, 'round'),
             counted(server.source.bytes, 'byte'), seconds,
             bits(server.source.bytes * 8 / max(1e-6, seconds)))
-        yield INFO, 'repair: %s by multicast, %s by TCP' % (
-            counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'))
+        by_chain = sum(row['by_chain'] for row in rows)
+        yield INFO, 'repair: %s by multicast, %s by TCP%s' % (
+            counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'),
+            '; %s from client to client' % counted(by_chain, 'packet') if by_chain else '')
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
@@ -5858,15 +5869,16 @@ def client_summary(client):
     window, seconds = client.window, client.ended - client.started
     size = client.writer.bytes
     if size and not window.by_multicast and not client.unicast and not client.deaf:
-        yield WARNING, ('multicast does not reach this host, everything came by TCP; '
-                        + causes(window.payload))
+        carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
+        yield WARNING, 'multicast does not reach this host, everything came %s; %s' % (carrier, causes(window.payload))
     if client.overflows:
         yield INFO, ('%s found no room in this host\'s socket buffer of %d bytes; a larger '
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
-    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP; %s' % (
+    by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
+    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s; %s' % (
         counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
-        counted(window.coded, 'packet'), window.by_tcp,
+        counted(window.coded, 'packet'), window.by_tcp, by_chain,
         'SHA-256 %s' % client.writer.hash.hexdigest() if window.digest else 'without a digest')
 
 
@@ -5950,13 +5962,14 @@ class JsonReport(object):
 def server_report(server):
     """The keys of a server's report."""
     course = server.course
-    payload = course.payload if course else 0
+    payload, rows = course.payload if course else 0, server_rows(server)
     return {
         'bytes': course.delivered if course else 0,
         'sha256': binascii.hexlify(server.source.digest()).decode('ascii') or None,
         'carried': {'multicast': course.sent_packets * payload, 'coded': course.coded * payload,
-                    'tcp': course.by_tcp * payload} if course else None,
-        'hosts': server_rows(server)}
+                    'tcp': course.by_tcp * payload,
+                    'chain': sum(row['by_chain'] for row in rows) * payload} if course else None,
+        'hosts': rows}
 
 
 def client_report(client):
@@ -5968,7 +5981,7 @@ def client_report(client):
         'bytes': writer.bytes if writer else 0, 'sha256': digest,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
-                    'tcp': window.by_tcp * payload} if window else None,
+                    'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
         'lost': window.by_tcp + window.coded if window else None,
         'overflows': client.overflows}
 
@@ -7306,7 +7319,7 @@ class Client(object):
             self.deaf, self._heard_at = False, now
         elif not self.deaf and now - self._heard_at > self.QUIET:
             self.deaf = True
-            tell('deaf', payload=self.window.payload)
+            tell('deaf', payload=self.window.payload, carrier='upstream' if self.relay.following else 'tcp')
         self._carried = heard, repaired
 
     # ---- the end

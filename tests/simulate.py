@@ -127,7 +127,7 @@ class Plan:
         self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
         self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
         self.chain = r.choice(["auto"] * 8 + ["always", "never"]) if not self.compat else "auto"
-        self.unicast = r.random() < 0.1 or self.chain == "always"
+        self.unicast = r.random() < 0.15 or self.chain == "always"
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
         self.window = r.choice([1, 2, 3, 4, 4, 4, 4, 8])         # rounds under way at once, in a session
         self.at_a_time = r.choice([2, 20, 200])                  # packets to be worked at for a repair in a go
@@ -143,7 +143,7 @@ class Plan:
         self.fault_at = 10 ** r.uniform(-2.5, 1)
         count = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 8])
         self.clients = [ClientPlan(r, self, number) for number in range(1, count + 1)]
-        if r.random() < 0.1:                                     # no multicast at all, for a while or for ever
+        if r.random() < 0.15:                                    # no multicast at all, for a while or for ever
             deaf = r.choice([(0, 1e9), (r.uniform(0, 0.2), r.uniform(0.2, 4))])
             for client in self.clients:
                 client.deaf = deaf
