@@ -173,6 +173,31 @@ def state(**fields):
     return frame(STATE, fields)
 
 
+def follower(token):
+    """FOLLOWER: whom to serve; token: 16 bytes, or None."""
+    return frame(FOLLOWER, {"token": token and binascii.hexlify(token).decode("ascii")})
+
+
+def upstream(number, port=None, token=None, address=LOOPBACK):
+    """UPSTREAM: whom to take the rounds from; port None: from nobody."""
+    fields = {"round": number, "address": port and address}
+    return frame(UPSTREAM, dict(fields, port=port, token=binascii.hexlify(token).decode("ascii")) if port else fields)
+
+
+def relay(token, **fields):
+    """RELAY: how a client stands with a neighbour."""
+    return frame(RELAY, dict(fields, token=binascii.hexlify(token).decode("ascii")))
+
+
+def piece(number, first, data, digest=True):
+    """A piece of a round, from packet `first` on; data b"": the mark."""
+    checksum = U32.pack(zlib.crc32(data) & MASK) if data and not digest else b""
+    return struct.pack("<3I", number, first, len(data)) + data + checksum
+
+
+STILL_HERE = piece(MASK, 0, b"")
+
+
 def bye(ok, **fields):
     """BYE."""
     return frame(BYE, dict(fields, ok=ok))
