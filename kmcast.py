@@ -57,7 +57,8 @@ protocol, which has no greetings, is the window of one round, whose end is a rou
 0 packets.
 
 On the server the Multicaster is the parent of TCP server 1, which is the
-parent of TCP server 2, and so on, each with up to 64 clients.  The parent
+parent of TCP server 2, and so on, each with up to 64 clients (a large session has
+one for all).  The parent
 publishes a step and releases its child; the child does the step for its own
 clients while its own child does the same, and releases its parent when all
 of them are through.  So orders run down the chain and answers run up.
@@ -77,16 +78,19 @@ if __name__ == '__main__':
     early.signal(early.SIGUSR2, early.SIG_IGN)
 
 import argparse
+import array
 import binascii
 import collections
 import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import math
+import operator
 import os
 import re
 import resource
@@ -101,6 +105,7 @@ import termios
 import threading
 import time
 import traceback
+import weakref
 import zlib
 
 __version__ = '1.0.0'
@@ -111,8 +116,6 @@ __version__ = '1.0.0'
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 if sys.version_info[0] == 2:
-    CRC_TYPE = 'i'                      # zlib.crc32 is signed there
-
     def to_int(data):
         """Bytes to the integer that they are, big-endian."""
         return int(binascii.hexlify(data), 16)
@@ -125,19 +128,13 @@ if sys.version_info[0] == 2:
         """Bytes of a bytearray, not copied, for zlib.crc32."""
         return buffer(data, start, size)            # noqa: F821
 
-    def join(parts):
-        """One bytes of many parts."""
-        return b''.join([bytes(piece) for piece in parts])
-
     def monotonic():
         """Seconds on a clock that nobody sets (clock_gettime(2))."""
         timespec = (ctypes.c_long * 2)()
         LIBC.clock_gettime(1, timespec)             # CLOCK_MONOTONIC
         return timespec[0] + timespec[1] * 1e-9
 else:
-    CRC_TYPE = 'I'
     from time import monotonic
-    join = b''.join
 
     def part(data, start, size):
         """Bytes of a bytearray, not copied, for zlib.crc32."""
@@ -365,12 +362,13 @@ WELCOME = b'\x20'
 AGAIN = b'\x40'
 BYE = b'\x80'
 STATE = b'\x13'
+SUMS = b'\x16'
 U32 = struct.Struct('<I')
 PORT = struct.Struct('>H')
 GROUP_INFO = struct.Struct('<H2s4s8s')              # a sockaddr_in of x86 Linux
 ROUND = struct.Struct('<4I')                        # the spec's buffer_ctl
 PLACE = struct.Struct('<Q')                         # of a round in the image, bytes
-PACKET = struct.Struct('<I' + CRC_TYPE + 'I')       # the spec's packet_ctl
+PACKET = struct.Struct('<3I')                       # the spec's packet_ctl
 REPAIR = struct.Struct('<3I')                       # what follows AGAIN and the round's number
 FIGURES_OF_ROUND = struct.Struct('<5I')             # what follows DONE or REQUEST and its number
 PIECE = struct.Struct('<3I')                        # between clients: round, first packet, bytes
@@ -504,8 +502,7 @@ def plain_crc(payload, _number):
 def c_sum(payload, _number):
     """The checksum of the C implementation: the sum of little-endian words."""
     words = bytes(payload) + b'\0' * (-len(payload) % 4)
-    total = sum(struct.unpack('<%dI' % (len(words) // 4), words)) & MASK
-    return struct.unpack('<' + CRC_TYPE, U32.pack(total))[0]
+    return sum(struct.unpack('<%dI' % (len(words) // 4), words)) & MASK
 
 
 # ---- what is missing of a round: one int, whose bit i stands for packet i
@@ -534,6 +531,10 @@ GAP_DIGITS = b'1' + b'0' * 255
 def how_many(gaps):
     """How many bits are set."""
     return bin(gaps).count('1')
+
+
+if hasattr(int, 'bit_count'):           # 3.10 and later
+    how_many = int.bit_count            # noqa: F811
 
 
 def runs(gaps):
@@ -571,7 +572,7 @@ class SessionDialect(object):
     ends = False                        # the image's end is a round of 0 packets
     window = 4                          # rounds under way at once
     seqs = REPAIR_BIT - 1               # data packets count modulo this and one
-    checks = (zlib.crc32,)              # of a packet, as Buffer takes them
+    checks = (zlib.crc32,)              # of a packet, as Buffer takes them, where no digest covers a round
     server_stall = client_stall = STALL     # seconds
 
     @staticmethod
@@ -595,6 +596,11 @@ class SessionDialect(object):
     def packets(number):
         """What comes before packets on TCP."""
         return PACKETS + U32.pack(number & MASK)
+
+    @staticmethod
+    def sums(number, sums):
+        """The CRC-32 of each packet of the round, for a client whose digest differs."""
+        return SUMS + struct.pack('<%dI' % (2 + len(sums)), len(sums), number & MASK, *sums)
 
     @staticmethod
     def again(number, first, recipe_count, combinations):
@@ -633,6 +639,13 @@ class SessionDialect(object):
             return 1
         if kind in (BYE, WELCOME, STATE, UPSTREAM, FOLLOWER):
             return frame_size(head)
+        if kind == SUMS:
+            if len(head) < 5:
+                return None
+            count, = U32.unpack(head[1:5])
+            if not 0 < count <= MAX_PACKETS:
+                raise ProtocolError('sums of %s' % counted(count, 'packet'))
+            return 9 + 4 * count
         sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
                  AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
         if kind not in sizes:
@@ -668,6 +681,11 @@ class SessionDialect(object):
         return pack_frame(RELAY, dict(fields, token=hexadecimal(token)))
 
     @staticmethod
+    def ask_for_sums(number):
+        """The round's digest differs: which packets are damaged?"""
+        return SUMS + U32.pack(number)
+
+    @staticmethod
     def client_message_size(head, count_of):
         """The size in bytes of a client's message that begins with `head`.
 
@@ -678,7 +696,7 @@ class SessionDialect(object):
         kind = head[:1]
         if kind == ALIVE:
             return 1
-        if kind == READY:
+        if kind in (READY, SUMS):
             return 1 + U32.size
         if kind in (HELLO, BYE, STATE, RELAY):
             return frame_size(head)
@@ -961,11 +979,12 @@ class SemLink(object):
 # Rounds
 # ---------------------------------------------------------------------------
 
-def consecutive(seq, count):
-    """`count` seqs from `seq` on, modulo 2^32."""
-    if seq + count <= MASK:
-        return tuple(range(seq, seq + count))
-    return tuple([(seq + i) & MASK for i in range(count)])
+def consecutive(first, count):
+    """`count` numbers from `first` on, modulo 2^32."""
+    first &= MASK
+    if first + count <= MASK:
+        return range(first, first + count)
+    return [(first + i) & MASK for i in range(count)]
 
 
 def stretches(numbers):
@@ -979,11 +998,21 @@ def stretches(numbers):
         yield start, len(numbers)
 
 
+def pack_headers(base, sums, size, count):
+    """The headers of `count` packets with consecutive seqs from `base` on, and payloads of one size, as bytes."""
+    words = array.array('I', [size]) * (3 * count)
+    words[0::3] = array.array('I', consecutive(base, count))
+    words[1::3] = array.array('I', sums)
+    if sys.byteorder == 'big':
+        words.byteswap()
+    return words.tobytes() if hasattr(words, 'tobytes') else words.tostring()
+
+
 class Batch(object):
     """Structs for many adjacent packets of one size at once, by their number.
 
-    One call takes 44 packets apart into 44 x (seq, crc, size, payload), or
-    puts them together; that is what makes the per-packet loops short.
+    One call takes 44 packets apart into 44 x (header, payload), or puts them
+    together; that is what makes the per-packet loops short.
     """
 
     # Packets in one call.  Of 1460 bytes, so many are less than what malloc
@@ -993,9 +1022,11 @@ class Batch(object):
 
     def __init__(self, payload):
         """payload: bytes in each packet."""
-        self._formats = {'packets': 'I%sI%ds' % (CRC_TYPE, payload),
-                         'payloads': '%ds' % payload,
-                         'headers': 'I%sI%dx' % (CRC_TYPE, payload)}
+        self._formats = {'packets': '%ds%ds' % (PACKET.size, payload),
+                         'headers': '%ds%dx' % (PACKET.size, payload),
+                         'payloads': '%dx%ds' % (PACKET.size, payload),
+                         'fields': '3I%dx' % payload,
+                         'bare': '%ds' % payload}
         self._structs = {}
 
     @classmethod
@@ -1005,59 +1036,49 @@ class Batch(object):
             cls._known[payload] = cls(payload)
         return cls._known[payload]
 
-    def _struct(self, kind, count):
+    def __call__(self, kind, count):
+        """A Struct of `count` adjacent packets: their `packets` (header and payload of each), `headers`,
+        `payloads`, or the `fields` of their headers (seq, crc, size); or of `bare` payloads, back to back."""
         if (kind, count) not in self._structs:
             self._structs[kind, count] = struct.Struct('<' + self._formats[kind] * count)
         return self._structs[kind, count]
 
-    def packets(self, count):
-        """A Struct of count x (seq, crc, size, payload)."""
-        return self._struct('packets', count)
-
-    def payloads(self, count):
-        """A Struct of count x payload, back to back."""
-        return self._struct('payloads', count)
-
-    def headers(self, count):
-        """A Struct of count x (seq, crc, size) of adjacent packets."""
-        return self._struct('headers', count)
-
 
 class Buffer(object):
-    """One round of packets, each in its slot as it goes on the wire.
+    """One round of packets: their payloads back to back, and their headers.
 
     The spec's buffer_ctl, its packets and their operations.  A server fills
-    it from the image and sends slices of it; a client puts what it receives
+    it from the image and sends of it; a client puts what it receives
     and flushes it when nothing is missing.  A repair pass is one as well.
 
     base        seq of the first packet (packet_id_base)
     count       packets in the round (pkt_count)
     size        bytes of payload in the round (buffer_size)
+    headers     of the packets, a bytearray; at a client what they must be, as far as that is known
+    payloads    a bytearray; that of packet i begins at i times a full one's size
+    short       index -> bytes, of the packets with less than a full payload
     received    packets of this round that have arrived
     damaged     datagrams with a wrong size or checksum, over all rounds
     """
 
-    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,), checking=True):
+    def __init__(self, payload, capacity, salt=0, checks=(zlib.crc32,)):
         """buffer_init.
 
         payload: bytes in a full packet; capacity: packets at the most.
         salt, checks: a packet's checksum is check(payload, salt + seq).  Two
         checks are candidates, and the first good packet decides between them
-        (pass the same list to all buffers of a transfer).  checking: whether put()
-        looks at checksums; else a digest of the whole round does, and damaged() after it.
+        (pass the same list to all buffers of a transfer).  Without one a digest covers
+        the round: what stands in a checksum's place then is salt + seq.
         """
-        self.checking = checking
         self.payload = payload
         self.capacity = capacity
         self.slot = PACKET.size + payload
         self.salt = salt
         self.checks = checks
         self.damaged = 0
-        self._bytes = bytearray(capacity * self.slot)
-        self._view = memoryview(self._bytes)
-        self._batch = Batch.of(payload)
-        self._payloads = []             # of each slot, made when first needed
-        self._flat = None               # payloads back to back, made when first needed
+        self.headers = bytearray(capacity * PACKET.size)
+        self.payloads = bytearray(capacity * payload)
+        self._view = memoryview(self.payloads)
         self.start(0, 0, 0)
 
     # ---- what a round is
@@ -1073,16 +1094,18 @@ class Buffer(object):
         self.size = size
         self.ended = False
         self.limit = self.capacity
-        self._area, self._read = None, 0            # bytes of the image as they are read, and how many
-        self._short = {}                # size of the packets that are short
+        self._read = 0                  # bytes of the image, as far as they are read
+        self._slots = None              # see packets()
+        self._sums = None               # see sums()
+        self.short = {}
         self._any_size = size is None
-        self._full_sized = count        # so many packets may be, or must be
         if size is not None and size != count * self.payload:
-            self._full_sized = count - 1
-            self._short[count - 1] = size - (count - 1) * self.payload
+            self.short[count - 1] = size - (count - 1) * self.payload
         self._have = bytearray(count)
         self._missing = count
         self.received = 0
+        if not self.checks:
+            self._head(0, count)
 
     def index(self, seq):
         """The place of a seq in the round, from 0; it may lie outside."""
@@ -1090,162 +1113,174 @@ class Buffer(object):
 
     def packet_size(self, index):
         """The payload in bytes of a packet of this round."""
-        return self._short.get(index, self.payload)
+        return self.short.get(index, self.payload)
+
+    def view(self, first, last):
+        """The payloads from index first up to last, a memoryview; only the last may be short."""
+        return self._view[first * self.payload:(last - 1) * self.payload + self.packet_size(last - 1)]
+
+    def _check(self, index):
+        """The checksum that a packet should have."""
+        start = index * self.payload
+        return self.checks[0](part(self.payloads, start, self.packet_size(index)),
+                              self.salt + self.base + index) & MASK
+
+    def _head(self, first, last):
+        """Write the headers from index first up to last."""
+        sums = [self._check(index) for index in range(first, last)] if self.checks else consecutive(
+            self.salt + self.base + first, last - first)
+        self.headers[first * PACKET.size:last * PACKET.size] = pack_headers(
+            self.base + first, sums, self.payload, last - first)
+        for index in self.short:
+            if first <= index < last:
+                U32.pack_into(self.headers, index * PACKET.size + 8, self.short[index])
+
+    def _headers(self, first, count):
+        return Batch.of(PACKET.size)('bare', count).unpack_from(self.headers, first * PACKET.size)
 
     # ---- the server's side
+
+    READ = 512 << 10                    # bytes to read at once
 
     def fill(self, source):
         """Read once from the image and make packets of it: buffer_fill.
 
-        source.area(size) -> a memoryview for the round's bytes; source.read_into(view) -> bytes
-        read, 0 at the image's end, None if there is nothing yet; source.hash(view): they are
-        all there.  Only the last packet of the image is short.  Sets `ended` at the image's end.
+        source.read_into(memoryview) -> bytes read, 0 at the image's end, None if there is
+        nothing yet; source.hash(memoryview): they are all there.  Only the last packet of the
+        image is short.  Sets `ended` at the image's end.
         """
-        payload, first = self.payload, self.count
-        if self._area is None:
-            self._area = source.area(self.limit * payload)
-        area = self._area
-        room = min(first + Batch.MOST, self.limit) * payload
-        got = source.read_into(area[self._read:room])
+        room = min(self._read + self.READ, self.limit * self.payload)
+        got = source.read_into(self._view[self._read:room])
         if got is None:
             return
         self._read += got
-        count = self._read // payload - first
-        if count:
-            pieces = self._batch.payloads(count).unpack_from(area, first * payload)
-            seq = (self.base + first) & MASK
-            fields = [payload] * (4 * count)
-            fields[0::4] = consecutive(seq, count)
-            fields[1::4] = map(self.checks[0], pieces,
-                               range(self.salt + seq, self.salt + seq + count))
-            fields[3::4] = pieces
-            self._batch.packets(count).pack_into(
-                self._bytes, first * self.slot, *fields)
-            self.count += count
-            self.size += count * payload
-        if not got:
-            if self._read > self.size:
-                self.add(area[self.size:self._read].tobytes())
-            self.ended = True
+        first, self.ended = self.count, not got
+        self.count = self._read // self.payload
+        if self.ended and self._read % self.payload:
+            self.short[self.count] = self._read % self.payload
+            self.count += 1
+        self._head(first, self.count)
+        self.size = self._read if self.ended else self.count * self.payload
         if self.full:
-            source.hash(area[:self.size])
-            self._area = None
+            source.hash(self._view[:self.size])
 
     full = property(lambda self: self.ended or self.count >= self.limit)
 
     def add(self, data):
         """Add one packet with a payload of up to a full one's size."""
-        index, seq = self.count, (self.base + self.count) & MASK
-        start = index * self.slot
-        PACKET.pack_into(self._bytes, start, seq,
-                         self.checks[0](data, self.salt + seq), len(data))
-        self._view[start + PACKET.size:start + PACKET.size + len(data)] = data
+        index, start = self.count, self.count * self.payload
+        self._view[start:start + len(data)] = data
         if len(data) != self.payload:
-            self._short[index] = len(data)
+            self.short[index] = len(data)
         self.count += 1
         self.size += len(data)
+        self._head(index, self.count)
 
     def get(self, seq):
         """A packet as it goes on the wire, a memoryview: packet_get."""
         return self.packets(self.index(seq), self.index(seq) + 1)[0]
 
+    def packet(self, index):
+        """A packet as it goes on the wire, bytes."""
+        return (bytes(self.headers[index * PACKET.size:(index + 1) * PACKET.size])
+                + self.view(index, index + 1).tobytes())
+
     def packets(self, first, last):
-        """The packets from index first up to last as few adjacent slices.
+        """The packets from index first up to last, header and payload of each, as few adjacent slices.
 
         Returns memoryviews; only the last packet of each may be short.
         """
+        if self._slots is None:         # all of them, once for all who ask
+            slots = bytearray(self.count * self.slot)
+            for start in range(0, self.count, Batch.MOST):
+                count = min(Batch.MOST, self.count - start)
+                fields = [None] * (2 * count)
+                fields[0::2] = self._headers(start, count)
+                fields[1::2] = Batch.of(self.payload)('bare', count).unpack_from(
+                    self.payloads, start * self.payload)
+                Batch.of(self.payload)('packets', count).pack_into(slots, start * self.slot, *fields)
+            self._slots = memoryview(slots)
         slices = []
-        ends = sorted(i + 1 for i in self._short if first <= i < last - 1)
+        ends = sorted(i + 1 for i in self.short if first <= i < last - 1)
         for end in ends + [last]:
             stop = end * self.slot - self.payload + self.packet_size(end - 1)
-            slices.append(self._view[first * self.slot:stop])
+            slices.append(self._slots[first * self.slot:stop])
             first = end
         return slices
 
+    def sums(self):
+        """CRC-32 of each payload: for a client whose round differs from its digest."""
+        if self._sums is None:
+            self._sums = [zlib.crc32(part(self.payloads, i * self.payload, self.packet_size(i))) & MASK
+                          for i in range(self.count)]
+        return self._sums
+
     # ---- the client's side
 
-    def put(self, data, offset, count, payload, checking=None):
+    def put(self, data, offset, count, payload):
         """Take received packets that lie back to back: packet_put.
 
         data, offset: where they are; count: how many; payload: bytes of each
-        behind its header; checking: whether to look at checksums (as the Buffer does).
-        Those outside the round, duplicates, and those whose size or checksum is wrong
-        are ignored.
+        behind its header.  Those outside the round, duplicates, and those whose size or
+        checksum is wrong are ignored.
         """
-        checking = self.checking if checking is None else checking
-        if not 0 < payload <= self.payload:
-            self.damaged += count
-            return
-        slot = PACKET.size + payload
-        headers = Batch.of(payload).headers(count).unpack_from(data, offset)
-        first = (headers[0] - self.base) & MASK
+        first = self.index(U32.unpack_from(data, offset)[0])
         last = first + count
-        if (payload == self.payload and last <= self._full_sized and len(self.checks) == 1
-                and headers[0::3] == consecutive(headers[0], count)
-                and headers[2::3].count(payload) == count
-                and self._have.find(b'\1', first, last) < 0):
-            # Most likely all are as they should be: so to their place with them.
-            self._view[first * slot:last * slot] = memoryview(data)[
-                offset:offset + count * slot]
-            if not checking or self._sums(first, last) == headers[1::3]:
-                self._have[first:last] = b'\1' * count
-                self._missing -= count
-                self.received += count
-                return
-        self._put_mixed(data, offset, count, payload, checking)
+        there = self._have.count(b'\1', first, last) if last <= self.count else None
+        if there == count:
+            return
+        if there == 0 and 0 < payload <= self.payload and self._right(data, offset, first, count, payload):
+            pieces = Batch.of(payload)('payloads', count).unpack_from(data, offset)
+            if payload == self.payload:
+                start = first * payload
+                self._view[start:start + count * payload] = b''.join(pieces)
+            else:
+                for index, piece in enumerate(pieces, first):
+                    start = index * self.payload
+                    self._view[start:start + payload] = piece
+                    self.short[index] = payload
+            self.arrived(first, last)
+        elif count > 1:                 # some of them are not as they should be, or not in order
+            half = count // 2
+            self.put(data, offset, half, payload)
+            self.put(data, offset + half * (PACKET.size + payload), count - half, payload)
+        elif first < self.count:
+            self.damaged += 1
 
-    def _sums(self, first, last):
-        """The checksums that the full packets from index first up to last should have."""
+    def _right(self, data, offset, first, count, payload):
+        """Whether received packets are those from index first on, with sizes and checksums as they should be."""
+        if not self._any_size and not self.packet_size(first) == payload == self.packet_size(first + count - 1):
+            return False
+        if not self.checks:             # then the headers are known
+            return Batch.of(payload)('headers', count).unpack_from(data, offset) == self._headers(first, count)
+        fields = Batch.of(payload)('fields', count).unpack_from(data, offset)
+        if fields[2::3].count(payload) < count or fields[0::3] != tuple(consecutive(fields[0], count)):
+            return False
+        pieces = Batch.of(payload)('payloads', count).unpack_from(data, offset)
         number = self.salt + self.base + first
-        return tuple(map(self.checks[0], self._parts(first, last),
-                         range(number, number + last - first)))
+        for check in self.checks:
+            if fields[1::3] == tuple([check(piece, i) & MASK for i, piece in enumerate(pieces, number)]):
+                if len(self.checks) > 1:
+                    self.checks[:] = [check]
+                return True
+        return False
 
-    def _put_mixed(self, data, offset, count, payload, checking):
-        """Take packets of which some may be elsewhere, twice, or damaged."""
-        fields = Batch.of(payload).packets(count).unpack_from(data, offset)
-        seqs, crcs, sizes, pieces = [fields[i::4] for i in range(4)]
-        if len(self.checks) > 1:
-            matching = [check for check in self.checks if check(pieces[0], 0) == crcs[0]]
-            self.checks[:] = matching[:1] or self.checks
-        slot = PACKET.size + payload
-        # A check takes its number modulo 2^32.
-        sums = tuple(map(self.checks[0], pieces, [self.salt + seq for seq in seqs])) if checking else crcs
-        for start, stop in stretches(seqs):
-            first = (seqs[start] - self.base) & MASK
-            last = first + stop - start
-            if (payload == self.payload and last <= self._full_sized
-                    and sums[start:stop] == crcs[start:stop]
-                    and sizes[start:stop] == (payload,) * (stop - start)
-                    and self._have.find(b'\1', first, last) < 0):
-                self._view[first * slot:last * slot] = memoryview(data)[
-                    offset + start * slot:offset + stop * slot]
-                self._have[first:last] = b'\1' * (stop - start)
-                self._missing -= stop - start
-                self.received += stop - start
-                continue
-            for i in range(start, stop):
-                index = (seqs[i] - self.base) & MASK
-                if sums[i] != crcs[i] or sizes[i] != payload:
-                    self.damaged += 1
-                elif (index < self.count and not self._have[index]
-                      and (self._any_size or payload == self.packet_size(index))):
-                    self._store(index, payload, data, offset + i * slot)
+    def arrived(self, first, last):
+        """The payloads from index first up to last are in their place."""
+        fresh = last - first - self._have.count(b'\1', first, last)
+        self._have[first:last] = b'\1' * (last - first)
+        self._missing -= fresh
+        self.received += fresh
 
-    def _parts(self, first, last):
-        """The payloads in the slots from index first up to last, not copied."""
-        if not self._payloads:
-            self._payloads = [part(self._bytes, start + PACKET.size, self.payload)
-                              for start in range(0, len(self._bytes), self.slot)]
-        return self._payloads[first:last]
+    def in_place(self, headers, first, count, size):
+        """Whether packets that came straight to their place, `size` bytes of them, are those from index first on.
 
-    def _store(self, index, payload, data, offset):
-        start, size = index * self.slot, PACKET.size + payload
-        self._view[start:start + size] = memoryview(data)[offset:offset + size]
-        if payload != self.payload:
-            self._short[index] = payload
-        self._have[index] = 1
-        self._missing -= 1
-        self.received += 1
+        headers: the received ones, of a whole round.
+        """
+        last = first + count
+        part_of_round = slice(first * PACKET.size, last * PACKET.size)
+        return (0 < count <= self.count - first and size == count * PACKET.size + len(self.view(first, last))
+                and headers[part_of_round] == self.headers[part_of_round])
 
     complete = property(lambda self: not self._missing)
 
@@ -1253,11 +1288,13 @@ class Buffer(object):
         """Whether a packet has arrived, by its place in the round."""
         return bool(self._have[index])
 
+    def lacks(self, first, last):
+        """Whether none of the packets from index first up to last has arrived."""
+        return self._have.find(b'\1', first, last) < 0
+
     def missing(self):
         """What has not arrived, as bits."""
         return gaps_of(self._have) if self._missing else 0
-
-    # ---- for the chain
 
     def here(self, first, last):
         """(start, stop) of the first packets in a row, from index first up to last, that have arrived; None if none."""
@@ -1267,75 +1304,38 @@ class Buffer(object):
         stop = self._have.find(b'\0', start, last)
         return start, last if stop < 0 else stop
 
-    def size_of(self, first, last):
-        """Bytes in the payloads from index first up to last."""
-        size = (last - first) * self.payload
-        return size - self.payload + self.packet_size(last - 1) if last == self.count else size
-
-    def view(self, first, last):
-        """A memoryview of the payloads from index first up to last, back to back: to be read, or written to."""
-        if self._flat is None:
-            self._flat = memoryview(bytearray(self.capacity * self.payload))
-        for index in range(first, last):
-            if self._have[index]:
-                start = index * self.payload
-                size = self.packet_size(index)
-                self._flat[start:start + size] = self._parts(index, index + 1)[0][:size]
-        return self._flat[first * self.payload:first * self.payload + self.size_of(first, last)]
-
-    def arrived(self, first, last):
-        """The payloads from index first up to last were written to their view().  Nobody knows their checksums."""
-        for index in range(first, last):
-            if not self._have[index]:
-                start, size = index * self.payload, self.packet_size(index)
-                header = PACKET.pack((self.base + index) & MASK, 0, size)
-                self._store(index, size, bytearray(header) + self._flat[start:start + size], 0)
-
-    def damaged_packets(self):
-        """Which packets have a wrong checksum, as bits; of a complete round."""
-        good = bytearray(self.count)
-        for first in range(0, self._full_sized, Batch.MOST):
-            last = min(first + Batch.MOST, self._full_sized)
-            headers = self._batch.headers(last - first).unpack_from(self._bytes, first * self.slot)
-            good[first:last] = bytearray([ours == theirs for ours, theirs in zip(
-                self._sums(first, last), headers[1::3])])
-        for index in range(self._full_sized, self.count):
-            size = self.packet_size(index)
-            seq, crc, _ = PACKET.unpack_from(self._bytes, index * self.slot)
-            payload = part(self._bytes, index * self.slot + PACKET.size, size)
-            good[index] = self.checks[0](payload, self.salt + seq) == crc
-        return gaps_of(good)
+    def differing(self, sums):
+        """Which packets have another CRC-32 than that in `sums`, as bits."""
+        return gaps_of(bytearray([ours == theirs for ours, theirs in zip(self.sums(), sums)]))
 
     def forget(self, gaps):
         """Some packets have not arrived after all."""
         for place in places(gaps):
             self._have[place] = 0
         self._missing += how_many(gaps)
+        self._sums = None
 
     def payload_of(self, index):
         """The payload of a packet by its place, padded with zeros to a full one."""
-        start = index * self.slot + PACKET.size
-        data = self._view[start:start + self.packet_size(index)].tobytes()
-        return data + b'\0' * (self.payload - len(data))
+        start = index * self.payload
+        return self._view[start:start + self.packet_size(index)].tobytes().ljust(self.payload, b'\0')
 
     def restore(self, index, padded):
-        """Put a packet's payload that was solved for (see Coded repair).
-
-        Its checksum is not known.  If it was solved with packets that nobody has
-        checked, it may be wrong, and then is one of damaged_packets(): 0 matches nothing.
-        """
-        size = self.packet_size(index)
-        header = PACKET.pack((self.base + index) & MASK, 0, size)
-        self._store(index, size, bytearray(header + padded[:size]), 0)
+        """Put a packet's payload that was solved for (see Coded repair)."""
+        start, size = index * self.payload, self.packet_size(index)
+        self._view[start:start + size] = padded[:size]
+        self.arrived(index, index + 1)
 
     def flush(self):
-        """The round's bytes in pieces, for the output: buffer_flush."""
-        for first in range(0, self.count, Batch.MOST):
-            pieces = self._parts(first, min(first + Batch.MOST, self.count))
-            if self._short:
-                pieces = [piece[:self.packet_size(first + i)]
-                          for i, piece in enumerate(pieces)]
-            yield join(pieces)
+        """The round's bytes in pieces, for the output: buffer_flush.
+
+        They are memoryviews of the buffer itself.
+        """
+        first = 0
+        for last in sorted(index + 1 for index in self.short if index < self.count - 1) + [self.count]:
+            if last > first:
+                yield self.view(first, last)
+            first = last
 
 
 # ---------------------------------------------------------------------------
@@ -1347,59 +1347,57 @@ class Buffer(object):
 # no client lacks more than one of them.
 
 MOST_MEMBERS = 600                      # a recipe must fit in a datagram
-MOST_COLLISIONS = 200                   # in a row, until a group is closed
 AT_A_TIME = 200                         # packets, between two moments for others
 
 
 def combine(requests, most=MOST_MEMBERS):
     """Group lost packets so that no client lacks two of one group.
 
-    requests: what each client asked for, as bits.  Greedy, most wanted packet
-    first, each into the first group in which it collides with no client.  A group
-    that has collided with a set of clients always will, so it is not tried again for
-    the same set; and one that collides MOST_COLLISIONS times in a row is as good as
-    full.  So the time is linear in what was lost.
+    requests: what each client asked for, as bits.  Greedy, one group after the other,
+    the most wanted packets first: each packet that is taken leaves those that none
+    of its clients lacks.  So the time is linear in what was lost.
 
     Yields lists of places as far as they are found, now and then, so that others get
     their turn; the last ones are complete.
     """
-    wanted = collections.defaultdict(int)           # place -> clients, as bits
-    popular = collections.defaultdict(int)          # place -> how many they are
-    groups, taken, collisions = [], [], []          # members; clients as bits; how often in a row
-    work = 0
-    for number, gaps in enumerate(requests):
-        client = 1 << number
-        for place in places(gaps):
-            wanted[place] |= client
-            popular[place] += 1
-            work += 1
+    groups, work, everything = [], 0, 0
+    for gaps in requests:
+        everything |= gaps
+    lacking = [[] for _ in range(everything.bit_length())]      # by place: what those who lack it do not lack
+    for gaps in requests:
+        others, lost = everything ^ gaps, places(gaps)
+        for place in lost:
+            lacking[place].append(others)
+        work += len(lost)
         if work > 10 * AT_A_TIME:
             work = 0
             yield groups
-    everybody = (1 << len(requests)) - 1
-    tried = collections.defaultdict(int)            # clients -> groups that are of no use to them
-    closed = 0                                      # so many groups at the front are full
-    for done, place in enumerate(sorted(wanted, key=lambda place: (-popular[place], place))):
-        mask = wanted[place]
-        while closed < len(groups) and taken[closed] == everybody:
-            closed += 1
-        at = max(closed, tried[mask])
-        while at < len(groups) and (taken[at] & mask or len(groups[at]) >= most):
-            collisions[at] += 1
-            if collisions[at] > MOST_COLLISIONS:
-                taken[at] = everybody
-            at += 1
-        if at == len(groups):
-            groups.append([])
-            taken.append(0)
-            collisions.append(0)
-        groups[at].append(place)
-        taken[at] |= mask
-        collisions[at] = 0
-        tried[mask] = at + 1
-        if not (done + 1) % AT_A_TIME:
+    classes = collections.defaultdict(lambda: bytearray(len(lacking)))
+    for place, clients in enumerate(lacking):       # by how popular they are
+        classes[len(clients)][place] = 1
+    popular = [gaps_of(classes[size].translate(SWAPPED)) for size in sorted(classes, reverse=True) if size]
+    left = everything                               # in no group yet
+    while left:
+        members, free = [], left
+        for like in popular:
+            fitting = free & like
+            while fitting and len(members) < most:
+                place = fitting.bit_length() - 1
+                members.append(place)
+                left ^= 1 << place
+                free = functools.reduce(operator.and_, lacking[place], free)
+                fitting = free & like
+                work += 1
+            if not free:
+                break
+        groups.append(members)
+        if work > AT_A_TIME:
+            work = 0
             yield groups
     yield groups
+
+
+SWAPPED = b'\1' + b'\0' * 255           # of flags: 0 and what is not
 
 
 def recipes(groups, number, room):
@@ -1437,10 +1435,10 @@ def encode_repair(buffer, groups, number, salt):
     Yields them as far as they are made, as combine() does.
     """
     first = recipes(groups, number, buffer.payload)
-    coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT)
+    coded = Buffer(buffer.payload, len(first) + len(groups), salt - REPAIR_BIT, buffer.checks)
     coded.start(REPAIR_BIT + number, 0, 0)
     for payload in first:
-        coded.add(payload)
+        coded.add(payload.ljust(buffer.payload, b'\0'))
     work = 0
     for members in groups:
         total = 0
@@ -1461,8 +1459,8 @@ def read_recipe(payload):
     number, offset = U32.unpack_from(payload)[0], U32.size
     while offset + 2 <= len(payload):
         count = struct.unpack_from('<H', payload, offset)[0]
-        if offset + 2 + 2 * count > len(payload):
-            return
+        if not count or offset + 2 + 2 * count > len(payload):
+            return                      # the rest is padding
         yield number, struct.unpack_from('<%dH' % count, payload, offset + 2)
         number += 1
         offset += 2 + 2 * count
@@ -1477,8 +1475,7 @@ def solve(buffer, coded, recipe_count):
     for place in range(min(recipe_count, coded.count)):
         if not coded.has(place):
             continue
-        recipe = coded.payload_of(place)[:coded.packet_size(place)]
-        for number, members in read_recipe(recipe):
+        for number, members in read_recipe(coded.payload_of(place)):
             at = coded.index(REPAIR_BIT + number)
             if at >= coded.count or not coded.has(at) or at < recipe_count:
                 continue
@@ -1527,9 +1524,10 @@ NO_SUCH_WAY = frozenset((errno.EIO, errno.EINVAL, errno.EMSGSIZE,
                          errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
 QUEUE_FULL = frozenset((errno.ENOBUFS, errno.ENOMEM))
 
-# struct iovec, and struct mmsghdr: name, its length, iovec, how many,
-# control, its length, flags; bytes received (0P: aligned as a pointer is).
+# struct iovec; struct msghdr: name, its length, iovec, how many, control, its length, flags
+# (0P: aligned as a pointer is); and struct mmsghdr, which adds the bytes received.
 IOVEC = struct.Struct('@PL')
+MSGHDR = struct.Struct('@PIPLPLi0P')
 MMSGHDR = 'PIPLPLi0PI0P'
 CMSG = struct.Struct('@Lii')            # struct cmsghdr: its length, level, type; cmsg(3)
 CMSG_INT = struct.Struct('@i')
@@ -1543,50 +1541,131 @@ def address_of(data):
     return ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data))
 
 
+def message_call(name, fd, address, *more):
+    """sendmsg(2) and its kin with what lies at an address, without waiting.  Raises OSError."""
+    function = getattr(LIBC, name, None)
+    if function is None:
+        raise OSError(errno.ENOSYS, 'no %s' % name)
+    result = function(fd, ctypes.c_void_p(address), *more)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def describe(count, *regions):
+    """A struct iovec for each part of some regions of memory, taken in turn: part 0 of each, part 1 of each, ...
+
+    count: parts of each; regions: (address, bytes of a part, parts), those of fewer parts come again and again.
+    """
+    step = 2 * len(regions)
+    words = array.array('L', [0]) * (count * step)
+    for i, (address, size, parts) in enumerate(regions):
+        addresses = array.array('L', range(address, address + parts * size, size))
+        words[2 * i::step] = (addresses * -(-count // max(1, parts)))[:count]
+        words[2 * i + 1::step] = array.array('L', [size]) * count
+    return words
+
+
 class MessageVector(object):
     """Many struct mmsghdr at once, for sendmmsg(2) and recvmmsg(2)."""
 
-    def __init__(self, messages):
-        """messages: a list of (iovecs, control address, control size);
-        iovecs: a list of (address, size).  Addresses must stay valid."""
-        iovecs = [iovec for entry in messages for iovec in entry[0]]
-        self._iovecs = bytearray(IOVEC.size * len(iovecs))
-        for i, iovec in enumerate(iovecs):
-            IOVEC.pack_into(self._iovecs, i * IOVEC.size, *iovec)
-        where = address_of(self._iovecs)
-        self._one = struct.Struct('@' + MMSGHDR)
+    WORDS = 8                           # in one; those that are shorter have padding, or there are 32 bits in all
+
+    def __init__(self, iovecs, each, controls=None):
+        """iovecs: of describe(), `each` for a message; controls: where there is room for control
+        data, of describe(), for as many messages.  What is described must stay where it is."""
+        self._iovecs, count = iovecs, len(iovecs) // 2 // each
+        start, size = iovecs.buffer_info()[0], each * IOVEC.size
+        words = array.array('L', [0]) * (self.WORDS * count)
+        words[2::self.WORDS] = array.array('L', range(start, start + count * size, size))
+        words[3::self.WORDS] = array.array('L', [each]) * count
+        if controls:
+            words[4::self.WORDS], words[5::self.WORDS] = controls[0::2], controls[1::2]
+        self._size = self.WORDS * words.itemsize
         self._all = {}
-        self._template = bytearray(self._one.size * len(messages))
-        for i, (vector, control, size) in enumerate(messages):
-            self._one.pack_into(self._template, i * self._one.size, 0, 0,
-                                where, len(vector), control, size, 0, 0)
-            where += IOVEC.size * len(vector)
+        self._template = bytearray(words)
         self._headers = bytearray(self._template)
         self._address = address_of(self._headers)
 
-    def send(self, fd, count):
-        """sendmmsg(2) of the first `count`: how many were sent; raises OSError."""
-        return self._call('sendmmsg', fd, count)
+    def send(self, fd, first, count):
+        """sendmmsg(2) of `count` from message `first` on: how many were sent; raises OSError."""
+        return message_call('sendmmsg', fd, self._address + first * self._size, count, MSG_DONTWAIT)
 
-    def receive(self, fd, count):
-        """recvmmsg(2) without waiting: (sizes, control sizes) in bytes."""
-        self._headers[:] = self._template
-        got = self._call('recvmmsg', fd, count, None)
+    def receive(self, fd, first, count):
+        """recvmmsg(2) of up to `count` from message `first` on, without waiting: (sizes, control sizes) in bytes."""
+        start = first * self._size
+        used = slice(start, start + count * self._size)
+        self._headers[used] = self._template[used]
+        got = message_call('recvmmsg', fd, self._address + start, count, MSG_DONTWAIT, None)
         if got not in self._all:
             self._all[got] = struct.Struct('@' + MMSGHDR * got)
-        fields = self._all[got].unpack_from(self._headers)
+        fields = self._all[got].unpack_from(self._headers, start)
         return fields[7::8], fields[5::8]
 
-    def _call(self, name, fd, count, *more):
-        function = getattr(LIBC, name, None)
-        if function is None:
-            raise OSError(errno.ENOSYS, 'no %s' % name)
-        headers = ctypes.c_void_p(self._address)
-        result = function(fd, headers, count, MSG_DONTWAIT, *more)
-        if result < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        return result
+
+class PacketVector(object):
+    """Where the headers and payloads of a Buffer's packets lie, so that the kernel moves them itself.
+
+    headers     where they are, a bytearray: those of the Buffer, or another one for what is to be received
+    """
+
+    def __init__(self, buffer, headers, spill=None, controls=None):
+        """buffer: a Buffer; headers: a bytearray of its capacity of them; spill, controls: regions as describe() takes
+        them, to receive what is longer than a packet, and control data."""
+        self.headers, self._payloads, self._payload = headers, buffer.payloads, buffer.payload
+        self._count, self._spill, self._controls = buffer.capacity, spill, controls
+        self._places = ((address_of(headers), PACKET.size, self._count),
+                        (address_of(buffer.payloads), buffer.payload, self._count))
+        self._iovecs = describe(self._count, *self._places)
+        if spill:
+            self._iovecs.extend(spill[:2])
+        self._messages = None           # a MessageVector, once it is needed
+        self._header = bytearray(MSGHDR.size)
+        self._address = address_of(self._header)
+
+    def _describe(self, first, iovecs, control=0, size=0):
+        MSGHDR.pack_into(self._header, 0, 0, 0, self._iovecs.buffer_info()[0] + 2 * first * IOVEC.size,
+                         iovecs, control, size, 0)
+
+    def send_joined(self, fd, first, last):
+        """sendmsg(2) of the packets from index first up to last, as one.  Raises OSError."""
+        self._describe(first, 2 * (last - first))
+        message_call('sendmsg', fd, self._address, MSG_DONTWAIT)
+
+    def send_many(self, fd, first, last):
+        """sendmmsg(2) of the packets from index first up to last: how many were sent.  Raises OSError."""
+        if self._messages is None:
+            self._messages = MessageVector(self._iovecs, 2)
+        return self._messages.send(fd, first, last - first)
+
+    def receive_joined(self, fd, first):
+        """recvmsg(2) of joined packets to their places from index first on; ((size,), (control size,)) in bytes.
+
+        The control data is in place 0.  Raises OSError.
+        """
+        room = min(MOST_SEGMENTS, self._count - first)
+        self._describe(first, 2 * room + (room < MOST_SEGMENTS), *self._controls[:2])
+        size = message_call('recvmsg', fd, self._address, MSG_DONTWAIT)
+        return (size,), (MSGHDR.unpack(self._header)[5],)
+
+    def receive_many(self, fd, first, count):
+        """recvmmsg(2) of up to so many packets to their places from index first on; (sizes, control sizes) in bytes.
+
+        Spill and control data are in the places of these indices, modulo how many there are.  Raises OSError.
+        """
+        if self._messages is None:
+            self._messages = MessageVector(describe(self._count, *(self._places + (self._spill,))), 3,
+                                           describe(self._count, self._controls))
+        return self._messages.receive(fd, first, count)
+
+    def gather(self, first, size):
+        """The first `size` bytes of what was received from index first on, as a bytearray; or less, if the rest was spilt."""
+        data = bytearray()
+        for i in range(first, min(self._count, first - (-size // (PACKET.size + self._payload)))):
+            data += self.headers[i * PACKET.size:(i + 1) * PACKET.size]
+            data += self._payloads[i * self._payload:(i + 1) * self._payload]
+        return data[:size]
 
 
 def multicast_route(local_ip):
@@ -1622,7 +1701,8 @@ class DatagramSender(object):
         self.way = WAYS[0] if way == 'auto' else way
         self.strict = way != 'auto'
         self.trouble = None             # the last error that lost packets
-        self._slot = None               # what the kernel or _vector is set up for
+        self._slot = None               # what the kernel is set up for
+        self._vectors = weakref.WeakKeyDictionary()     # Buffer -> PacketVector
 
     def fileno(self):
         """For select(): writable when there is room for more."""
@@ -1641,8 +1721,12 @@ class DatagramSender(object):
         count as sent: they are lost, as others are, and `trouble` says why.
         """
         last = min(last, first + self.most(buffer.slot))
+        way = self.way
+        if buffer.short:                # such a one goes alone
+            way = 'plain' if first in buffer.short else way
+            last = min([last] + [index for index in buffer.short if index > first])
         try:
-            return getattr(self, '_send_' + self.way)(buffer, first, last)
+            return getattr(self, '_send_' + way)(buffer, first, last)
         except OS_ERRORS as error:
             number = errno_of(error)
             if number in TRY_AGAIN:
@@ -1669,29 +1753,20 @@ class DatagramSender(object):
         if buffer.slot != self._slot:
             self.sock.setsockopt(SOL_UDP, UDP_SEGMENT, buffer.slot)
             self._slot = buffer.slot
-        data = buffer.packets(first, last)[0]
-        self.sock.send(data)
-        return first + -(-len(data) // buffer.slot)
+        self._vector_of(buffer).send_joined(self.sock.fileno(), first, last)
+        return last
 
     def _send_mmsg(self, buffer, first, last):
-        data = buffer.packets(first, last)[0]
-        whole = len(data) // buffer.slot
-        if not whole:
-            self.sock.send(data)        # a short packet
-            return first + 1
-        if buffer.slot != self._slot:
-            self._slot = buffer.slot
-            self._staging = bytearray(MOST_SEGMENTS * self._slot)
-            where = address_of(self._staging)
-            self._vector = MessageVector(
-                [([(where + i * self._slot, self._slot)], 0, 0)
-                 for i in range(MOST_SEGMENTS)])
-        self._staging[:whole * self._slot] = data[:whole * self._slot]
-        return first + self._vector.send(self.sock.fileno(), whole)
+        return first + self._vector_of(buffer).send_many(self.sock.fileno(), first, last)
 
-    def _send_plain(self, buffer, first, last):
-        self.sock.send(buffer.packets(first, first + 1)[0])
+    def _send_plain(self, buffer, first, _last):
+        self.sock.send(buffer.packet(first))
         return first + 1
+
+    def _vector_of(self, buffer):
+        if buffer not in self._vectors:
+            self._vectors[buffer] = PacketVector(buffer, buffer.headers)
+        return self._vectors[buffer]
 
     def close(self):
         """Close the socket."""
@@ -1704,11 +1779,10 @@ class DatagramReceiver(object):
     Each message of a call has a slot of one packet's size, and the slots are
     adjacent, so full packets that arrive one by one lie back to back, as those
     do that the kernel joined.  What is longer than its slot goes on in a spill
-    area.  While the kernel joins datagrams, slots are as large as they can be.
+    area.  While the kernel joins datagrams it puts them straight to where they are expected.
     """
 
-    MESSAGES = 32                       # in a call
-    JOINED = 16                         # in a call, where each is many datagrams
+    MESSAGES = 64                       # in a call
     SPILL = 65536                       # bytes
 
     def __init__(self, local_ip, group, port, payload, way='auto', source=None):
@@ -1738,15 +1812,13 @@ class DatagramReceiver(object):
         self._slots = bytearray(self.MESSAGES * self.slot + 1)
         self._spill = bytearray(self.MESSAGES * self.SPILL)
         self._control = bytearray(self.MESSAGES * CONTROL_SIZE)
-        slots, spill, control = [
-            address_of(data) for data in (self._slots, self._spill, self._control)]
-        self._single = MessageVector([
-            ([(slots + i * self.slot, self.slot), (spill + i * self.SPILL, self.SPILL)],
-             control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.MESSAGES)])
-        self._joined = MessageVector([
-            ([(spill + i * self.SPILL, self.SPILL)],
-             control + i * CONTROL_SIZE, CONTROL_SIZE) for i in range(self.JOINED)])
+        self._places = (address_of(self._spill), self.SPILL, self.MESSAGES), (
+            address_of(self._control), CONTROL_SIZE, self.MESSAGES)
+        self._aside = MessageVector(
+            describe(self.MESSAGES, (address_of(self._slots), self.slot, self.MESSAGES), self._places[0]), 2,
+            describe(self.MESSAGES, self._places[1]))
         self._joins = False             # whether the last call got joined datagrams
+        self._vectors = weakref.WeakKeyDictionary()     # Buffer -> PacketVector
 
     def _join(self, local_ip, group, port, source):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1775,20 +1847,22 @@ class DatagramReceiver(object):
         """For poll(): readable when there are datagrams."""
         return self.sock.fileno()
 
-    def receive(self):
+    def receive(self, aim=None):
         """What has arrived, without waiting, as a list of batches.
 
+        aim: (Buffer, index) from where on packets are expected that have not arrived; None: no idea.
+
         A batch is what Buffer.put takes: (data, offset, count, payload), valid
-        until the next call.  None when nothing has arrived.
+        until the next call; or, where packets came straight to their place and are as they should be,
+        (Buffer, index of the first, count, payload).  None when nothing has arrived.
         """
-        joins = self._joins
         try:
             if self.way == 'plain':
                 sizes, controls = self._receive_one_by_one(), ()
-            elif joins:
-                sizes, controls = self._joined.receive(self.fileno(), self.JOINED)
+            elif aim:
+                return self._receive_in_place(*aim)
             else:
-                sizes, controls = self._single.receive(self.fileno(), self.MESSAGES)
+                sizes, controls = self._aside.receive(self.fileno(), 0, self.MESSAGES)
         except OS_ERRORS as error:
             if errno_of(error) in NO_SUCH_WAY and self.way != 'plain':
                 tell('way_of_receiving', old=self.way, reason=explain(error), new='plain')
@@ -1800,50 +1874,96 @@ class DatagramReceiver(object):
         if not sizes:
             return None
         slot = self.slot
-        self._joins = max(controls or (0,)) > self._stamped
-        self._look_at_clock(len(sizes) - 1, controls)
-        if not joins and sizes.count(slot) == len(sizes) and not self._joins:
-            self.in_first = 1
+        self._note(0, controls)
+        if sizes.count(slot) == len(sizes) and not self._joins:
             return [(self._slots, 0, len(sizes), slot - PACKET.size)]
         batches = []
         for i, size in enumerate(sizes):
-            segment = size
-            if controls and controls[i] > self._stamped:
-                segment = self._control_of(i, SOL_UDP, UDP_GRO, CMSG_INT)[0]
-            if not i:
-                self.in_first = -(-size // max(1, segment))
-            data, offset = self._spill, i * self.SPILL
-            if not joins:
-                data, offset = self._slots, i * slot
-                if size > slot:
-                    data = data[offset:offset + slot] + self._spill[i * self.SPILL:i * self.SPILL + size]
-                    offset = 0
-            while size > PACKET.size and segment > PACKET.size:
-                count = min(max(1, size // segment), Batch.MOST)
-                segment = min(segment, size)        # the last may be shorter
-                batches.append((data, offset, count, segment - PACKET.size))
-                offset += count * segment
-                size -= count * segment
+            data = self._slots[i * slot:(i + 1) * slot][:size]
+            batches += self._taken_apart(i, data, size, controls and controls[i], not i)
         return batches
 
-    def _look_at_clock(self, last, controls):
-        """Set when the messages 0 and `last` arrived: by the kernel, else now; socket(7)."""
-        self.first = self.last = monotonic()
-        if controls and self._stamped and controls[0] and controls[last]:
-            self.first, self.last = [
-                seconds + nanoseconds * 1e-9 for seconds, nanoseconds in [
-                    self._control_of(i, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
-                    for i in (0, last)]]
+    def _receive_in_place(self, buffer, first):
+        """As receive() has it; the packets are probably those of a Buffer from index first on."""
+        if buffer not in self._vectors:
+            self._vectors[buffer] = PacketVector(buffer, bytearray(len(buffer.headers)), *self._places)
+        vector, slot, place = self._vectors[buffer], self.slot, 0
+        if self._joins:
+            sizes, controls = vector.receive_joined(self.fileno(), first)
+        else:
+            place = first % self.MESSAGES
+            sizes, controls = vector.receive_many(self.fileno(), first, min(self.MESSAGES, buffer.count - first))
+        joined = self._joins
+        self._note(place, controls)
+        count, size = len(sizes), sum(sizes)
+        if joined:
+            segment = self._segment(0, size, controls[0])
+            self.in_first = count = -(-size // max(1, segment))
+            whole = segment in (slot, size)
+        else:
+            whole = sizes[:-1].count(slot) == count - 1
+        if whole and buffer.in_place(vector.headers, first, count, size):
+            return [(buffer, first, count, buffer.payload)]
+        if joined:
+            return self._taken_apart(0, vector.gather(first, size), size, controls[0], True)
+        if sizes.count(slot) == count:
+            return [(vector.gather(first, size), 0, count, buffer.payload)]
+        batches = []
+        for i, size in enumerate(sizes):
+            data = vector.gather(first + i, min(size, slot))
+            batches += self._taken_apart((first + i) % self.MESSAGES, data, size, controls[i], not i)
+        return batches
 
-    def _control_of(self, i, level, kind, data):
-        """The control data of a level and kind of message i; zeros if there is none."""
-        at = i * CONTROL_SIZE
+    def _taken_apart(self, place, data, size, control, first):
+        """The batches of a message that may be many datagrams.
+
+        place: of its control data and of its spill; data: a bytearray of what was not spilt; size: bytes in
+        all; control: size of the control data; first: whether it is the first message of a call.
+        """
+        segment, batches, offset = self._segment(place, size, control), [], 0
+        if first:
+            self.in_first = -(-size // max(1, segment))
+        data += self._spill[place * self.SPILL:place * self.SPILL + size - len(data)]
+        while size > PACKET.size and segment > PACKET.size:
+            count = min(max(1, size // segment), Batch.MOST)
+            segment = min(segment, size)            # the last may be shorter
+            batches.append((data, offset, count, segment - PACKET.size))
+            offset += count * segment
+            size -= count * segment
+        return batches
+
+    def _segment(self, place, size, control):
+        """The size of each datagram, but perhaps the last, in a message of `size` bytes whose control data is there."""
+        joined = control and control > self._stamped
+        return self._control_of(place, SOL_UDP, UDP_GRO, CMSG_INT)[0] if joined else size
+
+    def _note(self, place, controls):
+        """Note when the first and the last message arrived: by the kernel, else now; socket(7).
+
+        place: of the first one's control data; controls: sizes of all.
+        """
+        self.in_first = 1
+        self._joins = max(controls or (0,)) > self._stamped
+        if controls and self._stamped and controls[0] and controls[-1]:
+            self.first = self.last = self._time_of(place)
+            if len(controls) > 1:
+                self.last = self._time_of((place + len(controls) - 1) % self.MESSAGES)
+        else:
+            self.first = self.last = monotonic()
+
+    def _time_of(self, place):
+        seconds, nanoseconds = self._control_of(place, socket.SOL_SOCKET, SO_TIMESTAMPNS, TIMESPEC)
+        return seconds + nanoseconds * 1e-9
+
+    def _control_of(self, place, level, kind, data):
+        """The control data of a level and kind in one of the places; zeros if there is none."""
+        at = place * CONTROL_SIZE
         for _ in range(2):              # a time and a size at the most
             length, its_level, its_kind = CMSG.unpack_from(self._control, at)
             if (its_level, its_kind) == (level, kind):
                 return data.unpack_from(self._control, at + CMSG.size)
             at += -(-length // LONG) * LONG
-            if not length or at + CMSG.size > (i + 1) * CONTROL_SIZE:
+            if not length or at + CMSG.size > (place + 1) * CONTROL_SIZE:
                 break
         return data.unpack(b'\0' * data.size)
 
@@ -2244,8 +2364,6 @@ class Command(object):
 class Hasher(threading.Thread):
     """Hashes an image, part by part, while others do something else: hashing releases the interpreter's lock."""
 
-    AHEAD = 2                           # parts that may wait, before give() waits
-
     def __init__(self):
         threading.Thread.__init__(self, name='hasher')
         self.daemon = True
@@ -2257,11 +2375,10 @@ class Hasher(threading.Thread):
         self._own_link = self.link.spawn()
 
     def give(self, view):
-        """Hash this next; `view` must not change until the next but one is given."""
+        """Hash this next; `view` must not change until its digest is known."""
         self._parts.append(view)
         self._given += 1
         self.link.release_child()
-        self.digest(self._given + 1 - self.AHEAD)
 
     def digest(self, parts=None):
         """The digest through so many parts, of all if None; waits until they are hashed."""
@@ -2308,7 +2425,6 @@ class Source(object):
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
         self._digest, self._hasher = digest, None
-        self._areas = [bytearray(), bytearray()]
         if command is not None:
             return
         called = 'standard input' if path is None else printable(path)
@@ -2361,16 +2477,8 @@ class Source(object):
         """For select(): readable when read_into() will not wait."""
         return self._file.fileno()
 
-    def area(self, size):
-        """A memoryview of `size` bytes to read into; the one before is still being hashed."""
-        if self._hasher:
-            self._areas.reverse()
-        if len(self._areas[0]) != size:
-            self._areas[0] = bytearray(size)
-        return memoryview(self._areas[0])
-
     def hash(self, view):
-        """Hash the next bytes of the image, which stay where they are until the next but one."""
+        """Hash the next bytes of the image, which stay where they are until their digest is known."""
         if self._hasher:
             self._hasher.give(view)
 
@@ -2696,7 +2804,7 @@ class Writer(threading.Thread):
     way "look at `results`".  When it fails it ends, which its parent sees.
     """
 
-    # What there is to say of a round; `damaged`, of the packets in `gaps`: it waits to be given again.
+    # What there is to say of a round; `damaged`: its digest differs, and it waits to be given again.
     VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
 
     def __init__(self, sink, digest):
@@ -2707,7 +2815,7 @@ class Writer(threading.Thread):
         self.failure = None
         self.bytes = 0
         self.hash = hashlib.sha256() if digest else None
-        self.results = collections.deque()          # (what, round, gaps)
+        self.results = collections.deque()          # (what, round)
         self._jobs = collections.deque()
         self._again = None              # the round without which it does not go on
         self.link = SemLink()
@@ -2759,8 +2867,8 @@ class Writer(threading.Thread):
         finally:
             self._own_link.close()
 
-    def _say(self, what, incoming, gaps=0):
-        self.results.append((what, incoming, gaps))
+    def _say(self, what, incoming):
+        self.results.append((what, incoming))
         self._own_link.release_parent()
 
     def _write(self, incoming):
@@ -2772,16 +2880,12 @@ class Writer(threading.Thread):
             for piece in pieces:
                 trial.update(piece)
             if trial.digest() != incoming.digest:
-                gaps = incoming.buffer.damaged_packets()
-                if not gaps:
-                    raise Failure('the digest differs: what was received is not the '
-                                  'image; nothing of this round was written')
                 self._again = incoming
-                return self._say(self.DAMAGED, incoming, gaps)
+                return self._say(self.DAMAGED, incoming)
             self.hash = trial
             self._say(self.VERIFIED, incoming)
         for piece in pieces:
-            self.sink.write(memoryview(piece))
+            self.sink.write(piece)
         self.bytes += incoming.size
         self._say(self.WRITTEN, incoming)
 
@@ -2864,6 +2968,10 @@ def open_standard_files():
             os.open(os.devnull, mode)
 
 
+MANY = 200                              # clients that make a large session
+# Between threads the interpreter's lock changes hands at each system call, which costs more than the call; so a
+# large session has one for all.
+CLIENTS_PER_THREAD = 64
 MOST_PENDING = 256                      # connections of one address that are no clients (yet)
 
 
@@ -2996,27 +3104,37 @@ class Connection(object):
 
     def send(self, *pieces):
         """Queue pieces of data, and send what can be sent without waiting.  Raises Gone."""
+        if len(pieces) == 1 and pieces[0] and not self.outgoing.size:       # as nearly always
+            self._put(pieces[0])
+            return
         for data in pieces:
             self.outgoing.put_tail(data)
         self.flush()
 
     def flush(self):
         """Send what can be sent without waiting.  Raises Gone."""
-        while self.outgoing.count:
+        more = self.outgoing.size
+        while more:
             data = self.outgoing.get_head()
-            more = MSG_MORE if self.outgoing.count else 0
-            try:
-                count = self.sock.send(data, more)
-            except OS_ERRORS as error:
-                self.outgoing.put_head(data)
-                if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
-                    return
-                raise Gone(explain(error))
-            self._sent += count
-            self.moved = self.told = monotonic()
-            if count < len(data):
-                self.outgoing.put_head(memoryview(data)[count:])
+            more = self.outgoing.size
+            if not self._put(data, MSG_MORE if more else 0):
                 return
+
+    def _put(self, data, flags=0):
+        """Send a piece, or queue what is not taken before all others; returns whether all was.  Raises Gone."""
+        try:
+            count = self.sock.send(data, flags)
+        except OS_ERRORS as error:
+            self.outgoing.put_head(data)
+            if errno_of(error) in TRY_AGAIN or errno_of(error) in QUEUE_FULL:
+                return False
+            raise Gone(explain(error))
+        self._sent += count
+        self.moved = self.told = monotonic()
+        if count < len(data):
+            self.outgoing.put_head(memoryview(data)[count:])
+            return False
+        return True
 
     def look_at_kernel(self):
         """Take what the other end's kernel has acknowledged for a move: tcp(7), SIOCOUTQ."""
@@ -3034,7 +3152,7 @@ class Connection(object):
 
         That the kernels take it is no move: that of a peer that hangs does so, too.
         """
-        if not self.outgoing.count and monotonic() - self.told >= self.alive_every:
+        if not self.outgoing.size and monotonic() - self.told >= self.alive_every:
             moved, sent = self.moved, self._sent
             self.send(message)
             self.moved, self._sent = moved, sent
@@ -3043,17 +3161,22 @@ class Connection(object):
 
     def receive(self, most=8192):
         """Queue what has arrived; returns whether anything has.  Raises Gone."""
+        data = self._receive(most)
+        self.incoming.put_tail(data)
+        return bool(data)
+
+    def _receive(self, most):
+        """What has arrived, b'' if nothing has.  Raises Gone."""
         try:
             data = self.sock.recv(most)
         except OS_ERRORS as error:
             if errno_of(error) in TRY_AGAIN:
-                return False
+                return b''
             raise Gone(explain(error))
         if not data:
             raise Gone('the connection was closed')
         self.heard = monotonic()
-        self.incoming.put_tail(data)
-        return True
+        return data
 
     def messages(self, size_of):
         """Receive once, and take apart what is complete; yields bytes.
@@ -3063,24 +3186,29 @@ class Connection(object):
         size_of raises.
         """
         gone = paused = None
+        data = b''
         try:
-            self.receive()
+            data = self._receive(8192)
         except Gone as error:           # but what it said before it went is to be heard
             gone = error
-        if gone or self.incoming.size >= self._need:
-            data, start, self._need = self.incoming.flat(), 0, 1
+        if self.incoming.size:
+            self.incoming.put_tail(data)
+            data = self.incoming.flat() if gone or self.incoming.size >= self._need else b''
+        if data:
+            start, end, self._need = 0, len(data), 1
             try:
-                while start < len(data):
+                while start < end:
                     size = size_of(data[start:start + 5])
                     paused = size == 0
-                    if not size or start + size > len(data):
+                    if not size or start + size > end:
                         self._need = 5 if size is None else size or 1
                         break
                     start += size
                     gone = None
                     yield data[start - size:start]
             finally:                    # be it that nobody wants more
-                self.incoming.put_head(data[start:])
+                if start < end:
+                    self.incoming.put_head(data[start:])
         if gone and not paused:
             raise gone
 
@@ -3124,7 +3252,7 @@ class Connection(object):
 
     def hang_up(self):
         """If the last message is out: send no more."""
-        if self.leaving and not self.outgoing.count:
+        if self.leaving and not self.outgoing.size:
             try:
                 self.sock.shutdown(socket.SHUT_WR)
             except OS_ERRORS:
@@ -3272,9 +3400,10 @@ class Member(object):
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
         self.relay_words = 0
         self.done_at = {}               # number -> when it was through with the round
-        self.rounds = {}                # number -> [how it stands, the Awaited it owes something]
+        self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
+        self.noted = set()              # rounds for which it is known how they were heard
         self.moved = now                # when it last paid, or showed life
         self.signs = 0                  # of life
         self.lost = 0                   # packets it asked for, all in all
@@ -3313,13 +3442,13 @@ class Member(object):
 
     def stands(self, number, how, awaited, now):
         """From now on it stands so with a round; how: None: it is through with it."""
-        before = self.oldest, self.owes
         if how is None:
             self.rounds.pop(number, None)
             self.times_asked.pop(number, None)
+            self.noted.discard(number)
         else:
-            self.rounds[number] = [how, awaited]
-        if (self.oldest, self.owes) != before:
+            self.rounds[number] = how, awaited
+        if not self.rounds or number <= min(self.rounds):       # it is, or was, the oldest
             self.moved = now
 
 
@@ -3454,30 +3583,38 @@ class ServerWindow(object):
     def heard(self, member, message, now):
         """A message of a member; returns what to do.  Raises ProtocolError, Refused."""
         kind = message[:1]
-        if kind == BYE:
-            raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
-        if kind in (ALIVE, STATE):
-            member.signs += 1
-            most = 4 * (now - member.since) / alive_every(self.stall_timeout)
-            if member.signs > member.MOST_SIGNS + most:
-                raise ProtocolError('far too many signs of life')
-            if kind == ALIVE:
-                member.moved = now
-            else:                       # words alone move nothing
-                self._state(member, unpack_frame(message[5:]))
-            return []
-        if kind == RELAY and self.dialect.talks:
-            return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
-        number = self.dialect.number_of(message) if kind in self.PAYS else None
+        if kind not in self.PAYS:
+            return self._said(member, kind, message, now)
+        number = self.dialect.number_of(message)
         if number is None:
             number = member.oldest
         how, awaited = member.rounds.get(number, (None, None))
-        if how not in self.PAYS.get(kind, ()):
+        if how not in self.PAYS[kind]:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        if kind == SUMS:                # it still owes its answer
+            return [('send', member, self._sums(member, number))]
         member.busy = None
         awaited.owing.discard(member)
         awaited.answers.paid(member, now)
         return self.HANDLERS[kind](self, member, number, message, awaited, now)
+
+    def _said(self, member, kind, message, now):
+        """A message that is about no round; returns what to do.  Raises ProtocolError, Refused."""
+        if kind == BYE:
+            raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+        if kind == RELAY:
+            return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
+        if kind not in (ALIVE, STATE):
+            raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
+        member.signs += 1
+        most = 4 * (now - member.since) / alive_every(self.stall_timeout)
+        if member.signs > member.MOST_SIGNS + most:
+            raise ProtocolError('far too many signs of life')
+        if kind == ALIVE:
+            member.moved = now
+        else:                           # words alone move nothing
+            self._state(member, unpack_frame(message[5:]))
+        return []
 
     @staticmethod
     def _state(member, fields):
@@ -3507,11 +3644,8 @@ class ServerWindow(object):
     def _request(self, member, number, message, awaited, now):
         buffer = self._rounds[number].buffer
         gaps, order = self.dialect.asked(message, buffer.base, buffer.count)
-        if number not in member.times_asked:
-            self._reception(member, number, message, awaited, gaps, now)
-        member.times_asked[number] = member.times_asked.get(number, 0) + 1
-        if member.times_asked[number] > member.MOST_REQUESTS:
-            raise ProtocolError('it asks for the same round again and again')
+        self._reception(member, number, message, awaited, gaps, now)
+        self._count_request(member, number)
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
         if member.relays:               # others wait for what it asked for, so it does not wait for their answers
@@ -3524,13 +3658,22 @@ class ServerWindow(object):
         awaited.answers.requests[member] = request
         return []
 
+    def _sums(self, member, number):
+        self._count_request(member, number)
+        return self.dialect.sums(number, self._rounds[number].buffer.sums())
+
+    @staticmethod
+    def _count_request(member, number):
+        member.times_asked[number] = member.times_asked.get(number, 0) + 1
+        if member.times_asked[number] > member.MOST_REQUESTS:
+            raise ProtocolError('it asks for the same round again and again')
+
     def _done(self, member, number, message, awaited, now):
         if member.rounds[number][0] == COMPLETION:
             member.outcome, member.ended = 'complete', now
             member.stands(number, None, None, now)
             return [('served', member, None)]
-        if number not in member.times_asked:
-            self._reception(member, number, message, awaited, 0, now)
+        self._reception(member, number, message, awaited, 0, now)
         member.done_at[number] = now
         if len(member.done_at) > 16:
             del member.done_at[min(member.done_at)]
@@ -3538,16 +3681,17 @@ class ServerWindow(object):
         return self._see_off(member, now)
 
     HANDLERS = {READY: _ready, REQUEST: _request, DONE: _done}
-    PAYS = {READY: (READINESS,), REQUEST: (ANSWER,), DONE: (ANSWER, COMPLETION)}
+    PAYS = {READY: (READINESS,), REQUEST: (ANSWER,), DONE: (ANSWER, COMPLETION), SUMS: (ANSWER,)}
 
     # ---- how the clients hear
 
     def _reception(self, member, number, message, awaited, gaps, now):
         """Note how a member heard a round, from its first answer."""
         done = self._rounds[number]
-        if not done.multicast:
+        if not done.multicast or number in member.noted:
             return
-        lost = how_many(gaps & ((1 << done.multicast) - 1))
+        member.noted.add(number)
+        lost = how_many(gaps & ((1 << done.multicast) - 1)) if gaps else 0
         figures = self.dialect.figures_of(message) or (done.multicast - lost, 0, 0, 0, 0)
         lost = max(0, done.multicast - figures[0])
         member.deaf_rounds = member.deaf_rounds + 1 if lost == done.multicast else 0
@@ -3556,7 +3700,8 @@ class ServerWindow(object):
             awaited.answers.deaf.append(member)
             member.deaf_since = member.deaf_since or now
             return
-        self._hears(member, now)
+        if member.deaf_since is not None:
+            self._hears(member, now)
         RateControl.remember(member, lost / done.multicast, done.speed)
         if member.ignored:
             awaited.answers.hearing += 1
@@ -3564,8 +3709,10 @@ class ServerWindow(object):
         if done.tail is None:
             awaited.answers.heard(Reception(1.0, 0.0, lost / done.multicast, member))
             return
-        first, last = done.tail_of(done.buffer.count)
-        through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
+        through = 1.0
+        if gaps:
+            first, last = done.tail_of(done.buffer.count)
+            through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
         arrived, error = self.arrival(figures[3:] if figures[3] else figures[1:3], bits_a_packet)
         ratio = through if arrived is None else min(through, arrived / done.tail)
@@ -3591,7 +3738,7 @@ class ServerWindow(object):
 
     @staticmethod
     def _hears(member, now):
-        if member.deaf_since is not None and member.deaf_told:
+        if member.deaf_told:
             tell('member_hears', member=member, seconds=now - member.deaf_since)
         member.deaf_since, member.deaf_told = None, False
 
@@ -3622,10 +3769,11 @@ class Incoming(object):
     """A round at a client.
 
     how     WAITS for room, LISTENS to multicast, waits for STRAGGLERS after SENT, has ASKED for
-            packets, reads their BYTES, is COMPLETE and handed to the writer once those before it are
+            packets, reads their BYTES, is COMPLETE and handed to the writer once those before it are,
+            or SUSPECT as its digest differs
     """
 
-    WAITS, LISTENS, STRAGGLERS, ASKED, BYTES, COMPLETE = range(6)
+    WAITS, LISTENS, STRAGGLERS, ASKED, BYTES, COMPLETE, SUSPECT = range(7)
 
     def __init__(self, number, size, base, count, place):
         self.number, self.size, self.base, self.count, self.place = number, size, base, count, place
@@ -3664,7 +3812,6 @@ class ClientWindow(object):
     SETTLE = 0.005                      # seconds for stragglers after SENT,
     NOTHING_YET = 0.05                  # or where nothing has come, though multicast was heard before
     BASE_ROOM = 2                       # buffers, where one round is under way
-    CHUNK = 64                          # packets read from TCP at once
     EARLY = 64                          # batches that may come before their announcement
     AHEAD = 1 << 31                     # rounds: numbers wrap
 
@@ -3687,8 +3834,10 @@ class ClientWindow(object):
         self._base = self._place = None # of the next round
         self._last = None               # the round of 0 packets that ends the image
         self._reading = None            # the round whose packets come by TCP
-        self._left = []                 # their places
-        self._staging = self._filled = None
+        self._left = collections.deque()            # their places: (start, stop) of each run
+        self._staging = bytearray(PACKET.size + payload_for(9000))
+        self._filled = 0                # bytes of what is wanted
+        self._aim = None                # (Incoming, place) where multicast goes on
         self._free = []                 # buffers
         self._lent = collections.deque()            # rounds that the writer has
         self._hears = True              # some of the last round that was answered for
@@ -3757,7 +3906,7 @@ class ClientWindow(object):
         if kind not in self.HANDLERS:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         how, handler, codes = self.HANDLERS[kind]
-        number = self.dialect.number_of(message)
+        number = self.dialect.number_of(message if kind != SUMS else message[4:])     # behind their count
         for incoming in self.rounds:
             if number in (None, incoming.number):
                 if incoming.how == how and (self.dialect.codes or not codes):
@@ -3818,7 +3967,7 @@ class ClientWindow(object):
             if self._free:
                 buffer = self._free.pop()
             if buffer is None or buffer.capacity < incoming.count or buffer.payload != payload:
-                buffer = Buffer(payload, incoming.count, self._salt, self._checks, not self.digest)
+                buffer = Buffer(payload, incoming.count, self._salt, () if self.digest else self._checks)
             buffer.start(incoming.base, incoming.count, incoming.size if self.dialect.sizes else None)
             incoming.buffer, incoming.how = buffer, Incoming.LISTENS
             if self.forwarding:
@@ -3837,8 +3986,8 @@ class ClientWindow(object):
         count = recipe_count + combinations
         if not 0 < count <= MAX_PACKETS or number + count > REPAIR_BIT:
             raise ProtocolError('a repair pass of %d packets' % count)
-        coded = Buffer(self.payload, count, self._repair_salt - REPAIR_BIT)
-        coded.start(REPAIR_BIT + number, count, None)
+        coded = Buffer(self.payload, count, self._repair_salt - REPAIR_BIT, () if self.digest else self._checks)
+        coded.start(REPAIR_BIT + number, count, count * self.payload)
         for data, size, payload in self._early:     # multicast may overtake TCP
             coded.put(data, 0, size, payload)
         self._early.clear()
@@ -3849,11 +3998,36 @@ class ClientWindow(object):
         self._expect_packets(incoming)
         return []
 
+    def _on_sums(self, incoming, rest, _now):
+        sums = struct.unpack('<%dI' % (len(rest) // 4), rest)[1:]
+        if len(sums) != incoming.count:
+            raise ProtocolError('%s of a round of %d' % (counted(len(sums), 'sum'), incoming.count))
+        gaps = incoming.buffer.differing(sums)
+        if not gaps:
+            raise Failure('the digest differs: what was received is not the image; nothing of this '
+                          'round was written')
+        tell('damaged', round=incoming.number, count=how_many(gaps))
+        incoming.buffer.forget(gaps)
+        incoming.buffer.damaged += how_many(gaps)
+        return self._ask(incoming)
+
     # Signal -> how the round must stand, what to do, and whether only a session has it.
     HANDLERS = {SENT: (Incoming.LISTENS, _on_sent, False), AGAIN: (Incoming.ASKED, _on_again, True),
-                PACKETS: (Incoming.ASKED, _on_packets, True)}
+                PACKETS: (Incoming.ASKED, _on_packets, True), SUMS: (Incoming.SUSPECT, _on_sums, True)}
 
     # ---- time, and datagrams
+
+    @property
+    def aim(self):
+        """(Buffer, index) where multicast will go on, if nothing has arrived from there on; None if that cannot be told."""
+        incoming, place = self._aim or (None, 0)
+        if not incoming or not incoming.target or place >= incoming.target.count:
+            later = [each for each in self.rounds if each.target and not each.target.received]
+            if not later:
+                return None
+            incoming, place = later[0], 0
+        target = incoming.target
+        return (target, place) if not target.checks and target.lacks(place, place + MOST_SEGMENTS) else None
 
     def take(self, batches, in_first, first, last):
         """Datagrams have arrived; returns whether any was of use.
@@ -3861,37 +4035,51 @@ class ClientWindow(object):
         batches: as DatagramReceiver returns them; in_first: packets in their first
         message; first, last: when the first and the last message came, seconds.
         """
-        useful, listening = 0, [incoming for incoming in self.rounds if incoming.target]
+        useful = False
+        listening = [(incoming, incoming.target) for incoming in self.rounds]
+        listening = [each for each in listening if each[1]]
         for number, (data, offset, count, payload) in enumerate(batches):
-            place, now_for = None, None
-            seq = U32.unpack_from(data, offset)[0]
-            for incoming in listening:
-                target = incoming.target
-                place = (seq - target.base) & MASK
-                if place < target.count:
-                    now_for = incoming
-                    break
-            if now_for and place + count <= target.count:
+            there = isinstance(data, Buffer)        # and `offset` is the place
+            seq = data.base + offset if there else U32.unpack_from(data, offset)[0]
+            for incoming, target in listening:
+                place = target.index(seq)
+                if place >= target.count:
+                    continue
                 before = target.received
-                target.put(data, offset, count, payload)
-                useful += target.received - before
-                if target is now_for.buffer:
-                    now_for.heard += target.received - before
+                if there:
+                    target.arrived(place, place + count)
+                else:
+                    target.put(data, offset, count, payload)
+                useful = useful or target.received > before
+                if target is incoming.buffer:
+                    incoming.heard += target.received - before
                     if not number:
-                        now_for.note(place, before + in_first, first)
+                        incoming.note(place, before + in_first, first)
                     if number == len(batches) - 1:
-                        now_for.note(place + count - 1, target.received, last)
-                continue
-            for incoming in listening:  # some may be of another round, or of none
-                before = incoming.target.received
-                incoming.target.put(data, offset, count, payload)
-                useful += incoming.target.received - before
-                if not incoming.repair:
-                    incoming.heard += incoming.target.received - before
-            if not now_for and seq & REPAIR_BIT:
-                self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
-                                    count, payload))
-        return bool(useful)
+                        incoming.note(place + count - 1, target.received, last)
+                self._aim = incoming, place + count
+                if place + count > target.count:    # some are of the next round
+                    useful = self._put_rest(listening, data, offset, count, payload, target.count - place) or useful
+                break
+            else:
+                if seq & REPAIR_BIT:
+                    self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
+                                        count, payload))
+                elif count > 1:         # some may be of a round all the same
+                    useful = self._put_rest(listening, data, offset, count, payload, 0) or useful
+        return useful
+
+    @staticmethod
+    def _put_rest(listening, data, offset, count, payload, taken):
+        """Put the packets behind the first `taken` ones where they belong; returns whether any was of use."""
+        useful, offset = False, offset + taken * (PACKET.size + payload)
+        for incoming, target in listening:
+            before = target.received
+            target.put(data, offset, count - taken, payload)
+            useful = useful or target.received > before
+            if target is incoming.buffer:
+                incoming.heard += target.received - before
+        return useful
 
     def listened(self, now):
         """Datagrams were of use: more of them may be on their way."""
@@ -3965,48 +4153,43 @@ class ClientWindow(object):
 
     def _expect_packets(self, incoming):
         incoming.how, self._reading = Incoming.BYTES, incoming
-        self._left = places(incoming.gaps)
-        self.by_tcp += len(self._left)
-        self._staging = bytearray(self.CHUNK * incoming.buffer.slot)
+        self._left.extend(runs(incoming.gaps))
+        self.by_tcp += how_many(incoming.gaps)
         self._want_more()
 
     def _want_more(self):
-        """Set `wants` to the next bytes: packets of known sizes, else a header."""
-        buffer, self._filled = self._reading.buffer, 0
-        if not self.dialect.sizes:
-            self.wants = memoryview(self._staging)[:PACKET.size]
-            return
-        chunk = self._left[:self.CHUNK]
-        if len(chunk) > 1 and buffer.packet_size(chunk[-1]) != buffer.payload:
-            chunk.pop()                 # a short one, which is the last, goes alone
-        size = len(chunk) * PACKET.size + sum(buffer.packet_size(place) for place in chunk)
-        self.wants = memoryview(self._staging)[:size]
+        """Set `wants` to the next bytes: where a digest covers them straight to their place, else a header."""
+        self._filled = 0
+        self.wants = (self._reading.buffer.view(*self._left[0]) if self.digest
+                      else memoryview(self._staging)[:PACKET.size])
 
     def filled(self, size):
         """So many bytes were put into `wants`; returns what to do.  Raises ProtocolError."""
         self._filled += size
         self.wants = self.wants[size:]
-        if len(self.wants):
-            return []
         incoming = self._reading
-        buffer = incoming.buffer
-        payload = self._filled - PACKET.size
-        count = 1
-        if not self.dialect.sizes:
+        buffer, (start, stop) = incoming.buffer, self._left[0]
+        if len(self.wants):
+            if self.digest:             # a follower need not wait for the others
+                buffer.arrived(start, start + self._filled // buffer.payload)
+            return []
+        self._left.popleft()
+        if self.digest:
+            buffer.arrived(start, stop)
+        else:
+            if start + 1 < stop or self._filled == PACKET.size:
+                self._left.appendleft((start + (self._filled > PACKET.size), stop))
             payload = PACKET.unpack_from(self._staging)[2]
             if not 0 < payload <= buffer.payload:
                 raise ProtocolError('a packet of %d bytes' % payload)
             if self._filled == PACKET.size:
                 self.wants = memoryview(self._staging)[PACKET.size:PACKET.size + payload]
                 return []
-        elif self._filled > buffer.slot:
-            count, payload = self._filled // buffer.slot, buffer.payload
-        buffer.put(self._staging, 0, count, payload, checking=True)
-        del self._left[:count]
+            buffer.put(self._staging, 0, 1, payload)
         if self._left:
             self._want_more()
             return []
-        self.wants = self._staging = self._reading = None
+        self.wants = self._reading = None
         if not buffer.complete:
             raise ProtocolError('packets that were not asked for, or damaged')
         return self._complete(incoming)
@@ -4018,12 +4201,10 @@ class ClientWindow(object):
         self.rounds.remove(incoming)
         return [('send', self.dialect.done(incoming.number, self._figures(incoming)))]
 
-    def damaged(self, incoming, gaps):
-        """The writer found packets of a round damaged; returns what to do."""
-        incoming.buffer.forget(gaps)
-        incoming.buffer.damaged += how_many(gaps)
-        incoming.given = False
-        return self._ask(incoming)
+    def damaged(self, incoming):
+        """The writer found that a round's digest differs; returns what to do."""
+        incoming.given, incoming.how = False, Incoming.SUSPECT
+        return [('send', self.dialect.ask_for_sums(incoming.number))]
 
     def written(self):
         """The writer is through with a round; returns what to do."""
@@ -4769,6 +4950,7 @@ class Roster(object):
         self.everyone = []              # who was here at the start, whatever became of them
         self.news = collections.deque()             # (member, what it says of a neighbour; None: it has left)
         self._here = []
+        self._identities = {}           # (host, address) -> the last of those who are here
         self._refused = {}              # (host, address) -> why
 
     @property
@@ -4804,12 +4986,13 @@ class Roster(object):
         """
         if member.host is None or member.loopback:
             return None
-        twins = [other for other in self.here if other.identity == member.identity]
-        return twins[0] if twins else None
+        twin = self._identities.get(member.identity)
+        return twin if twin in self._here else None
 
     def admit(self, member):
         """A client has a place; returns how many are here now."""
         self._here.append(member)
+        self._identities[member.identity] = member
         return len(self._here)
 
     def leave(self, member):
@@ -4818,14 +5001,16 @@ class Roster(object):
             self._here.remove(member)
         except ValueError:
             return False
+        if self._identities.get(member.identity) is member:
+            del self._identities[member.identity]
         return True
 
     def begin(self, now):
         """Start if it is time to, with those who are here; returns whether it has begun."""
-        here = self.here
-        late = self.start_by is not None and now > self.start_by and len(here) >= self.enough
-        if not self.begun and (late or len(here) >= self.places):
-            self.everyone = here
+        here = len(self._here)
+        late = self.start_by is not None and now > self.start_by and here >= self.enough
+        if not self.begun and (late or here >= self.places):
+            self.everyone = self.here
             self.begun = True
         return self.begun
 
@@ -4996,6 +5181,7 @@ class Course(object):
             underway.round.digest = self.hands.digest(underway.round.number)
             self.sent_packets += sending.last
         self.hands.do(Step('sent', underway.round))
+        self._announce()
 
     def next(self):
         """The Sending that is due; None if there is none."""
@@ -5086,7 +5272,7 @@ class Course(object):
 
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
-        if self._full and len(self._underway) < self.window and not self.over:
+        if self._full and len(self._underway) < self.window and not self.over and not self._has_time():
             buffer = self._full
             if buffer.count or self.dialect.ends and not self._underway:
                 self._full = None
@@ -5098,6 +5284,11 @@ class Course(object):
             self._check_empty()
             self._finish(None)
         self._fill()
+
+    def _has_time(self):
+        """Whether a round may wait until another one is sent, so that MANY clients are told of both in one piece."""
+        unsent = [underway for underway in self._underway if not underway.sent]
+        return len(unsent) > 1 and unsent[0].ready and len(self.roster.everyone) >= MANY
 
     def _begin_round(self, buffer):
         underway = Underway(Round(self.rounds, buffer, self._place))
@@ -6030,7 +6221,7 @@ class Peer(Connection):
 
 
 class TcpServer(threading.Thread):
-    """Looks after up to 64 clients; its child looks after the next ones.
+    """Looks after up to so many clients; its child looks after the next ones.
 
     The spec's TCP server: one poll() over its clients and its links.  Of its
     states, INIT and ACCEPT are as there; PREP, SYNC and SEND are those of a round, and several
@@ -6084,6 +6275,8 @@ class TcpServer(threading.Thread):
             self._watch(self.link.parent_fd, self._on_parent)
             while not self._over:
                 self._poll(self._tick)
+                if self.passed_on:
+                    self.link.release_child()
                 self._look_at_clocks()
                 self._advance()
         except Failure as error:
@@ -6124,24 +6317,23 @@ class TcpServer(threading.Thread):
         if self._accepting:
             if not self.roster.begin(monotonic()):
                 return
-            self._say(self._accepting, Answers())
+            self.results.append((self._accepting, Answers()))
+            self.link.release_parent()
             self._accepting = None
         alone = self.link.child_fd is None
         for awaited in self.window.complete():
             self._here[awaited.step] = awaited.answers
-        for step in list(self._here):
-            if alone or step in self._below:
-                answers = self._here.pop(step)
-                if step in self._below:
-                    answers.add(self._below.pop(step))
-                self._say(step, answers)
+        through = [step for step in self._here if alone or step in self._below]
+        for step in through:
+            answers = self._here.pop(step)
+            if step in self._below:
+                answers.add(self._below.pop(step))
+            self.results.append((step, answers))
+        if through:
+            self.link.release_parent()
         if (self.roster.begun and not self._peers and alone
                 and all(member.placed for member in self.roster.here)):
             self._over = True           # nobody is left to serve, or on the way here
-
-    def _say(self, step, answers):
-        self.results.append((step, answers))
-        self.link.release_parent()
 
     def _look_at_clocks(self):
         now = monotonic()
@@ -6149,17 +6341,20 @@ class TcpServer(threading.Thread):
             return
         self._next_look = now + self._tick
         self._look_for_the_late(now)
+        roster = self.roster
+        waiting = dict(waiting=roster.waiting) if roster.begun else dict(
+            here=len(roster.here), places=roster.places)
         for peer in self._pending[:]:
             if now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
         for member, peer in list(self._peers.items()):
-            if member.owes or peer.outgoing.count:
+            if peer.outgoing.size or member.owes:
                 peer.look_at_kernel()
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
                     self._drop(peer, reason)
                     continue
-            self._safely(peer, self._show_life, peer, now)
+            self._safely(peer, self._show_life, peer, waiting, now)
         for peer in self._leaving[:]:
             if now > peer.leaving:
                 self._close(peer)
@@ -6173,13 +6368,10 @@ class TcpServer(threading.Thread):
             self._next_words = now + 2 * self.PATIENCE
             tell('waiting_for', members=self.window.debtors())
 
-    def _show_life(self, peer, now):
+    def _show_life(self, peer, waiting, now):
         """Tell a client that waits for whom or what, if that is news, else that we are alive."""
         if not self.session.dialect.talks:
             return
-        roster = self.roster
-        waiting = dict(waiting=roster.waiting) if roster.begun else dict(
-            here=len(roster.here), places=roster.places)
         if waiting != peer.waiting and now - peer.told > self.NEWS and not peer.member.owes:
             peer.waiting = waiting
             peer.send(self.session.dialect.state(**waiting))
@@ -6198,30 +6390,30 @@ class TcpServer(threading.Thread):
             return
         self._take_those_passed_on()
         self._carry_out_sentences()
-        if not self.inbox:              # it may be a sentence on a client below
-            self.link.release_child()
+        todo = []
         while self.inbox and not self._over:
             step = self.inbox.popleft()
             self._take_those_passed_on()            # they came before the step
-            self._begin(step)
+            todo += self._begin(step)
+        self._carry_out(todo)
+        self.link.release_child()       # there are steps, or a sentence on a client below
 
     def _take_those_passed_on(self):
         while self.number > 1 and self.parent.passed_on:
             self._take(self.parent.passed_on.popleft())
 
     def _begin(self, step):
-        """Do a step here, and have the child do it."""
+        """Begin a step here, and leave it to the child; returns what to do."""
         if step.kind == 'accept':
             self._accepting = step
             self._watch(self.listener.fileno(), self._on_connection)
-            return
+            return []
         if self.link.child_fd is not None:
             self.child.inbox.append(step)
-            self.link.release_child()
         if step.kind == 'abort':
             self._dismiss_all(step.message)
-        else:
-            self._carry_out(self.window.begin(step, monotonic()))
+            return []
+        return self.window.begin(step, monotonic())
 
     def _carry_out_sentences(self):
         if self._sentences == self.roster.sentences:
@@ -6232,25 +6424,33 @@ class TcpServer(threading.Thread):
                 self._drop(peer, member.sentence)
 
     def _carry_out(self, todo):
-        """Do what the window wants."""
+        """Do what the window wants; what a client is told of several rounds goes in one piece."""
+        together = {}
         for verb, member, argument in todo:
             peer = self._peers.get(member)
             if peer is None:            # it has gone just now
                 continue
             if verb == 'send':
-                self._send(peer, argument)
-            elif verb == 'packets':
+                together[peer] = together[peer] + argument if peer in together else argument
+                continue
+            if peer in together:
+                self._send(peer, together.pop(peer))
+            if verb == 'packets':
                 wanted, request = argument
                 parts = runs(request.gaps) if request.order is None else [
                     (request.order[start], request.order[stop - 1] + 1)
                     for start, stop in stretches(request.order)]
-                self._send(peer, self.session.dialect.packets(wanted.number), *[
-                    data for start, stop in parts for data in wanted.buffer.packets(start, stop)])
+                buffer = wanted.buffer
+                self._send(peer, self.session.dialect.packets(wanted.number), *(
+                    [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
+                    [data for start, stop in parts for data in buffer.packets(start, stop)]))
             elif verb == 'relay':
                 self._bring((member, argument))
             else:
                 tell('member_served', member=member)
                 self._close(peer)
+        for peer in together:
+            self._send(peer, together[peer])
 
     def _bring(self, news):
         """There is something for the roster's reader."""
@@ -6349,7 +6549,7 @@ class TcpServer(threading.Thread):
                 self._drop(peer, peer.member.sentence)
             return
         self._unwatch(peer.fileno())
-        self.passed_on.append(peer)
+        self.passed_on.append(peer)     # the child hears of it when we have looked at the others
         if not self.child:
             child = TcpServer(self.session, self.roster, self, self.link.spawn(),
                               number=self.number + 1)
@@ -6360,13 +6560,12 @@ class TcpServer(threading.Thread):
                 raise
             self.child = child
             self._watch(self.link.child_fd, self._on_child)
-        self.link.release_child()
 
     def _on_peer(self, event, peer):
         fd = peer.fileno()
         if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
             self._safely(peer, self._hear, peer)
-        if self._handlers.get(fd, (None, ()))[1] == (peer,):    # it is still ours
+        if event & select.POLLOUT and self._handlers.get(fd, (None, ()))[1] == (peer,):     # it is still ours
             self._send(peer)
 
     def _safely(self, peer, call, *args):
@@ -6374,14 +6573,18 @@ class TcpServer(threading.Thread):
         try:
             call(*args)
         except Gone as error:
-            if peer.member in self._peers and call != self._hear:
-                peer.outgoing.clear()   # reading will tell, after what it said before it went
-            else:
-                self._drop(peer, 'it went away: %s' % error, told=False)
+            self._gone(peer, error, call == self._hear)
         except Refused as error:
             self._drop(peer, error.reason, told=False)
         except ProtocolError as error:
             self._drop(peer, 'protocol error: %s' % error)
+
+    def _gone(self, peer, error, reading):
+        """It has ended; where we did not read, reading will tell, after what it said before it went."""
+        if peer.member in self._peers and not reading:
+            peer.outgoing.clear()
+        else:
+            self._drop(peer, 'it went away: %s' % error, told=False)
 
     def _hear(self, peer):
         if peer.leaving:                # until it hangs up
@@ -6394,9 +6597,11 @@ class TcpServer(threading.Thread):
                 self._on_hello(peer, hello)
             return
         for message in peer.messages(self.window.size_of):
-            self._carry_out(self.window.heard(peer.member, message, monotonic()))
-            if peer.leaving or not peer.open:
-                return
+            todo = self.window.heard(peer.member, message, peer.heard)
+            if todo:
+                self._carry_out(todo)
+                if peer.leaving or not peer.open:
+                    return
 
     @staticmethod
     def _hello_size(head):
@@ -6417,11 +6622,17 @@ class TcpServer(threading.Thread):
 
     def _send(self, peer, *pieces):
         """Send what can be sent, and poll for what cannot."""
-        self._safely(peer, peer.send, *pieces)
+        try:
+            peer.send(*pieces)
+        except Gone as error:
+            self._gone(peer, error, reading=False)
         if not peer.open:
             return
         peer.hang_up()
-        fd, waits = peer.fileno(), bool(peer.outgoing.count)
+        waits = bool(peer.outgoing.size)
+        if not waits and not self._writing:
+            return
+        fd = peer.fileno()
         if fd in self._handlers and waits != (fd in self._writing):
             self._poller.modify(fd, select.POLLIN | (select.POLLOUT if waits else 0))
             (self._writing.add if waits else self._writing.discard)(fd)
@@ -6509,8 +6720,7 @@ class Multicaster(object):
     """
 
     ROUND = 4 << 20                     # bytes in a round at the most,
-    LARGE_ROUND = 8 << 20               # or where so many clients each cost time in a round,
-    MANY = 200
+    LARGE_ROUND = 8 << 20               # or where MANY clients each cost time in a round,
     LONE_ROUND = 8 << 20                # or where only one is under way
     STUCK = 5.0                         # seconds without room to send a packet
     SILENT = 10.0                       # seconds of a producer, until it is said
@@ -6531,6 +6741,7 @@ class Multicaster(object):
         self._accepting = None          # the accept step, until it is complete
         self._fed = 0.0                 # when the producer last gave anything, while it is waited for
         self._trouble = None            # the last that was told
+        self._news = False              # there are steps that the TCP servers do not know of
 
     def _open(self):
         """Check that all that it takes can be had here.  Raises Failure."""
@@ -6548,10 +6759,11 @@ class Multicaster(object):
         self.listener = self._listen(options.port)
         self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
         dialect = self.session.dialect
-        size = (self.LARGE_ROUND if options.clients >= self.MANY
+        size = (self.LARGE_ROUND if options.clients >= MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
-        self._buffers = [Buffer(payload, capacity, self.session.salt, dialect.checks)
+        checks = () if self.session.digest else dialect.checks
+        self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
         self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
@@ -6597,6 +6809,7 @@ class Multicaster(object):
         self.roster.end()
         if self.failure:
             self.do(Step('abort', message=self.failure))
+            self._tell_child()
         self.link.close()
         for thread in self._threads():
             thread.join(2 * FAREWELL_TIME)
@@ -6680,7 +6893,13 @@ class Multicaster(object):
     def do(self, step):
         """Have the TCP servers do a step."""
         self.tcp.inbox.append(step)
-        self.link.release_child()
+        self._news = True
+
+    def _tell_child(self):
+        """Have the TCP servers look at all the steps that came together."""
+        if self._news:
+            self._news = False
+            self.link.release_child()
 
     def fill(self, base, limit):
         """Begin to fill a buffer that is not in use."""
@@ -6769,6 +6988,7 @@ class Multicaster(object):
         """
         looked = False
         while True:
+            self._tell_child()
             now = monotonic()
             tell.look(now)
             if self.course.look(now) and until is None:
@@ -6812,6 +7032,7 @@ class Multicaster(object):
             if busy:
                 self.course.work()
             if until is None and (readable or busy):
+                self._tell_child()
                 return
 
     def _fill(self, now):
@@ -6863,6 +7084,7 @@ class Client(object):
     RETRY = 0.03                        # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
+    AT_ONCE = 512 << 10                 # bytes from the server in a turn
 
     def __init__(self, options, signals):
         """options: of the command line; signals: a StopInOrder."""
@@ -7171,34 +7393,35 @@ class Client(object):
             writer.link.wait_child()
         finally:
             while writer.results:
-                what, incoming, gaps = writer.results.popleft()
+                what, incoming = writer.results.popleft()
                 if what == writer.WRITTEN:
                     self._carry_out(window.written())
                 elif what == writer.VERIFIED:
                     self._carry_out(window.verified(incoming))
                 else:
-                    tell('damaged', count=how_many(gaps), round=incoming.number)
-                    self._carry_out(window.damaged(incoming, gaps))
+                    self._carry_out(window.damaged(incoming))
 
     def _listen(self):
         """Take the datagrams that have arrived."""
-        receiver = self.receiver
+        receiver, window, useful = self.receiver, self.window, False
         for _ in range(64):             # a flood must not keep us from TCP
-            batches = receiver.receive()
+            batches = receiver.receive(window.aim)
             if batches is None:
                 break
-            if batches and self.window.take(batches, receiver.in_first, receiver.first, receiver.last):
-                self.server.heard = monotonic()
-                self.window.listened(self.server.heard)
+            useful = window.take(batches, receiver.in_first, receiver.first, receiver.last) or useful
+        if useful:
+            self.server.heard = monotonic()
+            window.listened(self.server.heard)
 
     def _hear(self):
         """Take what has arrived by TCP."""
         window, server = self.window, self.server
         try:
-            more = True
-            while more:
+            more, got = True, 0
+            while more and (got < self.AT_ONCE or server.incoming.count):       # a follower waits for some of it
                 if window.wants is not None:
                     more = server.read_into(window.wants)
+                    got += more
                     self._carry_out(window.filled(more))
                 else:
                     for message in server.messages(window.size_of):
@@ -7536,8 +7759,9 @@ def command_line():
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
                         help='packets in a round at the most; memory is that of some seven rounds '
                         '(as many as make 4 MB)')
-    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), default=64, metavar='N',
-                        help='clients that one TCP thread serves (64)')
+    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
+                        help='clients that one TCP thread serves (64, or all of them where they are '
+                        '200 or more)')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
     server.add_argument('--compat', action='store_true',
                         help='serve clients of the base protocol (the C implementation)')
@@ -7580,6 +7804,8 @@ def server_command(options, signals):
                       % (options.min_clients, options.clients), USAGE)
     if options.min_clients > 1 and options.start_wait is None:
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
+    if options.clients_per_thread is None:
+        options.clients_per_thread = CLIENTS_PER_THREAD if options.clients < MANY else options.clients
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]

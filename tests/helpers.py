@@ -164,6 +164,11 @@ def random_bytes(size, seed=0):
     return b"".join(random_chunks(size, seed))
 
 
+def data_of(buffer):
+    """What a kmcast.Buffer gives the output, as bytes."""
+    return b"".join([piece.tobytes() for piece in buffer.flush()])
+
+
 def sha256(data):
     """Return the SHA-256 of `data` (bytes, or an iterable of chunks of bytes) in hexadecimal."""
     digest = hashlib.sha256()
@@ -506,14 +511,13 @@ ClientResult = collections.namedtuple("ClientResult", "code stderr data report")
 
 
 class Transfer(object):
-    """How a transfer ended: `.server` (code, stderr, report), `.clients` (a list of code, stderr, data, report), `.port`,
-    `.seconds`. A report is a function, Process.report()."""
+    """How a transfer ended: `.server` (code, stderr, report), `.clients` (a list of code, stderr, data, report), `.port`.
+    A report is a function, Process.report()."""
 
-    def __init__(self, server, clients, port, seconds):
+    def __init__(self, server, clients, port):
         self.server = server
         self.clients = clients
         self.port = port
-        self.seconds = seconds
 
     def __str__(self):
         ends = [("server", self.server)] + [("client %d" % number, end) for number, end in enumerate(self.clients)]
@@ -561,9 +565,8 @@ def transfer(data, clients=1, server_args=(), client_args=(), server_python=None
         # Who hangs is seldom who is to blame: show what all of them said.
         others = "\n".join("%r:\n%s" % (other, other.stderr) for other in [server] + started)
         raise AssertionError("%s\nAll processes:\n%s" % (error, others))
-    seconds = time.time() - began
     return Transfer(ServerResult(*ends[0][:2], report=server.report),
-                    [ClientResult(*end, report=client.report) for end, client in zip(ends[1:], started)], port, seconds)
+                    [ClientResult(*end, report=client.report) for end, client in zip(ends[1:], started)], port)
 
 
 Summary = collections.namedtuple("Summary", "packets bytes coded by_tcp served clients")

@@ -56,6 +56,7 @@ import time
 import traceback
 import types
 import weakref
+from select import POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, POLLPRI
 
 KMCAST = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kmcast.py")
 
@@ -72,7 +73,9 @@ SEGMENT = 1460              # bytes that TCP sends at once
 SLICE = 200                 # system calls in a row after which a thread that does not wait is interrupted for a moment
 MOMENT = 0.0001             # seconds: so much time passes then, as system calls take some
 SPIN = 1000                 # slices in a row after which it is taken to spin
-REAL_LIMIT = 20.0           # real seconds for a seed
+REAL_LIMIT = 20.0           # seconds of processor time for a seed
+HANGS = 600.0               # real seconds for a seed: somebody waits for what is none of the simulation's
+LOOK = 2.0                  # real seconds between looks at the two
 BUFFERS = 3                 # Buffers that an end may have, and two more for each round under way: it, and a pass for it
 
 # What a CRC-32 does not see, wherever it is added (XOR): its own polynomial, as zlib orders the bits.
@@ -80,6 +83,7 @@ UNSEEN = bytes.fromhex("410671db01")
 FOREIGN = b"\x2a\0\0\0" + bytes(4) + struct.pack("<I", 52) + bytes(52)     # a datagram of somebody else
 
 kmcast = None               # the module that is tested
+parser = None               # its command line; to build it takes longer than many a transfer
 world = None                # the World of the run that is on
 
 
@@ -215,9 +219,12 @@ class ClientPlan:
         self.full_at = r.randrange(len(plan.image) + 1)
 
     def hears_all(self, plan):
-        """Whether all that is multicast comes to it, and before SENT by TCP does, or soon after."""
+        """Whether all that is multicast comes to it, in order, and before SENT by TCP does, or soon after.
+
+        In order: who has the first and the last packet of a round asks at once for what is between them.
+        """
         return not (self.loss or self.burst or self.late or self.damage or self.queue or self.deaf or self.fault
-                    or self.jitter > 0.001 or self.socket_buffer < 10000
+                    or self.jitter or self.socket_buffer < 10000
                     or plan.shared or plan.refused or plan.unicast or plan.server_fault or plan.rate == "max")
 
     def arguments(self):
@@ -229,7 +236,7 @@ class ClientPlan:
 # ---------------------------------------------------------------------------------------------------------------------
 # The world: a clock, events, and threads of which one runs at a time
 
-ALWAYS = select.POLLERR | select.POLLHUP | select.POLLNVAL          # poll(2) tells these unasked
+ALWAYS = POLLERR | POLLHUP | POLLNVAL          # poll(2) tells these unasked
 
 
 class File:
@@ -275,7 +282,10 @@ class Closed(File):
     """Stands for a descriptor that is none."""
 
     def events(self):
-        return select.POLLNVAL
+        return POLLNVAL
+
+
+CLOSED = Closed()
 
 
 class Until(File):
@@ -286,7 +296,7 @@ class Until(File):
         self.holds = holds
 
     def events(self):
-        return select.POLLIN if self.holds() else 0
+        return POLLIN if self.holds() else 0
 
 
 class Fibre(File):
@@ -310,7 +320,7 @@ class Fibre(File):
         return " ".join(name for name in names if name)
 
     def events(self):
-        return select.POLLIN if self.over else 0
+        return POLLIN if self.over else 0
 
     def _live(self):
         self.baton.acquire()
@@ -340,6 +350,7 @@ class World:
         self.powerless = set()                  # addresses of hosts without power
         self.firewalls = {}                     # address -> what becomes of who connects to it
         self.turns = 0
+        self.began = time.process_time(), time.monotonic()      # on the real clocks
         self.happening = False                  # what is done now is done by nobody
         self._heap, self._number = [], 0
         self._fibres = []
@@ -353,11 +364,11 @@ class World:
     def at(self, delay, call, *args):
         """Have something happen so many seconds from now."""
         self._number += 1
-        heapq.heappush(self._heap, (self.now + delay, self._number, call, args))
+        heapq.heappush(self._heap, (self.now + delay, self._number, None, call, args))
 
     def _resume(self, fibre, when):
         self._number += 1
-        heapq.heappush(self._heap, (when, self._number, fibre, fibre.turn))
+        heapq.heappush(self._heap, (when, self._number, fibre, fibre.turn, None))
 
     def wake(self, fibre, delay=None):
         """Give a fibre its turn, soon."""
@@ -372,14 +383,14 @@ class World:
             while self.finding is None:
                 if not heap:
                     raise Finding("somebody waits, and nothing more will happen")
-                when, _, call, args = heapq.heappop(heap)
-                if isinstance(call, Fibre):
-                    if call.turn != args or call.over:
+                when, _, fibre, what, args = heapq.heappop(heap)
+                if fibre:
+                    if fibre.turn != what or fibre.over:
                         continue                # it has had that turn
-                    process = call.process
+                    process = fibre.process
                     if process and process.frozen_until > when and not process.dead:
                         if process.frozen_until < LIMIT:
-                            self._resume(call, process.frozen_until)
+                            self._resume(fibre, process.frozen_until)
                         continue
                 if when > LIMIT:
                     raise Finding("somebody waits for ever")
@@ -387,10 +398,10 @@ class World:
                 self.turns += 1
                 if not self.turns % 32:
                     self.watch()
-                if isinstance(call, Fibre):
-                    return call
+                if fibre:
+                    return fibre
                 self.happening = True
-                call(*args)
+                what(*args)
                 self.happening = False
         except Finding as error:
             self.found(str(error))
@@ -418,14 +429,15 @@ class World:
         self.check()
 
     def wait(self, watched, seconds=None):
-        """Have the running fibre wait, at most so long, until one of [(File, events)] has such an event."""
+        """Have the running fibre wait, at most so long, until one of [(File, events)] has such an event.
+
+        Returns for each of them which of its events are there; none are when the time is over.
+        """
         until = None if seconds is None else self.now + seconds
         while True:
-            for file, mask in watched:
-                if file.events() & (mask | ALWAYS):
-                    return
-            if until is not None and self.now >= until:
-                return
+            there = [file.events() & (mask | ALWAYS) for file, mask in watched]
+            if any(there) or until is not None and self.now >= until:
+                return there
             fibre = self.current
             fibre.turn += 1
             fibre.woken = False
@@ -459,11 +471,13 @@ class World:
             process.uninterruptible.interrupt(name)
 
     def call(self):
-        """The running fibre makes a system call."""
-        self.check()
+        """The running fibre makes a system call. Nothing is called as often, so check() is only where it may matter."""
         fibre = self.current
+        process = fibre.process
+        if self.over or self.finding or not process or process.dead or process.signal:
+            self.check()
         fibre.calls += 1
-        if fibre.calls == SLICE and fibre.process:
+        if fibre.calls == SLICE and process:
             slices = fibre.slices + 1
             if slices > SPIN:
                 self.found("%s spins:\n%s" % (fibre, "".join(traceback.format_stack(limit=8))))
@@ -498,8 +512,14 @@ class World:
             fibre.thread.join()
 
     def overdue(self, *_args):
-        """A signal handler, in the main thread: it takes for ever, without a system call or with too many."""
-        self.found("it takes more than %g real seconds" % REAL_LIMIT)
+        """A signal handler, in the main thread: does it take for ever, without a system call or with too many?
+
+        By the processor time, as others may keep this process waiting, or stop it for a while.
+        """
+        spent, passed = time.process_time() - self.began[0], time.monotonic() - self.began[1]
+        if spent < REAL_LIMIT and passed < HANGS:
+            return
+        self.found("it takes more than %g s of processor time, or %g real ones" % (REAL_LIMIT, HANGS))
         if self.current.thread:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.current.thread.ident), ctypes.py_object(Torn))
         else:
@@ -560,7 +580,7 @@ class Process:
     def _run(self):
         """What it does."""
         self.begun = True
-        options = kmcast.command_line().parse_args(self.arguments)
+        options = parser.parse_args(self.arguments)
         try:
             self.code = kmcast.run_job(options, self.signals)
         finally:
@@ -650,7 +670,7 @@ def monotonic():
 def file_of(descriptor, files):
     """The File of a descriptor, or of what has one."""
     fd = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-    return files.get(fd) or Closed()
+    return files.get(fd, CLOSED)
 
 
 class Poll:
@@ -659,7 +679,7 @@ class Poll:
     def __init__(self):
         self._masks = {}
 
-    def register(self, what, mask=select.POLLIN | select.POLLPRI | select.POLLOUT):
+    def register(self, what, mask=POLLIN | POLLPRI | POLLOUT):
         """Watch a descriptor, or what has one."""
         fd = what if isinstance(what, int) else what.fileno()
         if fd < 0:
@@ -681,14 +701,10 @@ class Poll:
         """Wait; returns [(descriptor, events)]."""
         world.call()
         files = world.process.files
-        watched = [(file_of(fd, files), mask) for fd, mask in self._masks.items()]
-        world.wait(watched, None if milliseconds is None or milliseconds < 0 else milliseconds / 1000)
-        ready = []
-        for (fd, mask), (file, _) in zip(list(self._masks.items()), watched):
-            events = file.events() & (mask | ALWAYS)
-            if events:
-                ready.append((fd, events))
-        return ready
+        fds = list(self._masks)
+        there = world.wait([(files.get(fd, CLOSED), mask) for fd, mask in self._masks.items()],
+                           None if milliseconds is None or milliseconds < 0 else milliseconds / 1000)
+        return [(fd, events) for fd, events in zip(fds, there) if events]
 
 
 def select_(reads, writes, _exceptions, seconds=None):
@@ -697,11 +713,11 @@ def select_(reads, writes, _exceptions, seconds=None):
     files = world.process.files
     reads, writes = ([(what, file_of(what, files)) for what in side] for side in (reads, writes))
     for _, file in reads + writes:
-        if isinstance(file, Closed):
+        if file is CLOSED:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-    world.wait([(file, select.POLLIN) for _, file in reads] + [(file, select.POLLOUT) for _, file in writes], seconds)
-    return ([what for what, file in reads if file.events() & (select.POLLIN | select.POLLHUP | select.POLLERR)],
-            [what for what, file in writes if file.events() & (select.POLLOUT | select.POLLERR)], [])
+    there = world.wait([(file, POLLIN) for _, file in reads] + [(file, POLLOUT) for _, file in writes], seconds)
+    return ([what for (what, _), events in zip(reads, there) if events & (POLLIN | POLLHUP | POLLERR)],
+            [what for (what, _), events in zip(writes, there[len(reads):]) if events & (POLLOUT | POLLERR)], [])
 
 
 class Thread:
@@ -736,7 +752,7 @@ class Thread:
     def join(self, timeout=None):
         """Wait for its end."""
         world.call()
-        world.wait([(self._fibre, select.POLLIN)], timeout)
+        world.wait([(self._fibre, POLLIN)], timeout)
 
 
 class Lock(File):
@@ -747,13 +763,13 @@ class Lock(File):
         self.held = False
 
     def events(self):
-        return 0 if self.held else select.POLLIN
+        return 0 if self.held else POLLIN
 
     def acquire(self, blocking=True, timeout=-1):
         """Wait for it, and have it."""
         world.call()
         if blocking:
-            world.wait([(self, select.POLLIN)], None if timeout < 0 else timeout)
+            world.wait([(self, POLLIN)], None if timeout < 0 else timeout)
         got, self.held = not self.held, True
         return got
 
@@ -781,19 +797,17 @@ class Pair(File):
         self._unread = bytearray()
 
     def events(self):
-        if self.other.fd < 0:
-            return select.POLLIN | select.POLLHUP | select.POLLOUT
-        return (select.POLLOUT if self._room() else 0) | (select.POLLIN if self._unread else 0)
-
-    def _room(self):
-        return self.ROOM - len(self.other._unread)
+        other = self.other
+        if other.fd < 0:
+            return POLLIN | POLLHUP | POLLOUT
+        return (POLLOUT if len(other._unread) < self.ROOM else 0) | (POLLIN if self._unread else 0)
 
     def recv(self, most):
         """Wait for bytes; b'' when the other end is closed."""
         world.call()
         if self.fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        world.wait([(self, select.POLLIN)])
+        world.wait([(self, POLLIN)])
         data = bytes(self._unread[:most])
         del self._unread[:most]
         self.other.changed()
@@ -806,9 +820,9 @@ class Pair(File):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self.other.fd < 0:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        if not self._room() and flags & socket.MSG_DONTWAIT:
+        if not self.events() & POLLOUT and flags & socket.MSG_DONTWAIT:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        world.wait([(self, select.POLLOUT)])
+        world.wait([(self, POLLOUT)])
         self.other._unread += data
         self.other.changed()
         return len(data)
@@ -885,7 +899,7 @@ def fake(module, **others):
 
 def load(path=KMCAST):
     """Load kmcast.py as a module of our own, in the simulated world from its first line on."""
-    global kmcast
+    global kmcast, parser
     fakes = {
         "time": fake(time, monotonic=monotonic, time=monotonic, sleep=lambda seconds: world.sleep(seconds)),
         "select": fake(select, poll=Poll, select=select_),
@@ -918,6 +932,7 @@ def load(path=KMCAST):
         kmcast.COMMANDS[name] = noting_the_job(kmcast.COMMANDS[name])
     for class_ in (kmcast.Buffer, kmcast.Connection):
         counted(class_)
+    parser = kmcast.command_line()
 
 
 def noting_the_job(command):
@@ -1050,18 +1065,18 @@ class Socket(File):
 
     def events(self):
         if self.queue is not None:
-            return select.POLLIN if self.queue else 0
+            return POLLIN if self.queue else 0
         if self.error:
-            return select.POLLIN | select.POLLOUT | select.POLLERR | select.POLLHUP
+            return POLLIN | POLLOUT | POLLERR | POLLHUP
         if not self.connected:
-            return 0 if self.remote else select.POLLOUT | select.POLLHUP
+            return 0 if self.remote else POLLOUT | POLLHUP
         there, here = self.output, self.input
-        events = select.POLLIN if here.unread or here.ended or here.broken else 0
+        events = POLLIN if here.unread or here.ended or here.broken else 0
         if here.broken:
-            return events | select.POLLOUT | select.POLLERR | select.POLLHUP
+            return events | POLLOUT | POLLERR | POLLHUP
         if here.ended and there.finished:
-            events |= select.POLLHUP
-        return events | (select.POLLOUT if there.under_way < there.plan.room else 0)
+            events |= POLLHUP
+        return events | (POLLOUT if there.under_way < there.plan.room else 0)
 
     def _call(self):
         world.call()
@@ -1356,7 +1371,7 @@ class Receiver(File):
         self._group.append(self)
 
     def events(self):
-        return select.POLLIN if self._waiting else 0
+        return POLLIN if self._waiting else 0
 
     def come(self, datagrams):
         """Datagrams come out of the air."""
@@ -1413,7 +1428,7 @@ class Sender(File):
         world.process.install(self)
 
     def events(self):
-        return select.POLLOUT if self._busy_until - world.now < self.QUEUE else 0
+        return POLLOUT if self._busy_until - world.now < self.QUEUE else 0
 
     def getsockname(self):
         """Where the datagrams come from."""
@@ -1469,7 +1484,7 @@ class Source(File):
         world.process.install(self)
 
     def events(self):
-        return select.POLLIN if world.now >= self._again else 0
+        return POLLIN if world.now >= self._again else 0
 
     def image(self):
         """What names it."""
@@ -1646,7 +1661,7 @@ class Run:
                 world.at(client.plan.start + client.plan.at, self._fault, client, client.plan.fault, client.plan.freeze)
         try:
             world.ends.holds = lambda: self.server.ended and all(client.ended for client in self.clients)
-            world.wait([(world.ends, select.POLLIN)])
+            world.wait([(world.ends, POLLIN)])
             self.watch()
         finally:
             world.tear_down()
@@ -1807,7 +1822,7 @@ def one(seed, trace=False):
     global world
     try:
         signal.signal(signal.SIGALRM, lambda *args: world and world.overdue())
-        signal.setitimer(signal.ITIMER_REAL, REAL_LIMIT, 2)
+        signal.setitimer(signal.ITIMER_REAL, LOOK, LOOK)
         Run(seed, trace).run()
     except Finding as error:
         return "seed %d: %s" % (seed, error)

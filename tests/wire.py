@@ -47,7 +47,7 @@ FIGURES = struct.Struct("<5I")          # packets heard; (packets, microseconds)
 NO_FIGURES = (0, 0, 0, 0, 0)
 
 ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
-HELLO, STATE, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x20", b"\x40", b"\x80"
+HELLO, STATE, SUMS, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x16", b"\x20", b"\x40", b"\x80"
 UPSTREAM, FOLLOWER, RELAY = b"\x11", b"\x14", b"\x15"
 FRAMES = (HELLO, STATE, WELCOME, BYE, UPSTREAM, FOLLOWER, RELAY)   # what is a signal and a JSON object
 ABSENT = object()                       # as the value of a field: leave it out
@@ -71,8 +71,13 @@ def group_info(group, port, padding=PADDING, family=2):
 
 
 def salted(payload, number):
-    """The checksum in a session; `number` is salt + seq."""
+    """The checksum in a session without digests; `number` is salt + seq."""
     return zlib.crc32(payload, number & MASK) & MASK
+
+
+def unsummed(_payload, number):
+    """What stands in its place where a digest covers each round; `number` is salt + seq."""
+    return number & MASK
 
 
 def plain_crc(payload, _number=0):
@@ -86,7 +91,12 @@ def c_sum(payload, _number=0):
     return sum(struct.unpack("<%dI" % (len(padded) // 4), padded)) & MASK
 
 
-def packet(seq, payload, salt=7, check=salted):
+def sums_of(payloads):
+    """What SUMS says of payloads."""
+    return [plain_crc(payload) for payload in payloads]
+
+
+def packet(seq, payload, salt=7, check=unsummed):
     """A packet of the image; `check` is the function of its checksum."""
     return HEADER.pack(seq & MASK, check(payload, salt + seq), len(payload)) + payload
 
@@ -203,16 +213,19 @@ def bye(ok, **fields):
     return frame(BYE, dict(fields, ok=ok))
 
 
-def repair(number, payload, repair_salt=9):
+def repair(number, payload, repair_salt=9, check=unsummed):
     """A datagram of a repair pass."""
     number %= REPAIR_BIT
-    return HEADER.pack(REPAIR_BIT + number, salted(payload, repair_salt + number), len(payload)) + payload
+    return HEADER.pack(REPAIR_BIT + number, check(payload, repair_salt + number), len(payload)) + payload
 
 
-def recipe(first, groups):
-    """The payload of a recipe: `groups` are lists of places in the round, `first` the repair number of the first of them."""
-    return U32.pack(first & MASK) + b"".join(
-        struct.pack("<%dH" % (1 + len(group)), len(group), *group) for group in groups)
+def recipe(first, groups, size):
+    """The payload of a recipe, of `size` bytes; `first` is the repair number of the first of `groups`, lists of places in the round.
+
+    Zeros fill it up. One that is longer is cut.
+    """
+    return (U32.pack(first & MASK) + b"".join(
+        struct.pack("<%dH" % (1 + len(group)), len(group), *group) for group in groups)).ljust(size, b"\0")[:size]
 
 
 def combination(payloads, size):
@@ -236,7 +249,7 @@ def repair_pass(payloads, groups, number, size):
         described[-1].append(group)
     first, recipes = number + len(described), []
     for part in described:
-        recipes.append(recipe(first % REPAIR_BIT, part))
+        recipes.append(recipe(first % REPAIR_BIT, part, size))
         first += len(part)
     return recipes, [combination([payloads[place] for place in group], size) for group in groups]
 
@@ -250,7 +263,11 @@ class SESSION(object):
     session = True
     padding = PADDING
     seqs = SEQS
-    check = staticmethod(salted)
+
+    @staticmethod
+    def check(digest):
+        """The function of a packet's checksum, which knows whether a digest covers each round."""
+        return unsummed if digest else salted
 
     @staticmethod
     def info(what):
@@ -283,8 +300,18 @@ class SESSION(object):
 
     @staticmethod
     def packets(what, packets=()):
-        """The packets that were asked for, by TCP, ascending."""
+        """The packets that were asked for, by TCP, ascending: where a digest covers the round their payloads alone."""
         return PACKETS + U32.pack(what.number) + b"".join(packets)
+
+    @staticmethod
+    def ask_for_sums(what):
+        """A client's SUMS: it has all of the round, whose digest differs."""
+        return SUMS + U32.pack(what.number)
+
+    @staticmethod
+    def sums(what, sums):
+        """A server's SUMS: the CRC-32 of each payload of the round."""
+        return SUMS + struct.pack("<%dI" % (2 + len(sums)), len(sums), what.number, *sums)
 
     @staticmethod
     def again(what, number, recipes, combinations):
@@ -302,8 +329,14 @@ class SESSION(object):
         if kind == INFO:
             number, size, base, count, place = struct.unpack("<4IQ", end.read(24))
             return Message(kind, round=Round(number, size, base, count, place))
-        if kind not in (SENT, AGAIN, PACKETS):
+        if kind not in (SENT, AGAIN, PACKETS, SUMS):
             raise Unexpected("an unknown signal, %r" % kind)
+        if kind == SUMS:
+            count, number = struct.unpack("<2I", end.read(8))
+            what = end.round_of(number)
+            if count != what.count:
+                raise Unexpected("%d sums of %r" % (count, what))
+            return Message(kind, round=what, sums=list(struct.unpack("<%dI" % count, end.read(4 * count))))
         what = end.round_of(*U32.unpack(end.read(4)))
         if kind == SENT:
             return Message(kind, round=what, digest=end.read(end.digest_size))
@@ -314,10 +347,10 @@ class SESSION(object):
     @staticmethod
     def from_client(end, kind):
         """The same of a client's."""
-        if kind not in (READY, DONE, REQUEST):
+        if kind not in (READY, DONE, REQUEST, SUMS):
             raise Unexpected("an unknown signal, %r" % kind)
         what = end.round_of(*U32.unpack(end.read(4)))
-        if kind == READY:
+        if kind in (READY, SUMS):
             return Message(kind, round=what)
         figures = FIGURES.unpack(end.read(FIGURES.size))
         if kind == DONE:
@@ -335,7 +368,10 @@ class BASE(SESSION):
     session = False
     padding = NO_PADDING
     seqs = 1 << 32
-    check = staticmethod(c_sum)
+
+    @staticmethod
+    def check(_digest):
+        return c_sum
 
     @staticmethod
     def info(what):
@@ -481,8 +517,11 @@ class End(object):
             raise Unexpected("a message about round %d, which was not announced" % number)
         return self.rounds[number]
 
-    def packet(self):
-        """A packet by TCP, of those behind PACKETS: (seq, checksum, payload)."""
+    def packet(self, size=None):
+        """A packet by TCP, of those behind PACKETS: (seq, checksum, payload); with its `size` in bytes, known where it comes
+        without a header, just its payload."""
+        if size is not None:
+            return self.read(size)
         seq, checksum, size = HEADER.unpack(self.read(HEADER.size))
         return seq, checksum, self.read(size)
 
@@ -600,6 +639,22 @@ class Client(End):
         """REQUEST packets of the round by their place."""
         self.say(self.dialect.request(self.round, places))
 
+    def packets(self, places, what=None):
+        """The packets of a round that come behind PACKETS: their payloads, whose headers, if there are any, are right."""
+        what, payload = what or self.round, self.welcome["payload"]
+        payloads = []
+        for place in places:
+            size = min(payload, what.size - place * payload)
+            if self.welcome["digest"]:
+                payloads.append(self.packet(size))
+                continue
+            seq, checksum, data = self.packet()
+            right = (what.base + place) % self.dialect.seqs
+            if (seq, checksum, len(data)) != (right, salted(data, self.welcome["salt"] + right), size):
+                raise Unexpected("packet %d of %d bytes instead of packet %d of %r" % (seq, len(data), right, what))
+            payloads.append(data)
+        return payloads
+
     def done(self):
         """DONE for the round."""
         self.say(self.dialect.done(self.round))
@@ -640,7 +695,7 @@ class Server(End):
         self.payload, self.salt, self.repair_salt = [
             self.fields_of_welcome[key] for key in ("payload", "salt", "repair_salt")]
         self.group = "239.255.92.%d" % random.randrange(1, 255)
-        self.check = check or dialect.check
+        self.check = check or dialect.check(self.fields_of_welcome["digest"])
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.bind((LOOPBACK, port))
@@ -740,7 +795,11 @@ class Server(End):
         """The packets of a round."""
         what = what or self.round
         return [packet((what.base + place) % self.dialect.seqs, payload, self.salt, self.check)
-                for place, payload in enumerate(cut(self._data[what.number][0], self.payload))]
+                for place, payload in enumerate(self.payloads(what))]
+
+    def payloads(self, what=None):
+        """The payloads of a round."""
+        return cut(self._data[(what or self.round).number][0], self.payload)
 
     def multicast(self, what=None, lost=()):
         """Multicast a round; `lost` are places."""
@@ -764,12 +823,18 @@ class Server(End):
 
     def repairs(self, places, what=None):
         """Packets of a round by TCP, as bytes."""
-        packets = self.packets(what)
+        bare = self.dialect.session and self.fields_of_welcome["digest"]
+        packets = self.payloads(what) if bare else self.packets(what)
         return self.dialect.packets(what or self.round, [packets[place] for place in places])
 
     def give(self, places, what=None):
         """Say packets of a round by TCP."""
         self.say(self.repairs(places, what))
+
+    def suspected(self, what=None):
+        """Take SUMS for a round, and say them."""
+        self._expect_for(SUMS, what)
+        self.say(self.dialect.sums(what or self.round, sums_of(self.payloads(what))))
 
     def again(self, number, recipes, combinations, what=None):
         """AGAIN for a round, as bytes."""
@@ -777,7 +842,7 @@ class Server(End):
 
     def repair(self, number, payload):
         """A datagram of a repair pass."""
-        return repair(number, payload, self.repair_salt)
+        return repair(number, payload, self.repair_salt, self.check)
 
     def done(self, what=None):
         """Take DONE for a round."""

@@ -3,7 +3,6 @@
 Real processes on loopback; the strangers are in this process.
 """
 
-import os
 import random
 import re
 import socket
@@ -15,8 +14,8 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from hostile import (all_receive, another_session, DELAY, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, noise, orderly,
-                     undisturbed, wrong_checksums, wrong_sizes)
+from hostile import (all_receive, another_session, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, NEVER, noise, orderly,
+                     SPOOFED, undisturbed, wrong_checksums, wrong_sizes)
 from pythons import BOTH, NEWEST, OLDEST
 from wire import ALIVE, HELLO, REQUEST, SESSION, U32, reset
 
@@ -136,10 +135,9 @@ class Several(object):
 
 
 def harmless(strangers, python=None, **options):
-    """Fail unless strangers cost a transfer neither time nor memory nor an unreadable log. Returns the log."""
-    seconds, log, peak = undisturbed(python)
-    hostile_seconds, hostile_log, hostile_peak = deploy(strangers, python, **options)
-    assert hostile_seconds < seconds + DELAY, "%.1f s instead of %.1f\n%s" % (hostile_seconds, seconds, hostile_log)
+    """Fail unless a transfer waits for no stranger, and has as little memory and as short a log as without. Returns the log."""
+    log, peak = undisturbed(python)
+    hostile_log, hostile_peak = deploy(strangers, python, **options)
     assert hostile_peak < peak + MEMORY_KIB, "%d KiB instead of %d" % (hostile_peak, peak)
     assert hostile_log.count("\n") < log.count("\n") + LINES, hostile_log
     return hostile_log
@@ -217,15 +215,17 @@ def test_who_greets_and_leaves_again_and_again_does_not_fill_the_log():
 
 
 def test_who_says_nothing_is_closed_within_the_time_for_a_greeting():
+    """Also who says a little all the time: at a byte a second a HELLO takes more than a minute. A second is no crime."""
     port = helpers.free_port()
     helpers.start_server([LOOPBACK, 2, port], stdin=b"image").wait_stderr("waiting for")
-    began = time.time()
-    silent, slow = wire.Client(port), wire.Client(port)
+    silent, slow, late = wire.Client(port), wire.Client(port), wire.Client(port)
     dribble(slow.sock)
+    time.sleep(1)
+    late.greet()
     for client in (silent, slow):
-        assert "HELLO" in client.reason()
+        assert client.reason() == "no HELLO within 5 s"
         client.close()
-    assert 4.5 < time.time() - began < 9
+    late.close()
 
 
 @BOTH
@@ -247,38 +247,38 @@ def test_connections_that_are_reset_at_once_do_not_end_a_compat_server(python):
     orderly(stderr)
 
 
+#: Says at the end of a server how often it looked what there is to do.
+COUNTING = """import atexit, sys
+looks, ready = [], kmcast.ready
+kmcast.ready = lambda *args: looks.append(1) or ready(*args)
+atexit.register(lambda: sys.stderr.write("looked %d times\\n" % len(looks)))"""
+
+
 def test_a_server_does_not_spin_while_it_says_good_bye():
     """The one that it talks to holds its end open."""
     port = helpers.free_port()
-    server = helpers.start_server([LOOPBACK, 2, port], stdin=b"image")
+    server = helpers.start_server([LOOPBACK, 2, port], stdin=b"image", change=COUNTING)
     server.wait_stderr("waiting for")
     peer = wire.Client(port).greet()
     server.signal(15)
-    spent = 0.0
-    while server.poll() is None:
-        with open("/proc/%d/stat" % server.pid) as stat:
-            fields = stat.read().rsplit(")", 1)[1].split()
-        if fields[0] != "Z":
-            spent = (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
-        time.sleep(0.02)
-    assert peer.reason() == "stopped by SIGTERM"
+    code, stderr, _ = server.finish()
+    assert code == 1 and peer.reason() == "stopped by SIGTERM"
     peer.close()
-    assert spent < 1.0, "%.1f s of CPU" % spent
-    assert server.finish(1)[0] == 1
+    assert int(re.search("looked ([0-9]+) times", stderr).group(1)) < 200, stderr
 
 
 @pytest.mark.parametrize("make", [noise, wrong_checksums, another_session, wrong_sizes], ids=lambda make: make.__name__)
 def test_a_flood_of_datagrams_on_the_group(make):
-    seconds = undisturbed()[0]
+    """It goes on until the image is through; nothing waits for its end, nor takes the host for deaf."""
     port = helpers.free_port()
     with flooded(port, make):
-        began = time.time()
-        server = helpers.start_server(["--rate", "40M", LOOPBACK, 2, port], stdin=IMAGE)
-        clients = [helpers.start_client([LOOPBACK, LOOPBACK, port], python=python) for python in (OLDEST, NEWEST)]
+        server = helpers.start_server(NEVER + ["--rate", "40M", LOOPBACK, 2, port], stdin=IMAGE)
+        clients = [helpers.start_client(NEVER + [LOOPBACK, LOOPBACK, port], python=python, change=SPOOFED)
+                   for python in (OLDEST, NEWEST)]
         all_receive(IMAGE, clients, server, 90)
-        code, stderr, _ = server.finish(10)
+        code, stderr, _ = server.finish()
     assert code == 0, stderr
-    assert time.time() - began < seconds + 2 * DELAY, stderr
+    assert all(client.report()["carried"]["multicast"] for client in clients)
     orderly(stderr)
 
 

@@ -136,9 +136,12 @@ def test_sigusr2_asks_for_the_state_of_every_host(python):
     server = helpers.start_server(["-q", "--buffer-packets", 20, LOOPBACK, 2, port], python, stdin=helpers.random_chunks(2000000))
     clients = [helpers.start_client([LOOPBACK, LOOPBACK, port], python, stdout=out) for out in (slow, helpers.HASH)]
     wait_until(lambda: slow.data, "the first bytes have come")
-    time.sleep(2)                               # until the client has said what it is doing
-    server.signal(signal.SIGUSR2)
-    server.wait_stderr("its disk or command, lost 0 packets", 5)
+
+    def tells():                                # once the client has said what it is doing
+        server.signal(signal.SIGUSR2)
+        time.sleep(0.3)
+        return "its disk or command, lost 0 packets" in server.stderr
+    wait_until(tells, "the server knows what keeps the client")
     assert "waits for the others" in server.stderr and "2 of 2 clients here" in server.stderr
     slow.go_on.set()
     assert [process.finish(30)[0] for process in clients + [server]] == [0, 0, 0]
@@ -151,11 +154,12 @@ class Terminal(object):
         self.ours, self.theirs = pty.openpty()
         self.text = ""
 
-    def read(self, seconds):
-        """All that is said in so many seconds, added to `text`."""
-        deadline = time.time() + seconds
-        while time.time() < deadline:
-            if select.select([self.ours], [], [], 0.1)[0]:
+    def read(self, process):
+        """All that is said until the end of a process."""
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
+            while select.select([self.ours], [], [], 0 if ended else 0.1)[0]:
                 self.text += os.read(self.ours, 65536).decode("ascii")
         return self.text
 
@@ -168,13 +172,12 @@ class Terminal(object):
 def test_on_a_terminal_there_is_a_line_that_is_redrawn_and_torn_by_no_other(environment, drawn):
     port, terminal = helpers.free_port(), Terminal()
     shell = ["sh", "-c", 'exec "$@" 2> "$0"', os.ttyname(terminal.theirs)]
-    helpers.start_server(["--rate", "20M", "--size", 5000000, LOOPBACK, 1, port], NEWEST, prefix=shell, env=environment,
-                         stdin=helpers.random_bytes(5000000))
+    server = helpers.start_server(["--rate", "20M", "--size", 5000000, LOOPBACK, 1, port], NEWEST, prefix=shell,
+                                  env=environment, stdin=helpers.random_bytes(5000000))
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], stdout=helpers.HASH)
-    said = terminal.read(1.5)
-    assert client.finish(30)[0] == 0
-    said = terminal.read(1.0)
+    said = terminal.read(server)
     terminal.close()
+    assert client.finish(30)[0] == 0
     assert "waiting for 1 client" in said and "1 of 1 client has the image" in said
     assert bool(re.search(r"\d+ %, [0-9.]+ Mbit/s", said)) == drawn, said
     for line in said.replace("\r\n", "\n").split("\n"):

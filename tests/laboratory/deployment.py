@@ -94,7 +94,6 @@ class Deployment(object):
     server    helpers.Process
     clients   Clients, in the order of lab.clients
     data      the image that the server gets, bytes
-    seconds   from the start to the end of finish()
     """
 
     def __init__(self, lab, data, server_args, port, places, on_server, stdin, server_options):
@@ -103,8 +102,6 @@ class Deployment(object):
         self.port = port
         self.clients = []
         self.others = []                        # processes beside the server and the clients, for the report
-        self.began = time.monotonic()
-        self.seconds = None
         start = server_options.pop("start", helpers.start_server)
         self.server = start(list(server_args) + [on_server.address, places, port], host=on_server,
                             stdin=data if stdin is None else stdin, **server_options)
@@ -166,7 +163,6 @@ class Deployment(object):
         deadline = time.monotonic() + timeout
         for process in [self.server] + self.clients:
             self.wait_end(process, timeout=max(0.1, deadline - time.monotonic()))
-        self.seconds = time.monotonic() - self.began
         for client in self.clients:
             if client.consumer:
                 client.consumer.pace = None
@@ -230,9 +226,6 @@ SLOW = ["--rate", "20M"]
 
 PATIENT = ["--stall-timeout", "0"]          # never: what the kernel notices is all that there is
 IMPATIENT = ["--stall-timeout", "3"]        # seconds
-
-#: Seconds that processes on a busy machine may be late.
-SLACK = 8
 
 
 def others(run, *out):

@@ -5,7 +5,7 @@ Each test brings one fault into a transfer between real processes that is slow e
 
 import time
 
-from deployment import IMAGE, IMPATIENT, PATIENT, RATE, SLACK, others
+from deployment import IMAGE, IMPATIENT, PATIENT, RATE, others
 
 
 def test_cable_pulled_and_plugged_in_again(laboratory, deploy):
@@ -19,7 +19,6 @@ def test_cable_pulled_and_plugged_in_again(laboratory, deploy):
     run.finish()
     run.check_complete()
     assert run.clients[1].repaired()[1] > 0, str(run)       # it did miss something
-    assert run.seconds > 4.5, str(run)
 
 
 def test_cable_pulled_for_good(laboratory, deploy):
@@ -29,8 +28,9 @@ def test_cable_pulled_for_good(laboratory, deploy):
     run.wait_received()
     victim = run.clients[3]
     victim.host.unplug()
-    run.wait_end(victim, timeout=3 + SLACK)
-    run.server.wait_stderr("%s (%s): " % (victim.host.name, victim.host.address), timeout=5 + SLACK)
+    run.wait_end(victim)
+    assert "the server has been silent for 3 s" in victim.stderr, str(run)
+    run.server.wait_stderr("%s (%s): " % (victim.host.name, victim.host.address), timeout=60)
     run.finish()
     run.check_complete(*others(run, victim))
     run.check_server(3, victim.host)

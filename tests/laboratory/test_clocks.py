@@ -12,8 +12,8 @@ SLOW_PORT = 20
 
 
 def test_a_client_that_tcp_brings_data_all_the_time_has_not_stalled(laboratory, deploy):
-    """The server's kernel takes a whole round at once, and a round takes longer than --stall-timeout to arrive:
-    meanwhile the server has nothing to do, and the client is at work."""
+    """The server's kernel takes a whole round at once, and a round takes longer than --stall-timeout to arrive (3 MB at
+    2 Mbit/s: 12 s in all): meanwhile the server has nothing to do, and the client is at work."""
     lab = laboratory(clients=1)
     lab.server.run(["sysctl", "-qw", "net.ipv4.tcp_wmem=4096 4194304 4194304"])     # sockets may grow to that anyway
     lab.clients[0].block_multicast()
@@ -21,7 +21,7 @@ def test_a_client_that_tcp_brings_data_all_the_time_has_not_stalled(laboratory, 
     run = deploy(lab, IMAGE[:3000000], ["--stall-timeout", "5"])
     run.finish()
     run.check_complete()
-    assert run.seconds > 10, str(run)           # else this was no test
+    assert run.repair()[1] >= 3000000 // 1460, str(run)     # else this was no test
 
 
 def test_a_cable_pulled_for_good_while_there_is_nothing_to_send_is_noticed_by_the_stall_timeout(laboratory, deploy):
@@ -35,8 +35,8 @@ def test_a_cable_pulled_for_good_while_there_is_nothing_to_send_is_noticed_by_th
     run.wait_received(MIB // 4)
     victim = run.clients[1]
     victim.host.unplug()
-    # 2 s until the next sign of life, and 6; it took 15 at least where the kernel had a clock of its own.
-    run.server.wait_stderr("%s (%s): " % (victim.host.name, victim.host.address), timeout=8 + 5)
+    # 2 s until the next sign of life, and 8. By the kernel's own clock it would be a quarter of an hour.
+    run.server.wait_stderr("%s (%s): " % (victim.host.name, victim.host.address), timeout=60)
     produce.write(IMAGE[MIB // 2:])
     produce.close()
     run.finish()
@@ -58,11 +58,11 @@ def test_who_is_stopped_or_unplugged_for_less_than_the_stall_timeout_goes_on(lab
     stopped.signal(signal.SIGSTOP)
     unplugged.host.unplug()
     time.sleep(18)
+    assert run.server.poll() is None and stopped.consumer.size < len(IMAGE), str(run)
     stopped.signal(signal.SIGCONT)
     unplugged.host.plug()
     run.finish()
     run.check_complete()
-    assert run.seconds > 18, str(run)
 
 
 def test_what_a_client_alone_takes_is_said_once_the_rate_has_settled(laboratory, deploy):

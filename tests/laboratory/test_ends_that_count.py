@@ -34,15 +34,18 @@ def test_command_as_producer_fails(laboratory, deploy, tmp_path, command):
 
 
 def test_command_as_consumer(laboratory, deploy, tmp_path):
-    """The server's exit code says that the commands have succeeded, not that the network has."""
+    """The server's exit code says that the commands have succeeded, not that the network has: it ends after them."""
     lab = laboratory(clients=2)
     run = deploy(lab, IMAGE, clients=0, places=2)
     for number, host in enumerate(lab.clients):
         copy = tmp_path / str(number)
-        run.add_client(host, ["--pipe", "cat > '%s'; sleep 1" % copy], stdout=helpers.KEEP).output = str(copy)
+        command = "cat > '%s'; sleep 1; touch '%s.done'" % (copy, copy)
+        run.add_client(host, ["--pipe", command], stdout=helpers.KEEP).output = str(copy)
+    run.wait_end(run.server)
+    done = sorted(tmp_path.glob("*.done"))
     run.finish()
     run.check_complete()
-    assert run.seconds > 1, str(run)
+    assert len(done) == 2, str(run)
 
 
 @pytest.mark.parametrize("command", ["cat > /dev/null; exit 7", "head -c 1000000 > /dev/null; exit 7", "exit 7"],

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import helpers
-from deployment import IMAGE, PACKETS, RATE, SLACK, firewall
+from deployment import IMAGE, PACKETS, RATE, firewall
 
 RELAY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.py")
 
@@ -26,7 +26,7 @@ def start_relay(run, host, way, as_whom, port=18383):
 def relayed(relay):
     """End the relay; how many datagrams it has sent."""
     relay.signal(signal.SIGTERM)
-    code, stderr, _ = relay.finish(SLACK)
+    code, stderr, _ = relay.finish()
     assert code == 0, stderr
     return int(re.search(r"sent (\d+) datagrams", stderr).group(1))
 
@@ -127,7 +127,7 @@ def test_packet_seqs_start_where_the_hook_says(laboratory, deploy):
     run.add_client(lab.clients[0])
     run.finish()
     run.check_complete()
-    code, _, seqs = spy.finish(SLACK)
+    code, _, seqs = spy.finish()
     assert struct.unpack("<20I", seqs) == tuple((2**31 - 6 + i) % 2**31 for i in range(20))
 
 

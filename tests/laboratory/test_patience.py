@@ -18,7 +18,6 @@ def test_producer_silent(laboratory, deploy):
     run = deploy(laboratory(clients=2), IMAGE, RATE + limit, limit, stdin=produce())
     run.finish()
     run.check_complete()
-    assert run.seconds > 8.5, str(run)
 
 
 def test_command_as_consumer_that_takes_its_time_at_the_end(laboratory, deploy, tmp_path):

@@ -4,9 +4,8 @@ Each test brings one fault into a transfer between real processes that is slow e
 """
 
 import signal
-import time
 
-from deployment import IMAGE, IMPATIENT, MIB, RATE, SLACK, Consumer, others
+from deployment import IMAGE, IMPATIENT, MIB, RATE, Consumer, others
 
 
 def test_client_stopped(laboratory, deploy):
@@ -16,14 +15,14 @@ def test_client_stopped(laboratory, deploy):
     run.wait_received()
     victim = run.clients[2]
     victim.signal(signal.SIGSTOP)
-    run.wait_end(run.server, timeout=20 + SLACK)
+    run.wait_end(run.server)
     victim.signal(signal.SIGCONT)
-    run.finish(SLACK)
+    run.finish()
     run.check_complete(*others(run, victim))
     run.check_server(3, victim.host)
     run.check_failed(victim)
-    assert "stalled" in run.server.stderr, str(run)
-    assert "stalled" in victim.stderr, str(run)
+    assert "stalled: for 3 s " in run.server.stderr, str(run)
+    assert "stalled: for 3 s " in victim.stderr, str(run)
 
 
 def test_consumer_stops_reading(laboratory, deploy):
@@ -33,31 +32,28 @@ def test_consumer_stops_reading(laboratory, deploy):
     run.wait_received(400000)
     victim = run.clients[0]
     victim.consumer.stop()
-    run.wait_end(run.server, victim, timeout=20 + SLACK)
+    run.wait_end(run.server, victim)
     run.finish()
     run.check_complete(*others(run, victim))
     run.check_server(3, victim.host)
     run.check_failed(victim)
-    assert "the server says: stalled" in victim.stderr, str(run)
+    assert "the server says: stalled: for 3 s " in victim.stderr, str(run)
 
 
 def test_consumer_slow_but_moving(laboratory, deploy):
     """It takes longer for a round than --stall-timeout allows for silence; ALIVE tells that it is at work."""
     lab = laboratory(clients=2)
-    began = []
+    pauses = 20 * [0.55]                    # seconds
 
     def pace(size):
         """From the fifth round on, which is of 1.5 MB, 64 KiB every 0.55 s, for 11 s."""
-        if size < 1400000 or began and time.monotonic() > began[0] + 11:
-            return 0
-        began[:] = began or [time.monotonic()]
-        return 0.55
+        return pauses.pop() if size > 1400000 and pauses else 0
 
     limit = ["--stall-timeout", "7"]
     run = deploy(lab, IMAGE, RATE + limit, limit, consumers=[Consumer(pace), Consumer()])
     run.finish()
     run.check_complete()
-    assert time.monotonic() - began[0] > 11, str(run)
+    assert not pauses, str(run)
 
 
 def test_client_that_has_waited_for_another_still_takes_multicast(laboratory, deploy):
@@ -79,7 +75,7 @@ def test_client_that_has_waited_for_another_still_takes_multicast(laboratory, de
     client = run.add_client(waiting, report=True, prefix=["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-all", "--"])
     run.finish()
     run.check_complete()
-    assert run.seconds > 7, str(run)
+    assert not pauses, str(run)
     assert "waiting for " + holding_up.name in run.server.stderr, str(run)
     assert sum(other.repaired()) < 1000, str(run)           # multicast was fine
     assert sum(client.repaired()) < 1000, str(run)

@@ -1,5 +1,6 @@
 """Buffer: what goes in comes out, however it comes, and what is wrong does not get in."""
 
+import functools
 import os
 import random
 import struct
@@ -13,6 +14,10 @@ import wire
 
 PAYLOAD = 40
 SALT = 0xfffffff0
+
+#: As Buffer takes them: each packet has a checksum, or a digest covers the round.
+CRC, DIGEST = (zlib.crc32,), ()
+both_modes = pytest.mark.parametrize("checks", [CRC, DIGEST], ids=["checksums", "digest"])
 
 
 class Pipe(object):
@@ -49,10 +54,11 @@ def packets_of(buffer):
     return [buffer.get(buffer.base + index).tobytes() for index in range(buffer.count)]
 
 
-def packet(seq, payload, salt=SALT, check=None):
-    """A packet as kmcast-protocol(7) has it."""
-    crc = zlib.crc32(payload, (salt + seq) % 2**32) if check is None else check(payload, 0)
-    return struct.pack("<3I", seq % 2**32, crc & 0xffffffff, len(payload)) + payload
+def packet(seq, payload, salt=SALT, check=None, checks=CRC):
+    """A packet as kmcast-protocol(7) has it; checks: CRC or DIGEST."""
+    if check is None:
+        check = (lambda payload, number: zlib.crc32(payload, number % 2**32)) if checks else lambda _, number: number
+    return struct.pack("<3I", seq % 2**32, check(payload, salt + seq) & 0xffffffff, len(payload)) + payload
 
 
 def cut(data, size=PAYLOAD):
@@ -60,17 +66,12 @@ def cut(data, size=PAYLOAD):
     return [data[start:start + size] for start in range(0, len(data), size)]
 
 
-def round_of(data, base=0, capacity=None, any_size=False, checks=(zlib.crc32,), pieces=None, checking=True):
+def round_of(data, base=0, capacity=None, any_size=False, checks=CRC, pieces=None):
     """(a client's buffer for a round of `data`, the packets of that round as bytes)."""
     pieces = cut(data) if pieces is None else pieces
-    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks, checking)
+    buffer = kmcast.Buffer(PAYLOAD, capacity or max(1, len(pieces)), SALT, checks)
     buffer.start(base, len(pieces), None if any_size else len(data))
-    return buffer, [packet(base + index, piece) for index, piece in enumerate(pieces)]
-
-
-def data_of(buffer):
-    """What a round gives the output."""
-    return b"".join(buffer.flush())
+    return buffer, [packet(base + index, piece, checks=checks) for index, piece in enumerate(pieces)]
 
 
 def missing(buffer):
@@ -91,9 +92,10 @@ def put(buffer, *packets):
 @pytest.mark.parametrize("size", [0, 1, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1, 3 * PAYLOAD, 10 * PAYLOAD - 1, 127 * PAYLOAD,
                                   128 * PAYLOAD, 128 * PAYLOAD + 1, 300 * PAYLOAD + 7])
 @pytest.mark.parametrize("chunk", [7, PAYLOAD, PAYLOAD + 1, 5 * PAYLOAD - 1, 10**6])
-def test_fill_makes_full_packets_of_whatever_it_reads(pipe, size, chunk):
+@both_modes
+def test_fill_makes_full_packets_of_whatever_it_reads(pipe, size, chunk, checks):
     data = helpers.random_bytes(size, seed=size)
-    buffer = kmcast.Buffer(PAYLOAD, 1000, SALT)
+    buffer = kmcast.Buffer(PAYLOAD, 1000, SALT, checks)
     buffer.start(5, 0, 0)
     for piece in cut(data, chunk):
         pipe.write(piece)
@@ -103,8 +105,9 @@ def test_fill_makes_full_packets_of_whatever_it_reads(pipe, size, chunk):
     while not buffer.full:
         buffer.fill(pipe.source)
     assert buffer.ended
-    assert packets_of(buffer) == [packet(5 + index, piece) for index, piece in enumerate(cut(data))]
+    assert packets_of(buffer) == [packet(5 + index, piece, checks=checks) for index, piece in enumerate(cut(data))]
     assert (buffer.count, buffer.size) == (-(-size // PAYLOAD), size)
+    assert helpers.data_of(buffer) == data
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 10, 127, 128, 129, 200])
@@ -135,31 +138,71 @@ def test_fill_stops_at_a_limit_below_the_capacity(pipe):
     assert buffer.count == 7 and not buffer.ended
 
 
-def test_seqs_wrap_while_filling(pipe):
+def test_a_round_that_takes_many_reads_is_hashed_once_and_as_a_whole():
+    """By whom it was read from; nothing of it moves afterwards."""
+    data, hashed = helpers.random_bytes(3 * kmcast.Buffer.READ + 77), []
+
+    class Endless(object):
+        """A source that gives what is asked for, as far as it goes."""
+        place = 0
+
+        def read_into(self, view):
+            got = min(len(view), len(data) - self.place)
+            view[:got] = data[self.place:self.place + got]
+            self.place += got
+            return got
+
+        def hash(self, view):
+            hashed.append(view)
+    buffer, source = kmcast.Buffer(1460, 5000, SALT, DIGEST), Endless()
+    buffer.start(0, 0, 0)
+    while not buffer.full:
+        assert hashed == []
+        buffer.fill(source)
+    assert [view.tobytes() == data for view in hashed] == [True]
+    assert helpers.data_of(buffer) == data and buffer.view(0, buffer.count).tobytes() == data
+
+
+@both_modes
+def test_seqs_wrap_while_filling(pipe, checks):
     data, base = helpers.random_bytes(200 * PAYLOAD), 2**32 - 60
     pipe.write(data)
     pipe.end()
-    buffer = kmcast.Buffer(PAYLOAD, 200, SALT)
+    buffer = kmcast.Buffer(PAYLOAD, 200, SALT, checks)
     buffer.start(base, 0, 0)
     while not buffer.full:
         buffer.fill(pipe.source)
-    assert packets_of(buffer) == [packet((base + index) % 2**32, piece) for index, piece in enumerate(cut(data))]
+    assert packets_of(buffer) == [packet((base + index) % 2**32, piece, checks=checks) for index, piece in enumerate(cut(data))]
 
 
-def test_get_and_packets_agree():
+@both_modes
+def test_get_and_packets_agree(checks):
     """Adjacent packets are one slice, but none goes on behind a short packet."""
-    buffer = kmcast.Buffer(PAYLOAD, 10, SALT)
+    buffer = kmcast.Buffer(PAYLOAD, 10, SALT, checks)
     buffer.start(2**32 - 2, 0, 0)
     pieces = [b"a" * PAYLOAD, b"b" * 3, b"c" * PAYLOAD, b"d" * PAYLOAD, b"e"]
     for piece in pieces:
         buffer.add(piece)
-    wire = [packet(2**32 - 2 + index, piece) for index, piece in enumerate(pieces)]
-    assert packets_of(buffer) == wire
+    packets = [packet(2**32 - 2 + index, piece, checks=checks) for index, piece in enumerate(pieces)]
+    assert packets_of(buffer) == [buffer.packet(index) for index in range(5)] == packets
+    assert [buffer.view(index, index + 1).tobytes() for index in range(5)] == pieces
     for first in range(5):
         for last in range(first + 1, 6):
             slices = [view.tobytes() for view in buffer.packets(first, last)]
-            assert b"".join(slices) == b"".join(wire[first:last])
+            assert b"".join(slices) == b"".join(packets[first:last])
             assert len(slices) == 1 + len([index for index in (1,) if first <= index < last - 1])
+
+
+@both_modes
+def test_the_sums_of_a_round_are_the_crc_32_of_each_payload(checks):
+    """Whatever its salt; and of the round that it is, not of the one before."""
+    buffer = kmcast.Buffer(PAYLOAD, 10, SALT, checks)
+    for size in (10 * PAYLOAD, 3 * PAYLOAD + 1):
+        buffer.start(7, 0, 0)
+        pieces = cut(helpers.random_bytes(size, seed=size))
+        for piece in pieces:
+            buffer.add(piece)
+        assert buffer.sums() == wire.sums_of(pieces)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,9 +222,10 @@ ORDERS = {
 @pytest.mark.parametrize("base", [0, 1000, 2**32 - 50, 2**32 - 1])
 @pytest.mark.parametrize("order", sorted(ORDERS))
 @pytest.mark.parametrize("rest", [0, 13])
-def test_packets_may_come_in_any_order(order, base, batch, rest):
+@both_modes
+def test_packets_may_come_in_any_order(order, base, batch, rest, checks):
     data = helpers.random_bytes(100 * PAYLOAD + rest, seed=batch)
-    buffer, packets = round_of(data, base)
+    buffer, packets = round_of(data, base, checks=checks)
     full, short = packets[:100], packets[100:]
     full = ORDERS[order](full)
     for start in range(0, len(full), batch):
@@ -193,7 +237,7 @@ def test_packets_may_come_in_any_order(order, base, batch, rest):
         put(buffer, each)
     assert buffer.complete and missing(buffer) == []
     assert buffer.received == len(packets) and buffer.damaged == 0
-    assert data_of(buffer) == data
+    assert helpers.data_of(buffer) == data
 
 
 def test_missing_is_what_has_not_come():
@@ -206,41 +250,45 @@ def test_missing_is_what_has_not_come():
     assert buffer.received == 3
 
 
-def test_a_batch_with_gaps_and_packets_that_are_there_already():
+@both_modes
+def test_a_batch_with_gaps_and_packets_that_are_there_already(checks):
     data = helpers.random_bytes(30 * PAYLOAD)
-    buffer, packets = round_of(data, 2**32 - 5)
+    buffer, packets = round_of(data, 2**32 - 5, checks=checks)
     put(buffer, *packets[4:8])
     put(buffer, *(packets[2:6] + packets[7:10]))
     put(buffer, *(packets[:15] + packets[20:]))
     assert missing(buffer) == [15, 16, 17, 18, 19]
     put(buffer, *packets)
-    assert buffer.complete and data_of(buffer) == data and buffer.received == 30
+    assert buffer.complete and helpers.data_of(buffer) == data and buffer.received == 30
 
 
+#: Each with a function like packet(), and the payload of packet 103.
 WRONG = {
-    "outside, before": lambda piece: packet(99, piece),
-    "outside, behind": lambda piece: packet(110, piece),
-    "outside, far": lambda piece: packet(100 + 2**31, piece),
-    "a wrong checksum": lambda piece: packet(103, piece)[:4] + b"\x12\x34\x56\x78" + packet(103, piece)[8:],
-    "another salt": lambda piece: packet(103, piece, salt=SALT + 1),
-    "a damaged payload": lambda piece: packet(103, piece)[:-1] + b"\xff",
-    "a seq that was changed": lambda piece: struct.pack("<I", 104) + packet(103, piece)[4:],
-    "a data_size that is too small": lambda piece: packet(103, piece)[:8] + struct.pack("<I", PAYLOAD - 1) + packet(103, piece)[12:],
-    "a data_size that is too large": lambda piece: packet(103, piece)[:8] + struct.pack("<I", 2**32 - 1) + packet(103, piece)[12:],
-    "too short for its place": lambda piece: packet(103, piece[:-1]),
-    "too long": lambda piece: packet(103, piece + b"x"),
-    "no payload": lambda piece: packet(103, b""),
-    "too long for the last": lambda piece: packet(109, piece),
-    "too short for the last": lambda piece: packet(109, piece[:12]),
+    "outside, before": lambda packet, piece: packet(99, piece),
+    "outside, behind": lambda packet, piece: packet(110, piece),
+    "outside, far": lambda packet, piece: packet(100 + 2**31, piece),
+    "a wrong checksum": lambda packet, piece: packet(103, piece)[:4] + b"\x12\x34\x56\x78" + packet(103, piece)[8:],
+    "another salt": lambda packet, piece: packet(103, piece, salt=SALT + 1),
+    "a damaged payload": lambda packet, piece: packet(103, piece)[:-1] + b"\xff",
+    "a seq that was changed": lambda packet, piece: struct.pack("<I", 104) + packet(103, piece)[4:],
+    "a data_size that is too small": lambda packet, piece: packet(103, piece)[:8] + struct.pack("<I", PAYLOAD - 1) + packet(103, piece)[12:],
+    "a data_size that is too large": lambda packet, piece: packet(103, piece)[:8] + struct.pack("<I", 2**32 - 1) + packet(103, piece)[12:],
+    "too short for its place": lambda packet, piece: packet(103, piece[:-1]),
+    "too long": lambda packet, piece: packet(103, piece + b"x"),
+    "no payload": lambda packet, piece: packet(103, b""),
+    "too long for the last": lambda packet, piece: packet(109, piece),
+    "too short for the last": lambda packet, piece: packet(109, piece[:12]),
 }
 
 
-@pytest.mark.parametrize("name", sorted(WRONG))
+@pytest.mark.parametrize("name, checks", [(name, checks) for name in sorted(WRONG) for checks in (CRC, DIGEST)
+                                          if checks or name != "a damaged payload"])
 @pytest.mark.parametrize("among_good_ones", [False, True])
-def test_what_is_wrong_does_not_get_in(name, among_good_ones):
+def test_what_is_wrong_does_not_get_in(name, checks, among_good_ones):
+    """Where a digest covers the round it tells what only a look at the payload gives away; see below."""
     data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
-    buffer, packets = round_of(data, 100)
-    wrong = WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD])
+    buffer, packets = round_of(data, 100, checks=checks)
+    wrong = WRONG[name](functools.partial(packet, checks=checks), data[3 * PAYLOAD:4 * PAYLOAD])
     if among_good_ones and len(wrong) == len(packets[0]):
         put(buffer, packets[1], wrong, packets[2])
         assert missing(buffer) == [0, 3, 4, 5, 6, 7, 8, 9]
@@ -249,87 +297,129 @@ def test_what_is_wrong_does_not_get_in(name, among_good_ones):
         assert missing(buffer) == list(range(10))
     for each in packets:
         put(buffer, each)
-    assert data_of(buffer) == data
+    assert helpers.data_of(buffer) == data
 
 
-def test_a_packet_that_came_is_not_overwritten_by_a_bad_one():
+@pytest.mark.parametrize("wrong", ["a wrong checksum", "another salt", "too short for its place"])
+@both_modes
+def test_what_is_wrong_and_belongs_here_is_counted_as_damaged(checks, wrong):
+    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
+    buffer, packets = round_of(data, 100, checks=checks)
+    put(buffer, WRONG[wrong](functools.partial(packet, checks=checks), data[3 * PAYLOAD:4 * PAYLOAD]))
+    put(buffer, packet(110, b"x" * PAYLOAD, checks=checks))         # that belongs elsewhere
+    put(buffer, *packets[:9])
+    put(buffer, packet(103, b"x" * PAYLOAD, checks=CRC))            # and that is there already
+    assert buffer.damaged == 1
+
+
+@both_modes
+def test_a_packet_that_came_is_not_overwritten_by_a_bad_one(checks):
     data = helpers.random_bytes(3 * PAYLOAD)
-    buffer, packets = round_of(data)
+    buffer, packets = round_of(data, checks=checks)
     put(buffer, *packets)
-    put(buffer, packet(1, b"y" * PAYLOAD))                  # good, but late and different
+    put(buffer, packet(1, b"y" * PAYLOAD, checks=checks))   # good, but late and different
     put(buffer, packets[1][:-1] + b"\xff")
-    assert data_of(buffer) == data
+    assert helpers.data_of(buffer) == data
 
 
-def test_a_buffer_serves_one_round_after_another():
-    buffer = kmcast.Buffer(PAYLOAD, 20, SALT)
+@both_modes
+def test_a_buffer_serves_one_round_after_another(checks):
+    buffer = kmcast.Buffer(PAYLOAD, 20, SALT, checks)
     base = 2**32 - 30
     for size in (20 * PAYLOAD, 3 * PAYLOAD + 1, 1, 20 * PAYLOAD, 7 * PAYLOAD):
         data = helpers.random_bytes(size, seed=size)
         pieces = cut(data)
         buffer.start(base, len(pieces), size)
-        late = packet(base - 1, b"z" * PAYLOAD)
+        late = packet(base - 1, b"z" * PAYLOAD, checks=checks)
         for index, piece in reversed(list(enumerate(pieces))):
             put(buffer, late)
-            put(buffer, packet(base + index, piece))
-        assert buffer.complete and data_of(buffer) == data
+            put(buffer, packet(base + index, piece, checks=checks))
+        assert buffer.complete and helpers.data_of(buffer) == data
         base = (base + len(pieces)) % 2**32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Without a look at each checksum: where a digest covers the round
+# Where a digest covers the round
 
-def unchecked():
-    """(a client's buffer that does not look at checksums, the packets of a round, its bytes)."""
+def covered():
+    """(a client's buffer of a round that a digest covers, the packets of that round, its bytes)."""
     data = helpers.random_bytes(9 * PAYLOAD + 13, seed=5)
-    buffer, packets = round_of(data, 2**32 - 5, checking=False)
+    buffer, packets = round_of(data, 2**32 - 5, capacity=12, checks=DIGEST)
     return buffer, packets, data
 
 
 @pytest.mark.parametrize("damaged", [[], [0], [9], [3, 4, 9], list(range(10))], ids=str)
 @pytest.mark.parametrize("batch", [1, 5])
-def test_damaged_packets_are_taken_and_found_out_afterwards(damaged, batch):
-    buffer, packets, data = unchecked()
+def test_damaged_packets_are_taken_and_differ_from_the_servers_sums(damaged, batch):
+    buffer, packets, data = covered()
+    sums = wire.sums_of(cut(data))
     sent = [one[:-1] + bytes(bytearray([bytearray(one)[-1] ^ 1])) if place in damaged else one
             for place, one in enumerate(packets)]
     for start in range(0, 9, batch):
         put(buffer, *sent[start:min(9, start + batch)])
     put(buffer, sent[9])
     assert buffer.complete and buffer.damaged == 0
-    assert wire.places(buffer.damaged_packets()) == damaged
+    assert wire.places(buffer.differing(sums)) == damaged
     buffer.forget(wire.bits(damaged))
     assert missing(buffer) == damaged
     for place in damaged:
-        buffer.put(bytearray(packets[place]), 0, 1, len(packets[place]) - 12, checking=True)
-    assert buffer.complete and data_of(buffer) == data and not buffer.damaged_packets()
+        put(buffer, packets[place])
+    assert buffer.complete and helpers.data_of(buffer) == data and not buffer.differing(sums)
 
 
-@pytest.mark.parametrize("name", ["a wrong checksum", "another salt", "a damaged payload", "a seq that was changed"])
-def test_what_only_its_checksum_gives_away_is_found_out_afterwards(name):
+def test_a_damaged_payload_is_all_that_gets_in():
     data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
-    buffer, packets = round_of(data, 100, checking=False)
-    wrong = WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD])
-    put(buffer, wrong)
+    buffer, packets = round_of(data, 100, checks=DIGEST)
+    put(buffer, packets[3][:-1] + b"\xff")
     for each in packets:
         put(buffer, each)
-    assert buffer.complete and wire.places(buffer.damaged_packets()) == [4 if "seq" in name else 3]
+    assert buffer.complete and wire.places(buffer.differing(wire.sums_of(cut(data)))) == [3]
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(WRONG) if "size" in name or "too" in name or "outside" in name])
-def test_what_has_no_place_in_the_round_is_not_taken_at_any_rate(name):
-    data = helpers.random_bytes(9 * PAYLOAD + 13, seed=2)
-    buffer, packets = round_of(data, 100, checking=False)
-    put(buffer, WRONG[name](data[3 * PAYLOAD:4 * PAYLOAD]))
-    assert missing(buffer) == list(range(10))
-    for each in packets:
-        put(buffer, each)
-    assert data_of(buffer) == data and not buffer.damaged_packets()
+def in_place(buffer, headers, first, packets, size=None):
+    """Write packets where the kernel would put them if they were those from index `first` on; whether they are."""
+    for index, one in enumerate(packets, first):
+        headers[12 * index:12 * index + 12] = one[:12]
+        buffer.payloads[PAYLOAD * index:PAYLOAD * index + len(one) - 12] = one[12:]
+    return buffer.in_place(headers, first, len(packets), sum(map(len, packets)) if size is None else size)
 
 
-def test_what_comes_by_tcp_is_checked_all_the_same():
-    buffer, packets, _ = unchecked()
-    buffer.put(bytearray(packets[0][:-1] + b"?"), 0, 1, PAYLOAD, checking=True)
-    assert missing(buffer) == list(range(10)) and buffer.damaged == 1
+@pytest.mark.parametrize("first, last", [(0, 1), (0, 10), (3, 7), (8, 10), (9, 10)])
+def test_packets_that_the_kernel_put_in_place_have_only_to_be_counted(first, last):
+    buffer, packets, data = covered()
+    assert buffer.lacks(first, last)
+    assert in_place(buffer, bytearray(len(buffer.headers)), first, packets[first:last])
+    assert buffer.received == 0
+    buffer.arrived(first, last)
+    assert missing(buffer) == [place for place in range(10) if not first <= place < last]
+    assert buffer.received == last - first and not buffer.lacks(last - 1, last) and not buffer.lacks(0, 100)
+    assert buffer.view(first, last).tobytes() == data[first * PAYLOAD:last * PAYLOAD]
+    buffer.arrived(first, last)
+    assert buffer.received == last - first
+
+
+NOT_IN_PLACE = {
+    "one was lost": lambda packets: (packets[3:5] + packets[6:8], None),
+    "one is doubled": lambda packets: (packets[3:5] + packets[4:6], None),
+    "others": lambda packets: (packets[4:7], None),
+    "one before": lambda packets: (packets[2:5], None),
+    "beyond the round": lambda packets: (packets[3:10] + [packet(2**32 + 5, b"x" * PAYLOAD, checks=DIGEST)], None),
+    "a foreign one": lambda packets: (packets[3:5] + [b"x" * len(packets[5])], None),
+    "another salt": lambda packets: ([packet(2**32 - 2, b"x" * PAYLOAD, SALT + 1, checks=DIGEST)], None),
+    "a checksum": lambda packets: ([packet(2**32 - 2, b"x" * PAYLOAD, checks=CRC)], None),
+    "the last one is cut": lambda packets: (packets[3:6], 3 * len(packets[3]) - 1),
+    "more than they should be": lambda packets: (packets[3:6], 3 * len(packets[3]) + 1),
+    "the short one is too long": lambda packets: (packets[3:9] + [packet(2**32 + 4, b"x" * PAYLOAD, checks=DIGEST)], None),
+    "nothing": lambda packets: ([], None),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IN_PLACE))
+def test_what_is_not_as_expected_is_not_in_its_place(name):
+    buffer, packets, _ = covered()
+    wrong, size = NOT_IN_PLACE[name](packets)
+    assert not in_place(buffer, bytearray(len(buffer.headers)), 3, wrong, size)
+    assert in_place(buffer, bytearray(len(buffer.headers)), 3, packets[3:6])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +432,7 @@ def test_in_the_base_protocol_any_packet_may_be_short():
     for each in packets[::-1]:
         put(buffer, each)
         put(buffer, each)
-    assert buffer.complete and data_of(buffer) == b"".join(pieces)
+    assert buffer.complete and helpers.data_of(buffer) == b"".join(pieces)
 
 
 @pytest.mark.parametrize("right", [kmcast.plain_crc, kmcast.c_sum], ids=["crc", "sum"])
@@ -360,7 +450,7 @@ def test_the_first_good_packet_decides_which_checksum_is_used(right):
     put(buffer, packet(1, pieces[1], check=other))
     assert missing(buffer) == list(range(9))
     put(buffer, *[packet(index, pieces[index], check=right) for index in range(9)])
-    assert data_of(buffer) == b"".join(pieces)
+    assert helpers.data_of(buffer) == b"".join(pieces)
 
 
 def test_a_compat_servers_packets_have_the_sum():

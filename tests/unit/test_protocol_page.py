@@ -51,18 +51,21 @@ def rows(title):
 # The tables
 
 CLIENT, SERVER = "client", "server"
-SIGNALS = {
-    "ALIVE": (kmcast.ALIVE, "both"), "BUFFER INFO": (kmcast.BUFFER_INFO, SERVER), "READY": (kmcast.READY, CLIENT),
-    "PACKETS": (kmcast.PACKETS, SERVER), "REQUEST": (kmcast.REQUEST, CLIENT), "DONE": (kmcast.DONE, CLIENT),
-    "SENT": (kmcast.SENT, SERVER), "HELLO": (kmcast.HELLO, CLIENT), "STATE": (kmcast.STATE, "both"),
-    "UPSTREAM": (kmcast.UPSTREAM, SERVER), "FOLLOWER": (kmcast.FOLLOWER, SERVER), "RELAY": (kmcast.RELAY, CLIENT),
-    "WELCOME": (kmcast.WELCOME, SERVER), "AGAIN": (kmcast.AGAIN, SERVER), "BYE": (kmcast.BYE, "both"),
-}
+SIGNALS = [
+    ("ALIVE", kmcast.ALIVE, "both"), ("BUFFER INFO", kmcast.BUFFER_INFO, SERVER), ("READY", kmcast.READY, CLIENT),
+    ("PACKETS", kmcast.PACKETS, SERVER), ("REQUEST", kmcast.REQUEST, CLIENT), ("DONE", kmcast.DONE, CLIENT),
+    ("SENT", kmcast.SENT, SERVER), ("HELLO", kmcast.HELLO, CLIENT), ("STATE", kmcast.STATE, "both"),
+    ("SUMS", kmcast.SUMS, CLIENT), ("SUMS", kmcast.SUMS, SERVER),
+    ("UPSTREAM", kmcast.UPSTREAM, SERVER), ("FOLLOWER", kmcast.FOLLOWER, SERVER), ("RELAY", kmcast.RELAY, CLIENT),
+    ("WELCOME", kmcast.WELCOME, SERVER), ("AGAIN", kmcast.AGAIN, SERVER), ("BYE", kmcast.BYE, "both"),
+]
 
 
 def size_said(signal, sender):
-    """The bytes of a message as kmcast tells them from its first ones; of a frame, or with a bitmap, those of the rest."""
+    """The bytes of a message as kmcast tells them from its first ones; of a frame, or with a list, those before the rest."""
     head = signal + struct.pack("<I", 0)
+    if signal == kmcast.SUMS and sender == SERVER:      # there is no list of none
+        return WIRE.server_message_size(signal + struct.pack("<I", 1), kmcast.DIGEST_SIZE) - 4
     if sender == SERVER:
         return WIRE.server_message_size(head, kmcast.DIGEST_SIZE)
     return WIRE.client_message_size(head, lambda number: 0)
@@ -70,16 +73,16 @@ def size_said(signal, sender):
 
 def test_every_signal_is_in_the_table_with_its_byte_sender_and_size():
     table = rows("Signals")
-    assert sorted(row[1] for row in table) == sorted(SIGNALS)
+    assert sorted((name, int(byte, 16), sender) for byte, name, sender, _ in table) == sorted(
+        (name, ord(signal), sender) for name, signal, sender in SIGNALS)
     for byte, name, sender, size in table:
-        signal, expected = SIGNALS[name]
-        assert (int(byte, 16), sender) == (ord(signal), expected), name
+        signal = struct.pack("B", int(byte, 16))
         for end in (CLIENT, SERVER) if sender == "both" else (sender,):
             assert int(re.match(r"\d+", size).group()) == size_said(signal, end), name
 
 
 def test_no_other_signal_is_known():
-    heads = [struct.pack("B", byte) + b"\0\0\0\0" for byte in range(256)]
+    heads = [struct.pack("B", byte) + b"\1\0\0\0" for byte in range(256)]
     for size_of, argument, end in ((WIRE.server_message_size, kmcast.DIGEST_SIZE, SERVER),
                                    (WIRE.client_message_size, lambda number: 0, CLIENT)):
         known = set()
@@ -89,7 +92,7 @@ def test_no_other_signal_is_known():
                 known.add(head[:1])
             except kmcast.ProtocolError:
                 pass
-        assert known == set(signal for signal, sender in SIGNALS.values() if sender in (end, "both"))
+        assert known == set(signal for _, signal, sender in SIGNALS if sender in (end, "both"))
 
 
 def test_the_signals_of_the_base_protocol():
@@ -110,6 +113,7 @@ SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
     ("SENT", len(WIRE.sent(0, b"\0" * kmcast.DIGEST_SIZE))),
     ("DONE and REQUEST", len(WIRE.done(0, (0, 0, 0, 0, 0)))),
     ("PACKETS", len(WIRE.packets(0))),
+    ("SUMS", len(WIRE.ask_for_sums(0)) + len(WIRE.sums(0, []))),
     ("AGAIN", len(WIRE.again(0, 0, 0, 0))),
     ("Frames", 5),
     ("Pieces", kmcast.PIECE.size),
@@ -138,7 +142,7 @@ def test_limits_are_those_of_the_program():
         "packets in a round": "%d" % kmcast.MAX_PACKETS,
         "bytes of JSON in a frame": "%d" % kmcast.MAX_FRAME,
         "rounds under way, of kmcast's ends": "%d" % WIRE.window,
-        "REQUESTs of a client for a round": "%d" % kmcast.Member.MOST_REQUESTS,
+        "REQUESTs and SUMS of a client for a round": "%d" % kmcast.Member.MOST_REQUESTS,
         "members of a combination": "%d" % kmcast.MOST_MEMBERS,
         "seconds for a HELLO": "%g" % kmcast.GREETING_TIME,
         "seconds between two signs of life, at the most": "%g" % kmcast.ALIVE_EVERY,
@@ -193,7 +197,7 @@ HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1.0.0", "host": "node1", "w
 
 def packets(first, last):
     """The Round of the example's packets from seq `first` up to `last`."""
-    buffer = kmcast.Buffer(PAYLOAD, last - first, SALT)
+    buffer = kmcast.Buffer(PAYLOAD, last - first, SALT, ())
     buffer.start(first, 0, 0)
     for number in range(first, last):
         buffer.add(IMAGE[number * PAYLOAD:(number + 1) * PAYLOAD])
@@ -236,7 +240,7 @@ class Talk(object):
             if verb == "packets":
                 done, request = argument
                 argument = WIRE.packets(done.number) + b"".join(
-                    datagram(done, done.buffer.base + place) for place in kmcast.places(request.gaps))
+                    done.buffer.view(place, place + 1).tobytes() for place in kmcast.places(request.gaps))
             title = names[what] + (" of round %d" % rounds[0].number if rounds else "")
             self.to_client("server: " + title, argument)
 
@@ -258,11 +262,15 @@ class Talk(object):
         for verb, argument in todo:
             if verb == "send":
                 number = WIRE.number_of(argument)
-                kind = {kmcast.READY: "READY", kmcast.REQUEST: "REQUEST", kmcast.DONE: "DONE"}[argument[:1]]
+                kind = {kmcast.READY: "READY", kmcast.REQUEST: "REQUEST", kmcast.DONE: "DONE",
+                        kmcast.SUMS: "SUMS"}[argument[:1]]
                 self.to_server("client: %s of round %d" % (kind, number), argument)
             elif verb == "write":
-                self.written.extend(argument.buffer.flush())
-                assert hashlib.sha256(b"".join(self.written)).digest() == argument.digest
+                data = helpers.data_of(argument.buffer)
+                if hashlib.sha256(b"".join(self.written + [data])).digest() != argument.digest:
+                    self.client_does(self.client.damaged(argument))
+                    continue
+                self.written.append(data)
                 self.client_does(self.client.verified(argument))
                 self.client_does(self.client.written())
             elif verb == "end":
@@ -274,14 +282,17 @@ class Talk(object):
         assert self.server.size_of(message[:5]) == len(message)
         for verb, _, argument in self.server.heard(self.member, message, 0):
             if verb == "send":
-                self.to_client("server: BYE", argument)
+                kind = {kmcast.BYE: "BYE", kmcast.SUMS: "SUMS of round %d"}[argument[:1]]
+                self.to_client("server: " + (kind % WIRE.number_of(message) if "%" in kind else kind), argument)
 
-    def multicast(self, done, seq, arrives):
-        """A packet goes to the group."""
+    def multicast(self, done, seq, arrives, as_it_arrives=None):
+        """A packet goes to the group; as_it_arrives: other bytes than those that were sent."""
         self.said.append(("group: packet %d%s" % (seq, "" if arrives else ", which this client loses"),
                           datagram(done, seq)))
+        if as_it_arrives:
+            self.said[-1] = ("group: packet %d, as this client hears it" % seq, as_it_arrives)
         if arrives:
-            data = bytearray(datagram(done, seq))
+            data = bytearray(as_it_arrives or datagram(done, seq))
             self.client.take([(data, 0, 1, len(data) - kmcast.PACKET.size)], 1, 0, 0)
 
 
@@ -303,6 +314,19 @@ def two_rounds():
     talk.to_server("client: the last DONE", last)
     assert talk.member.outcome == "complete"
     return talk.said
+
+
+def damaged_packet():
+    """[(title, bytes)]: how a client finds what is damaged of the first round, from its packets on."""
+    talk, done = Talk(), packets(0, 2)
+    talk.step("announce", done)
+    begun = len(talk.said)
+    talk.multicast(done, 0, True)
+    talk.multicast(done, 1, True, datagram(done, 1).replace(b"over", b"ov\0r"))
+    talk.step("sent", done)
+    talk.step("repair", done)
+    assert b"".join(talk.written) == IMAGE[:2 * PAYLOAD]
+    return talk.said[begun:]
 
 
 def coded_pass():
@@ -351,9 +375,19 @@ def block(title):
     return found.group(1).splitlines()
 
 
-@pytest.mark.parametrize("title, example", [("Two rounds", two_rounds), ("A coded pass", coded_pass)])
+@pytest.mark.parametrize("title, example", [
+    ("Two rounds", two_rounds), ("A damaged packet", damaged_packet), ("A coded pass", coded_pass)])
 def test_the_example_is_what_the_program_says(title, example):
     assert block(title) == as_text(example())
+
+
+def test_the_checksum_that_a_packet_of_the_example_would_have_without_digests():
+    buffer = kmcast.Buffer(PAYLOAD, 1, SALT)
+    buffer.start(1, 0, 0)
+    buffer.add(IMAGE[PAYLOAD:2 * PAYLOAD])
+    digits = binascii.hexlify(buffer.packet(0)[4:8]).decode("ascii")
+    said = 'crc32("%s", %d)' % (IMAGE[PAYLOAD:2 * PAYLOAD].decode("ascii"), SALT + 1)
+    assert said in section("Two rounds") and str(re.sub("(..)", r"\1 ", digits).strip()) in section("Two rounds")
 
 
 def test_the_keys_of_frames_are_those_of_the_program():
@@ -369,5 +403,5 @@ def test_the_keys_of_frames_are_those_of_the_program():
 
 
 if __name__ == "__main__":
-    for example in (two_rounds, coded_pass):
+    for example in (two_rounds, damaged_packet, coded_pass):
         print("\n".join(as_text(example())) + "\n")

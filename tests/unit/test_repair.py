@@ -13,6 +13,10 @@ import wire
 PAYLOAD = 1460
 SALT, REPAIR_SALT = 0x12345678, 0x9abcdef0
 
+#: As kmcast.Buffer takes them: each packet has a checksum, or a digest covers the round.
+CRC, DIGEST = (zlib.crc32,), ()
+both_modes = pytest.mark.parametrize("checks", [CRC, DIGEST], ids=["checksums", "digest"])
+
 
 def bits_of(places):
     """Places as bits."""
@@ -164,23 +168,29 @@ def test_a_truncated_recipe_gives_what_is_whole_in_it():
         assert whole == [[1, 2], [3], [4, 5, 6]][:sum(size >= end for end in (10, 14, 22))]
 
 
+@pytest.mark.parametrize("rest", [b"", b"\0", b"\0\0", b"\0" * 9, b"\0\0\1\0\7\0"], ids=repr)
+def test_a_count_of_0_ends_a_recipe(rest):
+    payload, = kmcast.recipes([[1, 2], [0, 0]], 0, PAYLOAD)
+    assert read_all([payload + rest]) == {1: [1, 2], 2: [0, 0]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A pass from one end to the other
 
 class Session(object):
     """A round at a server and at its clients, and the repair passes for it."""
 
-    def __init__(self, packets, short=0, base=0, payload=PAYLOAD, number=0):
+    def __init__(self, packets, short=0, base=0, payload=PAYLOAD, number=0, checks=CRC):
         self.data = helpers.random_bytes(packets * payload - short, seed=packets)
-        self.number = number
-        self.server = kmcast.Buffer(payload, packets, SALT)
+        self.number, self.checks = number, checks
+        self.server = kmcast.Buffer(payload, packets, SALT, checks)
         self.server.start(base, 0, 0)
         for start in range(0, len(self.data), payload):
             self.server.add(self.data[start:start + payload])
 
     def client(self, lost):
         """The buffer of a client that lost those places."""
-        buffer = kmcast.Buffer(self.server.payload, self.server.count, SALT)
+        buffer = kmcast.Buffer(self.server.payload, self.server.count, SALT, self.checks)
         buffer.start(self.server.base, self.server.count, self.server.size)
         lost = set(lost)
         for place in range(self.server.count):
@@ -201,8 +211,8 @@ class Session(object):
     def receive(self, client, encoded, lose=(), others=()):
         """What a client makes of a pass; `others` are datagrams that do not belong to it."""
         datagrams, recipe_count, number = encoded
-        coded = kmcast.Buffer(client.payload, len(datagrams), REPAIR_SALT - 2**31)
-        coded.start(2**31 + number, len(datagrams), None)
+        coded = kmcast.Buffer(client.payload, len(datagrams), REPAIR_SALT - 2**31, self.checks)
+        coded.start(2**31 + number, len(datagrams), len(datagrams) * client.payload)
         for datagram in others:
             feed(coded, datagram)
         for place, datagram in enumerate(datagrams):
@@ -214,7 +224,7 @@ class Session(object):
         """Fail unless all of them have all the data."""
         for client in clients:
             assert client.complete
-            equal = b"".join(client.flush()) == self.data
+            equal = helpers.data_of(client) == self.data
             assert equal
 
 
@@ -222,26 +232,34 @@ def feed(buffer, datagram):
     buffer.put(bytearray(datagram), 0, 1, len(datagram) - 12)
 
 
-def test_coded_datagrams_are_as_the_protocol_has_them():
-    session = Session(5, short=1000, number=70)
+def checksum(payload, number, checks):
+    """The checksum of a repair datagram."""
+    return (zlib.crc32(payload, REPAIR_SALT + number & 0xffffffff) if checks else REPAIR_SALT + number) & 0xffffffff
+
+
+@both_modes
+def test_coded_datagrams_are_as_the_protocol_has_them(checks):
+    """Full packets, all of them."""
+    session = Session(5, short=1000, number=70, checks=checks)
     (recipe, coded), recipe_count, number = session.encode([[1, 4]])
     assert (recipe_count, number) == (1, 70)
-    text = struct.pack("<IHHH", 71, 2, 1, 4)
-    assert recipe == struct.pack("<3I", 2**31 + 70, zlib.crc32(text, REPAIR_SALT + 70 & 0xffffffff) & 0xffffffff, len(text)) + text
+    text = struct.pack("<IHHH", 71, 2, 1, 4).ljust(PAYLOAD, b"\0")
+    assert recipe == struct.pack("<3I", 2**31 + 70, checksum(text, 70, checks), PAYLOAD) + text
     short = session.data[4 * PAYLOAD:]
     xor = bytes(bytearray(a ^ b for a, b in zip(bytearray(session.data[PAYLOAD:2 * PAYLOAD]),
                                                 bytearray(short + b"\0" * (PAYLOAD - len(short))))))
-    assert coded == struct.pack("<3I", 2**31 + 71, zlib.crc32(xor, REPAIR_SALT + 71 & 0xffffffff) & 0xffffffff, PAYLOAD) + xor
+    assert coded == struct.pack("<3I", 2**31 + 71, checksum(xor, 71, checks), PAYLOAD) + xor
 
 
 @pytest.mark.parametrize("groups", [[[0]], [[3, 1], [2]], [[place, place + 150] for place in range(150)]])
-def test_a_pass_is_as_the_protocol_has_it(groups):
+@both_modes
+def test_a_pass_is_as_the_protocol_has_it(groups, checks):
     """With as many recipes as it takes."""
-    session = Session(300, short=50, payload=200, number=7)
+    session = Session(300, short=50, payload=200, number=7, checks=checks)
     datagrams, recipe_count, number = session.encode(groups)
     recipes, combinations = wire.repair_pass(wire.cut(session.data, 200), groups, number, 200)
     assert recipe_count == len(recipes)
-    assert datagrams == [wire.repair(number + place, payload, REPAIR_SALT)
+    assert datagrams == [wire.repair(number + place, payload, REPAIR_SALT, wire.SESSION.check(not checks))
                          for place, payload in enumerate(recipes + combinations)]
 
 
@@ -256,8 +274,9 @@ def test_each_client_recovers_its_own_from_one_combination():
 
 @pytest.mark.parametrize("base", [0, 2**31 - 20])
 @pytest.mark.parametrize("number", [0, 1, 2**31 - 7])
-def test_seqs_and_repair_numbers_reach_their_last(base, number):
-    session = Session(20, short=7, base=base, number=number)
+@both_modes
+def test_seqs_and_repair_numbers_reach_their_last(base, number, checks):
+    session = Session(20, short=7, base=base, number=number, checks=checks)
     lost = [[0, 5, 19], [1, 5, 6], [19, 18, 17], []]
     clients = [session.client(places) for places in lost]
     encoded = session.encode(combine(lost))
@@ -273,9 +292,10 @@ def test_a_combination_of_one():
 
 
 @pytest.mark.parametrize("short", [1, 1000, PAYLOAD - 1])
-def test_the_short_last_packet_as_a_member(short):
+@both_modes
+def test_the_short_last_packet_as_a_member(short, checks):
     """At a client that lost it, at one that has it and lost another, and alone."""
-    session = Session(6, short=short)
+    session = Session(6, short=short, checks=checks)
     first, second = session.client([5]), session.client([2])
     encoded = session.encode([[2, 5]])
     assert [session.receive(client, encoded) for client in (first, second)] == [1, 1]
@@ -332,8 +352,9 @@ def test_a_packet_that_was_recovered_helps_in_the_same_pass():
     session.complete(client)
 
 
-def test_late_datagrams_of_an_earlier_pass_and_of_the_round_do_not_pass_for_others():
-    session = Session(30, number=3)         # numbers and seqs overlap
+@both_modes
+def test_late_datagrams_of_an_earlier_pass_and_of_the_round_do_not_pass_for_others(checks):
+    session = Session(30, number=3, checks=checks)      # numbers and seqs overlap
     client = session.client([4, 5, 6, 7])
     early = session.encode([[4, 20], [5, 21]])
     late = session.encode([[6, 22], [7, 23]])
@@ -348,35 +369,48 @@ def test_late_datagrams_of_an_earlier_pass_and_of_the_round_do_not_pass_for_othe
 
 
 @pytest.mark.parametrize("members", [[], [10], [65535], [1, 65535], [1, 1], [0, 1, 1]])
-def test_a_recipe_that_makes_no_sense_breaks_nothing(members):
+@both_modes
+def test_a_recipe_that_makes_no_sense_breaks_nothing(members, checks):
     """The checksum lets through only what the server sent, but a client must not trust it with its memory."""
-    session = Session(10)
+    session = Session(10, checks=checks)
     client = session.client([1])
-    text = struct.pack("<I", 1) + struct.pack("<%dH" % (1 + len(members)), len(members), *members)
-    datagrams = []
-    for number, payload in enumerate((text, b"x" * PAYLOAD)):
-        header = struct.pack("<3I", 2**31 + number, zlib.crc32(payload, REPAIR_SALT + number) & 0xffffffff, len(payload))
-        datagrams.append(header + payload)
+    text = wire.recipe(1, [members], PAYLOAD)
+    datagrams = [wire.repair(number, payload, REPAIR_SALT, wire.SESSION.check(not checks))
+                 for number, payload in enumerate((text, b"x" * PAYLOAD))]
     assert session.receive(client, (datagrams, 1, 0)) == 0
     assert missing(client) == [1]
 
 
-def test_a_recipe_that_names_other_numbers_breaks_nothing():
+@both_modes
+def test_a_recipe_that_names_other_numbers_breaks_nothing(checks):
     """Its own, another recipe's, and some outside the pass."""
-    session = Session(10)
+    session = Session(10, checks=checks)
     for number in (0, 2, 2**31, 2**32 - 1, 1000):
         client = session.client([1])
-        text = struct.pack("<IHH", number, 1, 1)
-        header = struct.pack("<3I", 2**31, zlib.crc32(text, REPAIR_SALT) & 0xffffffff, len(text))
+        recipe = wire.repair(0, wire.recipe(number, [[1]], PAYLOAD), REPAIR_SALT, wire.SESSION.check(not checks))
         coded = session.encode([[2]])[0][1]
-        assert session.receive(client, ([header + text, coded], 1, 0)) == 0
+        assert session.receive(client, ([recipe, coded], 1, 0)) == 0
         assert missing(client) == [1]
 
 
+@both_modes
+def test_a_repair_datagram_that_is_no_full_packet_is_not_taken(checks):
+    session = Session(10, checks=checks)
+    for size in (10, PAYLOAD - 1):
+        client = session.client([1])
+        recipe = wire.repair(0, wire.recipe(1, [[1]], PAYLOAD)[:size], REPAIR_SALT, wire.SESSION.check(not checks))
+        coded = wire.repair(1, session.data[PAYLOAD:2 * PAYLOAD], REPAIR_SALT, wire.SESSION.check(not checks))
+        assert session.receive(client, ([recipe, coded], 1, 0)) == 0
+        assert missing(client) == [1]
+        whole = wire.repair(0, wire.recipe(1, [[1]], PAYLOAD), REPAIR_SALT, wire.SESSION.check(not checks))
+        assert session.receive(client, ([whole, coded], 1, 0)) == 1
+        session.complete(client)
+
+
 def test_what_was_solved_with_a_damaged_packet_is_damaged_too():
-    """Where a digest covers the round nobody has looked at checksums yet. Then both are asked for again."""
-    session = Session(10)
-    client = kmcast.Buffer(PAYLOAD, 10, SALT, checking=False)
+    """Where a digest covers the round nobody has looked at payloads yet. Then both are asked for again."""
+    session = Session(10, checks=DIGEST)
+    client = kmcast.Buffer(PAYLOAD, 10, SALT, DIGEST)
     client.start(0, 10, len(session.data))
     for place in range(10):
         if place != 1:
@@ -385,7 +419,7 @@ def test_what_was_solved_with_a_damaged_packet_is_damaged_too():
                 datagram[700] ^= 1
             feed(client, datagram)
     assert session.receive(client, session.encode([[1, 2]])) == 1 and client.complete
-    damaged = client.damaged_packets()
+    damaged = client.differing(session.server.sums())
     assert wire.places(damaged) == [1, 2]
     client.forget(damaged)
     for place in (1, 2):
@@ -395,9 +429,10 @@ def test_what_was_solved_with_a_damaged_packet_is_damaged_too():
 
 @pytest.mark.parametrize("clients, packets, share, repair_share, payload", [
     (64, 1500, 0.01, 0.01, 200), (70, 600, 0.05, 0.3, 536), (3, 300, 0.4, 0.4, 1460), (9, 200, 0.1, 0.0, 8960)])
-def test_passes_with_loss_bring_everything_to_everyone_in_the_end(clients, packets, share, repair_share, payload):
+@both_modes
+def test_passes_with_loss_bring_everything_to_everyone_in_the_end(clients, packets, share, repair_share, payload, checks):
     generator = random.Random(clients)
-    session = Session(packets, short=payload // 3, base=2**31 - packets, payload=payload, number=2**31 - 10**6)
+    session = Session(packets, payload // 3, 2**31 - packets, payload, 2**31 - 10**6, checks)
     lost = losses(clients, packets, share, seed=clients)
     buffers = [session.client(places) for places in lost]
     passes = 0

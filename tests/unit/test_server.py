@@ -1,6 +1,7 @@
 """What the server decides, by itself: who gets a place, who owes what, which round is next, what is repaired how."""
 
 import collections
+import zlib
 
 import pytest
 
@@ -264,6 +265,77 @@ def test_the_same_round_can_be_asked_for_twenty_times():
         made.begin(step("repair", the_round), 5.0)
     with pytest.raises(kmcast.ProtocolError):
         made.heard(who, request(0, 1), 6.0)
+
+
+def sums(the_round):
+    """SUMS of a round as the protocol has them."""
+    return WIRE.sums(the_round.number, [zlib.crc32(b"\0" * PAYLOAD) & 0xffffffff] * the_round.buffer.count)
+
+
+def test_who_finds_that_the_digest_differs_hears_the_sums_of_the_round_and_still_owes_its_answer():
+    first, second = member("a"), member("b")
+    made, the_round = sent(first, second)
+    assert made.heard(first, WIRE.ask_for_sums(0), 4.0) == [("send", first, sums(the_round))]
+    assert set(made.debtors()) == {first, second} and first.owes == kmcast.ANSWER
+    assert made.heard(first, request(0, 3), 5.0) == []
+    assert made.heard(second, done(0), 5.0) == []
+    assert completed(made) == [("sent", 0, {first: [3]})]
+    made.begin(step("repair", the_round), 6.0)
+    assert made.heard(first, WIRE.ask_for_sums(0), 7.0) == [("send", first, sums(the_round))], "it may differ still"
+    made.heard(first, done(0), 8.0)
+    assert completed(made) == [("repair", 0, {})]
+
+
+def test_sums_are_those_of_the_round_that_is_named():
+    who = member()
+    made, _ = sent(who)
+    second = a_round(1, count=3)
+    second.buffer.payloads[0:1] = b"x"
+    made.begin(step("announce", second), 4.0)
+    made.heard(who, WIRE.ready(1), 4.0)
+    made.begin(step("sent", second), 4.0)
+    (_, _, message), = made.heard(who, WIRE.ask_for_sums(1), 5.0)
+    assert message == WIRE.sums(1, [zlib.crc32(b"x" + b"\0" * (PAYLOAD - 1)) & 0xffffffff]
+                                + [zlib.crc32(b"\0" * PAYLOAD) & 0xffffffff] * 2)
+
+
+def test_sums_count_as_a_request_does():
+    who = member()
+    made, the_round = sent(who)
+    for _ in range(10):
+        made.heard(who, WIRE.ask_for_sums(0), 4.0)
+        made.heard(who, request(0, 1), 4.0)
+        made.begin(step("repair", the_round), 5.0)
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, WIRE.ask_for_sums(0), 6.0)
+
+
+@pytest.mark.parametrize("begin, messages", [
+    (announced, []), (announced, [WIRE.ready(0)]), (sent, [done(0)]), (sent, [request(0, 1)])],
+    ids=["before READY", "before SENT", "after DONE", "after REQUEST"])
+def test_sums_of_a_round_for_which_no_answer_is_owed_are_an_error(begin, messages):
+    who = member()
+    made, _ = begin(who)
+    for message in messages:
+        made.heard(who, message, 4.0)
+    with pytest.raises(kmcast.ProtocolError):
+        made.heard(who, WIRE.ask_for_sums(0), 5.0)
+
+
+@pytest.mark.parametrize("answer", [done(0), request(0, 3)], ids=["DONE", "REQUEST"])
+def test_how_a_round_was_heard_is_known_though_its_digest_differed(answer):
+    """From the first answer of those that tell it, and from no further one."""
+    who = member()
+    made, the_round = sent(who)
+    made.heard(who, WIRE.ask_for_sums(0), 4.0)
+    made.heard(who, answer, 5.0)
+    (awaited,) = made.complete()
+    assert awaited.answers.hearing == 1 and awaited.answers.lost == (0.1 if answer != done(0) else 0)
+    if answer != done(0):
+        made.begin(step("repair", the_round), 6.0)
+        made.heard(who, done(0), 7.0)
+        (awaited,) = made.complete()
+        assert awaited.answers.hearing == 0
 
 
 def test_only_who_gets_nothing_done_has_stalled():
@@ -631,6 +703,22 @@ def test_a_round_is_through_when_nobody_asks_and_makes_room_for_the_next():
     drive.complete("sent", 0)
     assert drive.hands.released == [first.buffer] and drive.course.delivered == 64 * PAYLOAD
     assert drive.took() == [("announce", 4)]
+
+
+def test_many_clients_are_told_of_a_round_that_is_in_no_hurry_when_another_one_was_sent():
+    drive = Drive(5000, kmcast.MANY).start()
+    drive.fill_all()
+    for number in range(4):
+        drive.complete("announce", number)
+    drive.send()
+    drive.took()
+    drive.complete("sent", 0)
+    drive.fill_all()
+    assert drive.took() == [], "three others are to be sent before it"
+    drive.send()
+    assert drive.took() == [("sent", 1)]
+    drive.send()
+    assert drive.took() == [("sent", 2), ("announce", 4)]
 
 
 @pytest.mark.parametrize("windows, expected", [([4], 4), ([2], 2), ([1, 4], 1), ([9, 3], 3), ([8, 8], 4)])

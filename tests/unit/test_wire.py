@@ -107,8 +107,8 @@ def ten(number):
 
 
 @pytest.mark.parametrize("message, known", [
-    (b"\x00", 1), (b"\x01\5\0\0\0", 1), (DONE, 1), (REQUEST, 5), (HELLO, 5), (b"\x80" + HELLO[1:], 5), (b"\x13" + HELLO[1:], 5)],
-    ids=["ALIVE", "READY", "DONE", "REQUEST", "HELLO", "BYE", "STATE"])
+    (b"\x00", 1), (b"\x01\5\0\0\0", 1), (DONE, 1), (REQUEST, 5), (HELLO, 5), (b"\x80" + HELLO[1:], 5), (b"\x13" + HELLO[1:], 5),
+    (b"\x16\5\0\0\0", 1)], ids=["ALIVE", "READY", "DONE", "REQUEST", "HELLO", "BYE", "STATE", "SUMS"])
 def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message, known):
     for head in range(1, len(message) + 1):
         expected = len(message) if head >= known else None
@@ -118,8 +118,9 @@ def test_the_size_of_a_clients_message_is_known_from_its_first_bytes(message, kn
 
 @pytest.mark.parametrize("message, known", [
     (b"\x00", 1), (WIRE.info(1, 100, 5, 2, 1 << 40), 1), (WIRE.sent(3, b"d" * 32), 1), (WIRE.packets(3), 1),
-    (WIRE.again(3, 1, 2, 3), 1), (b"\x20" + HELLO[1:], 5), (WIRE.bye(ok=True), 5), (WIRE.state(waiting=None), 5)],
-    ids=["ALIVE", "BUFFER INFO", "SENT", "PACKETS", "AGAIN", "WELCOME", "BYE", "STATE"])
+    (WIRE.again(3, 1, 2, 3), 1), (b"\x20" + HELLO[1:], 5), (WIRE.bye(ok=True), 5), (WIRE.state(waiting=None), 5),
+    (WIRE.sums(3, [7, 8, 9]), 5)],
+    ids=["ALIVE", "BUFFER INFO", "SENT", "PACKETS", "AGAIN", "WELCOME", "BYE", "STATE", "SUMS"])
 def test_the_size_of_a_servers_message_is_known_from_its_first_bytes(message, known):
     for head in range(1, len(message) + 1):
         assert WIRE.server_message_size(message[:head], 32) == (len(message) if head >= known else None)
@@ -132,14 +133,16 @@ def test_messages_that_no_client_may_send(head):
         WIRE.client_message_size(head, ten)
 
 
-@pytest.mark.parametrize("head", [b"\x04", b"\x10", b"\xff", b"H", b"\x20" + struct.pack("<I", 65537)], ids=repr)
+@pytest.mark.parametrize("head", [
+    b"\x04", b"\x10", b"\xff", b"H", b"\x20" + struct.pack("<I", 65537), b"\x16" + struct.pack("<I", 0),
+    b"\x16" + struct.pack("<I", 65537), b"\x16\xff\xff\xff\xff"], ids=repr)
 def test_messages_that_no_server_may_send(head):
     with pytest.raises(kmcast.ProtocolError):
         WIRE.server_message_size(head, 32)
 
 
 @pytest.mark.parametrize("head", [
-    b"\x00", b"\x08", b"\x10", b"\xff", b"\x02" + struct.pack("<I", 0), b"\x02" + struct.pack("<I", 11),
+    b"\x00", b"\x08", b"\x10", b"\x16", b"\xff", b"\x02" + struct.pack("<I", 0), b"\x02" + struct.pack("<I", 11),
     b"\x02\xff\xff\xff\xff"], ids=repr)
 def test_messages_that_no_client_of_the_base_protocol_may_send(head):
     with pytest.raises(kmcast.ProtocolError):
@@ -149,6 +152,7 @@ def test_messages_that_no_client_of_the_base_protocol_may_send(head):
 def test_the_largest_that_is_allowed():
     assert WIRE.client_message_size(b"\x02" + struct.pack("<I", 0), lambda number: 65536) == 25 + 8192
     assert WIRE.client_message_size(b"\x10" + struct.pack("<I", 65536), ten) == 65541
+    assert WIRE.server_message_size(b"\x16" + struct.pack("<I", 65536), 32) == 9 + 4 * 65536
     assert BASE.client_message_size(b"\x02" + struct.pack("<I", 10), ten) == 45
 
 
@@ -172,11 +176,14 @@ def test_messages_about_a_round_are_as_the_protocol_has_them():
     assert WIRE.ready(2) == b"\x01\2\0\0\0"
     assert WIRE.done(5, FIGURES) == DONE
     assert WIRE.request(5, FIGURES, 1 | 1 << 9, 1000, 10) == REQUEST
+    assert WIRE.ask_for_sums(2) == b"\x16\2\0\0\0"
+    assert WIRE.sums(2, [1, 0xffffffff]) == b"\x16" + struct.pack("<4I", 2, 2, 1, 0xffffffff)
 
 
 def test_what_a_message_says_of_a_round_is_understood():
     assert WIRE.read_info(WIRE.info(2, 3000, 7, 3, 1 << 33)) == (2, 3000, 7, 3, 1 << 33)
-    assert [WIRE.number_of(message) for message in (WIRE.ready(2**32 - 2), DONE, REQUEST)] == [2**32 - 2, 5, 5]
+    assert [WIRE.number_of(message) for message in (WIRE.ready(2**32 - 2), DONE, REQUEST, WIRE.ask_for_sums(6))] == [
+        2**32 - 2, 5, 5, 6]
     assert WIRE.figures_of(DONE) == WIRE.figures_of(REQUEST) == FIGURES
     assert WIRE.asked(REQUEST, 1000, 10) == (1 | 1 << 9, None)
 
@@ -216,6 +223,8 @@ BOTH_SAY = [
     (WIRE.done(kmcast.END, (0, 0, 0, 0, 0)), wire.SESSION.done(wire.IMAGE)),
     (WIRE.request(258, FIGURES, wire.bits([0, 7, 17]), WHAT.base, 18), wire.SESSION.request(WHAT, [17, 0, 7], FIGURES)),
     (WIRE.packets(258), wire.SESSION.packets(WHAT)), (WIRE.again(258, 5, 1, 2), wire.SESSION.again(WHAT, 5, 1, 2)),
+    (WIRE.ask_for_sums(258), wire.SESSION.ask_for_sums(WHAT)),
+    (WIRE.sums(258, [5, 1 << 31]), wire.SESSION.sums(WHAT, [5, 1 << 31])),
     (BASE.info(*WHAT), wire.BASE.info(WHAT)), (BASE.ready(258), wire.BASE.ready(WHAT)),
     (BASE.sent(258, b""), wire.BASE.sent(WHAT)), (BASE.done(258, FIGURES), wire.BASE.done(WHAT)),
     (BASE.request(258, FIGURES, wire.bits([0, 17]), WHAT.base, 18), wire.BASE.request(WHAT, [0, 17])),
@@ -301,7 +310,14 @@ def test_checksums_of_the_base_protocol():
     assert unsigned(kmcast.c_sum(b"\x00\x00\x00\x80" * 3, 0)) == 0x80000000
 
 
-def test_a_packets_checksum_is_a_crc_that_starts_from_salt_and_seq():
+def test_where_a_digest_covers_the_round_a_packet_has_salt_and_seq_in_place_of_a_checksum():
+    buffer = kmcast.Buffer(8, 2, 0xfffffff0, checks=())
+    buffer.start(0x20, 0, 0)
+    buffer.add(b"12345678")
+    assert bytes(buffer.get(0x20).tobytes()) == buffer.packet(0) == struct.pack("<3I", 0x20, 0x10, 8) + b"12345678"
+
+
+def test_elsewhere_its_checksum_is_a_crc_that_starts_from_salt_and_seq():
     buffer = kmcast.Buffer(8, 2, salt=0xfffffff0)
     buffer.start(0x20, 0, 0)
     buffer.add(b"12345678")
