@@ -1227,8 +1227,6 @@ class Buffer(object):
         first = self.index(U32.unpack_from(data, offset)[0])
         last = first + count
         there = self._have.count(b'\1', first, last) if last <= self.count else None
-        if there == count:
-            return
         if there == 0 and 0 < payload <= self.payload and self._right(data, offset, first, count, payload):
             pieces = Batch.of(payload)('payloads', count).unpack_from(data, offset)
             if payload == self.payload:
@@ -1240,11 +1238,11 @@ class Buffer(object):
                     self._view[start:start + payload] = piece
                     self.short[index] = payload
             self.arrived(first, last)
-        elif count > 1:                 # some of them are not as they should be, or not in order
+        elif count > 1:                 # some of them are there, are not as they should be, or not in order
             half = count // 2
             self.put(data, offset, half, payload)
             self.put(data, offset + half * (PACKET.size + payload), count - half, payload)
-        elif first < self.count:
+        elif first < self.count and not there:
             self.damaged += 1
 
     def _right(self, data, offset, first, count, payload):
@@ -1584,7 +1582,7 @@ class MessageVector(object):
             words[4::self.WORDS], words[5::self.WORDS] = controls[0::2], controls[1::2]
         self._size = self.WORDS * words.itemsize
         self._all = {}
-        self._template = bytearray(words)
+        self._template = bytearray(words.tobytes() if hasattr(words, "tobytes") else words.tostring())
         self._headers = bytearray(self._template)
         self._address = address_of(self._headers)
 
@@ -2011,24 +2009,25 @@ class Pacer(object):
     """
 
     BURST = 0.0005                      # seconds
-    CATCH_UP = 96 << 10                 # bytes that are made good after a delay: a queue has to hold them,
+    LARGE, SMALL = 96 << 10, 24 << 10   # bytes that come at once, or are made good after a delay: a queue has to hold them
     MOST_CATCH_UP = 0.008               # seconds: and no more than so long
     MOST_DEBT = 0.1                     # seconds of the line that others can have at once
 
     def __init__(self):
         self.rate = UNLIMITED           # bit/s of IP packets
+        self.most = self.LARGE          # bytes at once
         self._next = 0.0
 
     def burst(self, packet_size):
         """How many packets of so many bytes to send in one go."""
         if self.rate == UNLIMITED:
             return MOST_SEGMENTS
-        return int(max(1, min(MOST_SEGMENTS, self.rate * self.BURST / 8 / packet_size)))
+        return int(max(1, min(MOST_SEGMENTS, min(self.rate * self.BURST / 8, self.most) / packet_size)))
 
     def sent(self, size):
         """Count `size` bytes just sent; returns when to send again, seconds
         on the monotonic clock."""
-        late = min(self.MOST_CATCH_UP, self.CATCH_UP * 8 / self.rate)
+        late = min(self.MOST_CATCH_UP, self.most * 8 / self.rate)
         self._next = max(self._next, monotonic() - late) + size * 8 / self.rate
         return self._next
 
@@ -2044,8 +2043,9 @@ class Pacer(object):
 Reception = collections.namedtuple('Reception', 'ratio error lost member')
 
 # How to send a round: at which rate, and its head, bit/s; whether the line is known to carry that, so that what is lost
-# is not our doing; the share lost that made us slow down to it, where it is the first such.
-Speed = collections.namedtuple('Speed', 'rate head_rate calm trial')
+# is not our doing; the share lost that made us slow down to it, where it is the first such; bytes at once.
+Speed = collections.namedtuple('Speed', 'rate head_rate calm trial burst')
+Speed.__new__.__defaults__ = (Pacer.LARGE,)
 
 
 class RateControl(object):
@@ -2054,11 +2054,15 @@ class RateControl(object):
     A train of packets that is sent faster than a link on its way lets it through comes out
     at that link's rate (the dispersion of a packet train), whether or not any are lost.  So two
     rounds that were sent too fast tell the line's rate, and from then on we stay just below it.
-    Now and then the head of a round is sent faster, to see whether there is more.
+    Where a client's clock cannot tell, what it lost does.
 
-    Losses that do not fall with the rate are the medium's own: a client's `medium` remembers
-    them, and only what is lost beyond counts.  Losses at a rate that the line is known to carry
-    are those of a rival for it, who gets his share.  Who tells no times is judged by losses alone.
+    Now and then the head of a round is sent faster.  If it arrives so, there is more; if it arrives slower
+    than the line lets it, somebody else has the rest.  He gets his share, as who makes us lose packets at a
+    rate that the line carries; then we take back what nobody wants.
+
+    A queue may be too small for our bursts: so smaller ones are tried before a loss is believed.  Losses that do
+    not fall with the rate are the medium's own: a client's `medium` remembers them, and only what is lost beyond
+    counts.  Who tells no times is judged by losses alone.
     """
 
     START = 10e9                        # bit/s; the first round is short
@@ -2067,31 +2071,41 @@ class RateControl(object):
     SLOWER = 0.02                       # share by which arrival must lag behind departure to tell
     JITTER = 0.001                      # seconds by which a clock may be wrong in a train
     AGREE = 0.05                        # share by which two estimates of a line may differ
+    DOUBT = 0.5                         # share by which one may be wrong and still counts
     OVER = 1.1                          # times the rate, to know it better, or to look for more
     LEAP = 0.25                         # how much faster at once, once there was an estimate
     MORE = 1.04                         # times the line's rate, which a head must find
     HEADS = 3                           # times in a row
-    LOOK_EVERY = 4.0                    # seconds between two such heads
+    LOOK_EVERY = 4.0                    # seconds between two such heads,
+    LOOK_SOON = 1.0                     # and while we have less than the line
     STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
     FASTER = 1.5                        # times what we ever sent at: no rate above matters
     NOISE = 0.001                       # share of loss that is nobody's
+    SAME = 0.75                         # times as much is lost at a lower rate: so it is lost at any
     GIVE, YIELD = 0.85, 0.7             # times the rate, for who may be a rival and for who is one
     BACK = 0.06                         # share of the line that we take back in a second
-    LEAST_SHARE = 0.35                  # of the line, whatever the rival takes
-    SOON = 5.0                          # seconds in which a second loss tells of a rival
+    SHARE = 0.47                        # of the line, whatever a rival takes
+    SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
+    GENTLE = 15.0                       # and after which we look for more as if there had never been one
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
+    LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
 
     def __init__(self):
         self.rate = self.START
         self.line = None                # bit/s, the slowest link's rate once it is known
+        self.burst = Pacer.LARGE        # bytes at once
+        self._error = 0.0               # share by which it may be less
         self._estimate = None           # bit/s, the last of what it may be
         self._step = 1.0                # how much faster next, as a share, while it is sought
         self._fastest = self.LOWEST     # bit/s at which a round was ever sent
         self._trial = None              # the share lost that made us slow down, until it is seen to help
+        self._by_bursts = None          # the share lost that made us try smaller bursts, until it is seen whether they help
+        self._burst_tried = UNLIMITED   # bytes at once when they were last tried
         self._usual = 0.0               # the share that was known then to be lost at any rate
         self._lagged = False            # the last round did, with losses or without
         self._common = 0.0              # share of packets that all clients lose at any rate, on average
-        self._lost_at = -UNLIMITED      # when packets were last lost at a rate that the line carries
+        self._gave_way = None           # bit/s that arrived when we gave way, until it is seen to whom
+        self._rival_at = -UNLIMITED     # when there was last a sign of a rival
         self._found = 0                 # heads in a row that found more
         self._next_look = 0.0
         self._last = None               # when it learned last, seconds
@@ -2099,18 +2113,19 @@ class RateControl(object):
     def speed(self, now, looks):
         """The Speed of the next round; looks: whether its head is long enough to look for more."""
         if self.line is None:
-            return Speed(self.rate, self.rate, False, None)
+            return Speed(self.rate, self.rate, False, None, self.burst)
         if self._trial or not looks or now < self._next_look:
-            return Speed(self.rate, self.rate, self.rate <= self.line, self._trial)
-        self._next_look = now + self.LOOK_EVERY
-        return Speed(self.rate, self.OVER * self.rate, False, None)
+            return Speed(self.rate, self.rate, not self._error and self.rate <= self.line, self._trial,
+                         self.burst)
+        self._next_look = now + (self.LOOK_EVERY if self.rate > self.GIVE * self.line else self.LOOK_SOON)
+        return Speed(self.rate, self.rate + (self.OVER - 1) * self.line, False, None, self.burst)
 
     @classmethod
     def remember(cls, member, lost, speed):
         """Whether a member's medium loses so much, as far as a round that was sent at a Speed can tell."""
         if speed.trial:
             member.medium = min(lost, cls.MOST_MEDIUM)
-        elif speed.calm:
+        elif speed.calm or lost < member.medium:
             member.medium += 0.25 * (min(lost, cls.MOST_MEDIUM) - member.medium)
 
     def learn(self, speed, achieved, worst, count, now, mean=0.0, clients=1):
@@ -2126,51 +2141,68 @@ class RateControl(object):
         if speed.trial or speed.calm:
             self._common += (1.0 if speed.trial else 0.25) * (min(mean, self.MOST_MEDIUM) - self._common)
         lossy = self._unusual(worst.lost, max(worst.member.medium, self._common), count, clients)
+        if self._try_small_bursts(speed, worst.lost, lossy):
+            return None
         steady = achieved >= self.STEADY * speed.rate
-        lags = 1 - worst.ratio > max(self.SLOWER, worst.error) and (steady or lossy)
+        lags = 1 - worst.ratio > self.SLOWER + worst.error and (steady or lossy)
         if speed.trial and self._trial:
             self._trial = None
-            if worst.lost - self._usual > speed.trial / 2:
-                return self._look_for_more(achieved, 'a loss of %.1f %% at any rate' % (100 * worst.lost))
+            if worst.lost - self._usual > self.SAME * speed.trial:
+                return self._blame(worst, achieved)
         lagged, self._lagged = self._lagged, lags
-        if lags and (self.line is None or lagged):
-            # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
-            most = UNLIMITED if self._estimate else self.FASTER * self._fastest
-            sent = achieved if steady else min(speed.rate, most)
-            return self._slow_down(sent, worst, lossy)
-        if lags:
-            return None
+        # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
+        most = UNLIMITED if self._estimate else self.FASTER * self._fastest
+        arrived = max(self.LOWEST, (achieved if steady else min(speed.rate, most)) * worst.ratio)
         if self.line is None:
-            faster = achieved * (1 + self._step)
-            if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
-                return None             # we are the slowest, or it was sent before we learned more
-            self.rate = faster
-            self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
-            return 'it keeps up'
-        if lossy:
-            return self._share(speed, worst, now)
-        self.rate = min(self.BELOW * self.line, self.rate + self.BACK * self.line * passed)
+            return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady, now)
+        if speed.rate > self.rate * 1.0001:
+            return None                 # of a round that was under way when we learned of others
+        most = self._at_most(arrived, worst.error)
+        if self._error and (lags or lossy) and most > (1 - self._error - self.SLOWER) * self.line:
+            self.line = min(self.line, most)
+            self._error = self._error / 2 if self._error > self.SLOWER else 0.0
+            self.rate = min(self.rate, self.BELOW * self.line)
+            return 'it carries %s, %.1f %% lost' % (bits(self.line), 100 * worst.lost)
+        if lags and lagged and self.rate < self.GIVE * self.line:
+            return self._slow_down(arrived, worst, lossy, now)
+        if lags and lagged or lossy and not lags:
+            return self._give_way(most, now, '%.1f %% lost' % (100 * worst.lost))
+        if not lags:
+            self.rate = min(self.BELOW * self.line, self.rate + self.BACK * self.line * passed)
         return None
 
-    def learn_head(self, departed, arrived):
+    def learn_head(self, departed, arrived, error, now):
         """Learn from a head that was sent faster, at which rate, bit/s, and arrived so at the slowest client.
 
-        Returns why the rate changed, or None.
+        error: share by which that may be wrong; now: seconds.  Returns why the rate changed, or None.
         """
         if self.line is None:
             return None
         self._found = self._found + 1 if arrived > self.MORE * self.line else 0
-        if not self._found and arrived < (1 - self.SLOWER) * departed:
-            if abs(arrived - self.line) < self.AGREE * self.line:
-                self.line += 0.5 * (arrived - self.line)        # so it is told more precisely
-            return None
         if self._found:
             self._next_look = 0.0
-        if self._found < self.HEADS:
+            if self._found < self.HEADS:
+                return None
+            self._found, self.line, self._step = 0, None, self.OVER - 1
+            self.rate *= self.OVER
+            return 'there is more'
+        if error > self.AGREE:
             return None
-        self._found, self.line, self._step = 0, None, self.OVER - 1
-        self.rate *= self.OVER
-        return 'there is more'
+        if abs(arrived - self.line) < (self.AGREE + self._error) * self.line and arrived < (1 - self.SLOWER) * departed:
+            self.line += (1.0 if self._error else 0.5) * (arrived - self.line)      # so it is told more precisely
+            self._error = 0.0
+        elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
+            return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
+        elif self._gave_way:            # and nobody took it
+            self.line, self._gave_way, self._error = min(self.line, self._gave_way), None, self.AGREE
+            self.rate = self.BELOW * self.line
+            return 'nobody else is there'
+        return None
+
+    @staticmethod
+    def _at_most(arrived, error):
+        """At which rate a train may really have arrived, if that is wrong by such a share."""
+        return arrived / (1 - min(error, 0.5))
 
     def _unusual(self, lost, medium, count, clients):
         """Whether such a share lost is more than the medium's own, noise, and the chance of the worst of many."""
@@ -2178,40 +2210,68 @@ class RateControl(object):
         sigmas = 3 + math.sqrt(2 * math.log(clients))
         return lost * count > usual + sigmas * math.sqrt(usual) + sigmas / 3
 
-    def _slow_down(self, sent, worst, lossy):
+    def _speed_up(self, speed, achieved, steady, now):
+        """We are not at the line's rate yet."""
+        faster = achieved * (1 + self._step)
+        if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
+            return None                 # we are the slowest, or it was sent before we learned more
+        self.rate = faster
+        self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
+        if now - self._rival_at < self.GENTLE:
+            self._step = self.OVER - 1
+        return 'it keeps up'
+
+    def _slow_down(self, arrived, worst, lossy, now):
         """The line is slower than we sent.  It is known when two rounds agree."""
-        arrived = max(self.LOWEST, sent * worst.ratio)
         if arrived >= self.rate:
             return None                 # of a round that was under way when we learned it
         before, self._estimate = self._estimate, arrived
         self._step = self.OVER - 1
-        if before and abs(before - arrived) < self.AGREE * arrived:
-            self.line = max(before, arrived)
-            self.rate = self.BELOW * self.line
+        error = worst.error if worst.error > self.SLOWER else 0.0
+        if before and error < self.DOUBT and abs(before - arrived) < self.AGREE * arrived:
+            self._error = self.AGREE + error        # if it is less than we think, losses will tell
+            self.line = self._at_most(max(before, arrived), error)
+            self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
+            self._next_look = now + self.LOOK_SOON
         else:                           # what was known is not given up at once: somebody may have been held up
-            self.rate = self.OVER * (max(arrived, 0.5 * self.rate) if before else arrived)
+            self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
             self.line = None
         if lossy:
             self._usual = worst.member.medium
             self._trial = worst.lost - self._usual
         return 'it arrives at %s, %.1f %% lost' % (bits(arrived), 100 * worst.lost)
 
-    def _look_for_more(self, achieved, why):
-        """What was thought to be the line's rate is not."""
+    def _blame(self, worst, achieved):
+        """As much is lost at a lower rate: what was thought to be the line's rate is not."""
         self.line = self._estimate = None
         self._step = 1.0
         self.rate = max(self.rate, 2 * achieved)
-        return why
+        return 'a loss of %.1f %% at any rate' % (100 * worst.lost)
 
-    def _share(self, speed, worst, now):
-        """Packets are lost at a rate that the line should carry."""
-        if speed.rate > self.rate:
-            return None                 # of a round that was under way when we learned of others
-        again, self._lost_at = now - self._lost_at < self.SOON, now
-        if not again:                   # be it that we thought too much of the line
-            self.line *= 1 - (worst.lost - worst.member.medium)
-        self.rate = max(self.LEAST_SHARE * self.line, (self.YIELD if again else self.GIVE) * self.rate)
-        return '%.1f %% lost%s' % (100 * worst.lost, ' again, to a rival' if again else '')
+    def _try_small_bursts(self, speed, lost, lossy):
+        """Whether to see first, with the next round, whether smaller bursts help; and whether they did."""
+        if speed.burst != self.burst:
+            return True                 # of a round that was under way then
+        if self._by_bursts is not None:
+            if lost > self._by_bursts / 2:
+                self.burst = Pacer.LARGE
+            self._by_bursts = None
+        elif lossy and self.burst == Pacer.LARGE and Pacer.SMALL < speed.rate * Pacer.BURST / 8 < self._burst_tried / 2:
+            self._burst_tried, self._by_bursts, self.burst = speed.rate * Pacer.BURST / 8, lost, Pacer.SMALL
+            return True
+        return False
+
+    def _give_way(self, arrived, now, why):
+        """There is a sign of somebody else at a rate that the line should carry, or of a line that is slower.
+
+        It is somebody else if he takes what we leave.
+        """
+        again, self._rival_at = now - self._rival_at < self.SOON, now
+        self._next_look = 0.0
+        least = self.SHARE * self.line
+        self._gave_way = max(arrived, self._gave_way or 0.0) if self.rate > least and (self._gave_way or not again) else None
+        self.rate = max(least, (self.YIELD if again else self.GIVE) * self.rate)
+        return why + (' again, to a rival' if again else '')
 
 
 # ---------------------------------------------------------------------------
@@ -3338,7 +3398,7 @@ class Answers(object):
     lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
     by_tcp      packets that were asked for and sent at once
-    head        bit/s at which the head arrived at the slowest
+    head        bit/s at which the head arrived at the slowest, and by which share that may be wrong
     late        (when, member) of the last two that paid, the last first
     """
 
@@ -3358,9 +3418,9 @@ class Answers(object):
         if len(self.worst) < 2 or reception.ratio < self.worst[1].ratio:
             self.worst = sorted(self.worst + [reception], key=lambda other: other.ratio)[:2]
 
-    def heard_head(self, arrived):
-        """A member has heard the head so fast, bit/s."""
-        self.head = arrived if self.head is None else min(self.head, arrived)
+    def heard_head(self, arrived, error):
+        """A member has heard the head so fast, bit/s, or by such a share faster or slower."""
+        self.head = min(self.head or (UNLIMITED, 0.0), (arrived, error))
 
     def add(self, other):
         """Those of another thread, too."""
@@ -3372,7 +3432,7 @@ class Answers(object):
         self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
         self.late = sorted(self.late + other.late, key=lambda one: -one[0])[:2]
         if other.head is not None:
-            self.heard_head(other.head)
+            self.heard_head(*other.head)
 
 
 class Awaited(object):
@@ -3409,6 +3469,8 @@ class Member(object):
         self.lost = 0                   # packets it asked for, all in all
         self.by_tcp = 0                 # packets of these that went by TCP
         self.medium = 0.0               # share of packets that it loses at any rate
+        self.queued = 0.0               # seconds of packets that are in some queue, if it tells the truth
+        self.doubted = False            # no queue is that long
         self.ignored = False            # it loses too much to decide on the rate
         self.busy = None                # what it says that it is doing
         self.figures = {}               # what else it says of itself
@@ -3714,15 +3776,20 @@ class ServerWindow(object):
             first, last = done.tail_of(done.buffer.count)
             through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
-        arrived, error = self.arrival(figures[3:] if figures[3] else figures[1:3], bits_a_packet)
+        train = figures[3:] if figures[3] else figures[1:3]
+        arrived, error = self.arrival(train, bits_a_packet)
+        if arrived is not None:
+            member.queued = 0.0 if lost else max(
+                0.0, member.queued + train[0] * bits_a_packet * (1 / arrived - 1 / done.tail))
+            member.doubted = member.doubted or member.queued > RateControl.LONGEST_QUEUE
         ratio = through if arrived is None else min(through, arrived / done.tail)
-        if arrived is None or 1 - ratio < error:        # the clock does not tell, but losses do
+        if arrived is None or member.doubted or 1 - ratio < error:      # the clock does not tell, but losses do
             ratio, error = through, 0.0
         ratio /= 1 - member.medium
         awaited.answers.heard(Reception(ratio, error, lost / done.multicast, member))
         arrived, error = self.arrival(figures[1:3], bits_a_packet)
-        if done.head and arrived is not None:
-            awaited.answers.heard_head(arrived / (1 - member.medium))
+        if done.head and arrived is not None and not member.doubted:
+            awaited.answers.heard_head(arrived / (1 - member.medium), error)
 
     @staticmethod
     def arrival(figures, bits_a_packet):
@@ -5196,7 +5263,7 @@ class Course(object):
     def _next_sending(self):
         if self._passes:
             sending = self._passes.popleft()
-            sending.speed = Speed(self.rate, self.rate, False, None)
+            sending.speed = self._even()
             return sending
         unanswered = 0
         for underway in self._underway:
@@ -5213,10 +5280,14 @@ class Course(object):
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
                 return None
             speed = (self.control.speed(self.hands.now(), Round.head_of(count)[1] and self.multicasting)
-                     if self.control else Speed(self._rate, self._rate, False, None))
+                     if self.control else self._even())
             underway.round.speed = speed
             return Sending(underway, buffer, count, speed)
         return None
+
+    def _even(self):
+        """The Speed of what tells nothing."""
+        return Speed(self.rate, self.rate, False, None, self.control.burst if self.control else Pacer.LARGE)
 
     # ---- the chain
 
@@ -5428,11 +5499,11 @@ class Course(object):
         why = self.control.learn(done.speed, achieved, worst, done.multicast, now,
                                  answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
-            why = self.control.learn_head(done.head, answers.head) or why
+            why = self.control.learn_head(done.head, answers.head[0], answers.head[1], now) or why
         self._settled += 1
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
-        if self._brake and self._settled == self.SETTLED:
+        if self._brake and self._settled == self.SETTLED and self.control.line:
             tell('brake', member=self._brake, rate=self.control.rate)
         if worst.lost > RateControl.MOST_MEDIUM and done.speed.trial:
             worst.member.ignored = True
@@ -6926,6 +6997,7 @@ class Multicaster(object):
         buffer, last, size = sending.buffer, sending.last, sending.buffer.slot + UDP_OVERHEAD
         marks, place, stuck = [], 0, None       # marks: (packets, when they were sent)
         head = Round.head_of(last)[1]
+        self.pacer.most = sending.speed.burst
         while place < last:
             self.pacer.rate = sending.speed.head_rate if place < head else sending.speed.rate
             marks.append((place, monotonic()))

@@ -44,7 +44,7 @@ LENGTH = struct.Struct('<I')
 ROUND = struct.Struct('<4IQ')                       # BUFFER_INFO: id, size, base, packets, place in the image
 BODIES = {ALIVE: 0, BUFFER_INFO: ROUND.size, AGAIN: 16, SENT: 4, PACKETS: 4}
 DIGEST = 32                                         # bytes more of SENT, unless WELCOME's digest is null
-PACKET_HEADER = 12                                  # of each of the PACKETS
+PACKET_HEADER = 12                                  # of each of the PACKETS, if WELCOME's digest is null
 BUFFER_ID = struct.Struct('<I')                     # what the body of SENT, AGAIN and PACKETS begins with
 
 READY_MESSAGE = struct.Struct('<BI')
@@ -377,7 +377,7 @@ class Crowd:
         """What a client asked for comes by TCP: note how many bytes to skip."""
         bits = int.from_bytes(client.asked.pop(this.number), 'little')
         count = bin(bits).count('1')
-        client.skip = count * (PACKET_HEADER + self._payload)
+        client.skip = count * (self._payload + (0 if self._digest else PACKET_HEADER))
         if bits >> this.packets - 1:
             client.skip -= this.packets * self._payload - this.size     # the image's last packet may be short
         client.skipping = this

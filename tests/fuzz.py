@@ -50,10 +50,11 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 
 import wire
-from wire import (AGAIN, ALIVE, BASE, BYE, DONE, HELLO, INFO, LOOPBACK, MASK, PACKETS, READY, REQUEST, Round, SENT, SESSION, U32,
-                  WELCOME, packet)
+from wire import (AGAIN, ALIVE, BASE, BYE, DONE, HELLO, INFO, LOOPBACK, MASK, PACKETS, READY, REQUEST, Round, SENT, SESSION, SUMS,
+                  U32, WELCOME, packet)
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -307,7 +308,7 @@ class ServerCase(object):
         self.session = generator.random() < 0.8
         self.digest = generator.random() < 0.85
         self.dialect = SESSION if self.session else BASE
-        self.check = wire.salted if self.session else generator.choice((wire.plain_crc, wire.c_sum))
+        self.check = SESSION.check(self.digest) if self.session else generator.choice((wire.plain_crc, wire.c_sum))
         self.salt = generator.choice((0, 1, MASK, generator.getrandbits(32))) if self.session else 0
         self.repair_salt = generator.getrandbits(32)
         self.payload = generator.choice((16, 20, 100, 400, 1460)) if self.session else 1460
@@ -355,7 +356,7 @@ class ServerCase(object):
 
     def _cast(self, datagrams):
         if self.session and self.generator.randrange(4) == 0:       # a stranger who knows everything but the server's address
-            self.forge([packet(U32.unpack(data[:4])[0], b"f" * (len(data) - 12), self.salt) for data in datagrams])
+            self.forge([packet(U32.unpack(data[:4])[0], b"f" * (len(data) - 12), self.salt, self.check) for data in datagrams])
         if self.style in ("datagrams", "wild"):
             datagrams = change_datagrams(self.generator, datagrams, self.session)
         self.cast(datagrams)
@@ -367,11 +368,12 @@ class ServerCase(object):
         end = wire.bye(True, bytes=0 if self.digest else 1, sha256=None)
         return [ALIVE, of.ready(some), of.request(some, [0]), of.done(some), of.sent(some, hashlib.sha256().digest()),
                 wire.hello(), wire.bye(False, reason="for fun"), end, of.packets(some),
+                SESSION.sums(some, [0]), SESSION.sums(some, []), SESSION.ask_for_sums(some),
                 SESSION.again(some, 0, 1, 1), SESSION.again(some, MASK, MASK, MASK), SESSION.again(some, 3, 0, 65536),
                 of.info(some), of.info(some._replace(count=16384, size=16384 * self.payload)),
                 of.info(some._replace(count=0, size=0)), of.info(some._replace(place=2 ** 64 - 1)),
                 wire.state(waiting="for fun"), b"GET / HTTP/1.1\r\n\r\n", wire.welcome(),
-                packet(self.base, b"x" * 16, self.salt)]
+                packet(self.base, b"x" * 16, self.salt, self.check)]
 
     def _play(self, line):
         line.say(wire.group_info(self.group, self.port, self.dialect.padding))
@@ -428,11 +430,13 @@ class ServerCase(object):
         flight.how = Flight.SENT
 
     def _hear(self, line, underway):
-        message = line.expect(READY, REQUEST, DONE)
+        message = line.expect(READY, REQUEST, DONE, SUMS)
         flight = [flight for flight in underway if flight.what == message.round][:1]
-        before = {READY: Flight.ANNOUNCED, REQUEST: Flight.SENT, DONE: Flight.SENT}[message.kind]
+        before = {READY: Flight.ANNOUNCED, REQUEST: Flight.SENT, DONE: Flight.SENT, SUMS: Flight.SENT}[message.kind]
         if not flight or flight[0].how != before:
             raise ValueError("%r out of turn" % message)
+        if message.kind == SUMS:        # it still owes its answer
+            return line.say(SESSION.sums(message.round, wire.sums_of(flight[0].payloads)))
         flight[0].how = {READY: Flight.READY, REQUEST: Flight.ASKED, DONE: None}[message.kind]
         if message.kind == REQUEST:
             flight[0].places = message.places
@@ -444,13 +448,14 @@ class ServerCase(object):
     def _repair(self, line, _coming, underway):
         flight = self.generator.choice([flight for flight in underway if flight.how == Flight.ASKED])
         what, packets, places = flight.what, flight.packets, flight.places
+        by_tcp = flight.payloads if self.session and self.digest else packets
         flight.how = Flight.SENT
         if not (self.coding and self.generator.randrange(2)):
             if self.generator.randrange(2):
-                line.say(self.dialect.packets(what, [packets[place] for place in places]))
+                line.say(self.dialect.packets(what, [by_tcp[place] for place in places]))
             else:                       # so that single packets are changed
                 line.say(self.dialect.packets(what))
-                line.say(*[packets[place] for place in places])
+                line.say(*[by_tcp[place] for place in places])
             return
         groups, number = [[place] for place in places], self.repair_number
         for place in range(len(packets)):               # what the client has, to be XORed with what it lacks
@@ -466,7 +471,7 @@ class ServerCase(object):
         self.repair_number = number + len(recipes) + len(coded)
         if self.repair_number > wire.REPAIR_BIT - 100:  # a pass does not go beyond the last number
             self.repair_number = 0
-        datagrams = [wire.repair(number + i, payload, self.repair_salt)
+        datagrams = [wire.repair(number + i, payload, self.repair_salt, self.check)
                      for i, payload in enumerate(recipes + coded) if self.generator.random() >= self.loses / 3]
         overtakes = self.generator.randrange(2)         # multicast and TCP go different ways
         if overtakes:
@@ -501,6 +506,7 @@ class PeerCase(object):
         self.greeted = threading.Event()        # it has a place, or will never have one
         self.served = False
         self.wrong = None                       # what the server did wrong, as far as it can be told
+        self.bare = False                       # packets come by TCP without headers
         self.ended = None
 
     def play(self, port, compat, image):
@@ -522,7 +528,8 @@ class PeerCase(object):
     def _others(self):
         """What may be said instead of something right, or besides."""
         of, some = self.dialect, Round(self.generator.randrange(3), 8 * 216, 0, 8, 0)
-        return [ALIVE, of.ready(some), of.done(some), of.ready(some._replace(number=MASK)), of.done(wire.IMAGE)] + [
+        return [ALIVE, of.ready(some), of.done(some), of.ready(some._replace(number=MASK)), of.done(wire.IMAGE),
+                of.ask_for_sums(some), of.sums(some, [1, 2, 3])] + [
             of.request(some, places) for places in ([0], [7], range(8), range(9), [])] + [
                 of.request(some._replace(number=99), [0]), REQUEST + U32.pack(MASK), wire.hello(), HELLO + U32.pack(MASK),
                 wire.bye(False, reason=u"\x1b[31mfor fun\r\n"), wire.bye(True), wire.state(busy="writing", overflows=3),
@@ -538,8 +545,10 @@ class PeerCase(object):
             fields = line.expect(WELCOME).fields
             self.salt, self.payload = fields["salt"], fields["payload"]
             line.digest_size = 32 if fields["digest"] else 0
+            self.bare = bool(fields["digest"])
         self.greeted.set()
         missing = {}                    # number of a round that is under way -> places; None: it was not SENT yet
+        summed = set()                  # numbers of rounds whose sums were asked for
         kinds = (INFO, BYE) if session else (INFO,)
         while True:
             message = line.expect(*kinds)
@@ -561,6 +570,13 @@ class PeerCase(object):
                     missing[what.number] = []
                 elif missing[what.number] is None:
                     missing[what.number] = [i for i in range(what.count) if self.generator.random() < self.loses]
+                if message.kind == SUMS:
+                    self._look_at_sums(line, message)
+                    missing[what.number] = [i for i in range(what.count) if self.generator.randrange(8) == 0]
+                elif session and not missing[what.number] and what.number not in summed and self.generator.randrange(5) == 0:
+                    summed.add(what.number)
+                    line.say(SESSION.ask_for_sums(what))
+                    continue
                 if missing[what.number]:
                     line.say(self.dialect.request(what, missing[what.number], *self._figures(line)))
                 elif session or what.count:
@@ -569,7 +585,7 @@ class PeerCase(object):
                 else:
                     self._last_word(line)
             # In the base protocol only one thing can come, and that must be known to understand it.
-            kinds = (INFO, SENT, PACKETS, AGAIN, BYE) if session else (INFO,) if not missing else (
+            kinds = (INFO, SENT, PACKETS, SUMS, AGAIN, BYE) if session else (INFO,) if not missing else (
                 PACKETS if missing[what.number] else SENT,)
 
     def _figures(self, line):
@@ -587,13 +603,24 @@ class PeerCase(object):
         self.served = not line.changed
         raise Ended("served")
 
+    def _look_at_sums(self, line, message):
+        start = message.round.place
+        right = wire.sums_of(wire.cut(self.image[start:start + message.round.size], self.payload))
+        if not line.changed and message.sums != right:
+            self.wrong = "its sums"
+
     def _take(self, line, what, places):
         """Read packets that were asked for, and look at them."""
         for i in places:
-            seq, checksum, data = line.packet()
             start = what.place + i * self.payload if self.payload else None
+            if self.bare:
+                data = line.packet(min(self.payload, what.size - i * self.payload))
+                if not line.changed and data != self.image[start:start + self.payload]:
+                    self.wrong = "a packet"
+                continue
+            seq, checksum, data = line.packet()
             if not line.changed and (seq != (what.base + i) % self.dialect.seqs
-                                     or checksum != self.dialect.check(data, self.salt + seq)
+                                     or checksum != self.dialect.check(False)(data, self.salt + seq)
                                      or (self.payload and data != self.image[start:start + self.payload])):
                 self.wrong = "a packet"
 
@@ -1044,7 +1071,7 @@ def parse_messages(kmcast, generator):
         number = generator.randrange(3) if ours.session else 0
         some = Round(number, counts[number], 0, counts[number], 0)
         messages = [ours.ready(some), ours.done(some), ours.request(some, range(generator.choice((1, 8))))]
-        return generator.choice(messages + ([ALIVE, wire.hello(), wire.bye(False, reason="x"), wire.state()] if ours.session
+        return generator.choice(messages + ([ALIVE, ours.ask_for_sums(some), wire.hello(), wire.bye(False, reason="x"), wire.state()] if ours.session
                                             else []))
     messages = [one() for _ in range(generator.randrange(1, 12))]
     data = b"".join(messages)
@@ -1103,8 +1130,23 @@ def parse_bits(kmcast, generator):
         pass
 
 
+def scatter(kmcast, buffer, first, datagrams, size):
+    """Give a Buffer datagrams as a kernel would that expects those from index `first` on, and has joined them."""
+    headers, data, at = bytearray(len(buffer.headers)), b"".join(datagrams), 0
+    for index in range(first, min(buffer.capacity, first + kmcast.MOST_SEGMENTS)):
+        for where, width in ((headers, 12), (buffer.payloads, buffer.payload)):
+            piece = data[at:at + width]
+            where[index * width:index * width + len(piece)] = piece
+            at += len(piece)
+    if 12 + size in (buffer.slot, len(data)) and buffer.in_place(headers, first, len(datagrams), len(data)):
+        buffer.arrived(first, first + len(datagrams))
+    else:
+        buffer.put(bytearray(data), 0, len(datagrams), size)
+
+
 def parse_packets(kmcast, generator):
-    """Buffer.put, against a model: with checksums, and without, when the digest is for finding out."""
+    """Buffer.put, and packets that come straight to their place, against a model: with checksums, and where a digest is
+    for finding out."""
     payload = generator.choice((16, 20, 64))
     count = generator.choice((1, 2, 7, 40, 150))
     any_size = generator.randrange(4) == 0
@@ -1117,10 +1159,11 @@ def parse_packets(kmcast, generator):
     elif generator.randrange(2):
         sizes[-1] = generator.randrange(1, payload + 1)
     payloads = [random_bytes(generator, size) for size in sizes]
-    buffer = kmcast.Buffer(payload, count + generator.randrange(3), salt, checking=checking)
+    check = SESSION.check(not checking)
+    buffer = kmcast.Buffer(payload, count + generator.randrange(3), salt, (zlib.crc32,) if checking else ())
     if generator.randrange(2):          # it was in use before
         buffer.start(base - 3, count, count * payload)
-        buffer.put(bytearray(packet((base - 3) & MASK, b"o" * payload, salt)), 0, 1, payload)
+        buffer.put(bytearray(packet((base - 3) & MASK, b"o" * payload, salt, check)), 0, 1, payload)
     buffer.start(base, count, None if any_size else sum(sizes))
     have, wrong = set(), set()          # places; wrong are those that have come damaged, and were taken
     for _ in range(generator.randrange(1, 30)):
@@ -1132,48 +1175,50 @@ def parse_packets(kmcast, generator):
         for place in places[:kmcast.Batch.MOST // 2]:
             if len(payloads[place]) != size:
                 break
-            one = packet((base + place) & MASK, payloads[place], salt)
+            one = packet((base + place) & MASK, payloads[place], salt, check)
             way = generator.randrange(20)
             if way == 0:
-                one = packet((base + place + generator.choice((count, -1, 70000, 2 ** 31))) & MASK, payloads[place], salt)
+                one = packet((base + place + generator.choice((count, -1, 70000, 2 ** 31))) & MASK, payloads[place], salt, check)
                 if (U32.unpack(one[:4])[0] - base) & MASK < count:
                     break
-            elif way == 1:              # behind the seq and before the size: seen only by who looks at the checksum
-                damaged = bytearray(one)
-                damaged[generator.choice([i for i in range(4, len(one)) if not 8 <= i < 12])] ^= 1 << generator.randrange(8)
+            elif way == 1:              # in the payload only a checksum or a digest tells, in the header anybody does
+                damaged, at = bytearray(one), generator.randrange(4, len(one))
+                damaged[at] ^= 1 << generator.randrange(8)
                 one = bytes(damaged)
-                taken.append((place, False))
+                if at >= 12:
+                    taken.append((place, False))
             elif way == 2:
                 data.append(one)
                 taken += [(place, True)] * 2
             else:
                 taken.append((place, True))
             data.append(one)
+        nothing_there = not have.intersection(range(first, first + kmcast.MOST_SEGMENTS))
         for place, right in taken:
             if place not in have and (right or not checking):
                 have.add(place)
                 if not right:
                     wrong.add(place)
-        if data:
+        if data and not checking and nothing_there and generator.randrange(2):
+            scatter(kmcast, buffer, first, data, size)
+        elif data:
             offset = generator.randrange(5)
             buffer.put(bytearray(b"x" * offset + b"".join(data) + b"y"), offset, len(data), size)
-        if checking:                    # else anything that has a place is taken
-            buffer.put(bytearray(random_bytes(generator, 100)), 0, 1, generator.randrange(0, 88))
+        buffer.put(bytearray(random_bytes(generator, 100)), 0, 1, generator.randrange(0, 88))
         assert buffer.missing() == wire.bits(range(count)) & ~wire.bits(have), "missing"
         assert buffer.complete == (len(have) == count) and buffer.received == len(have), "count"
 
     def bring(places):
         for place in places:
             if not buffer.has(place):
-                buffer.put(bytearray(packet((base + place) & MASK, payloads[place], salt)), 0, 1, len(payloads[place]),
-                           checking=True)
+                buffer.put(bytearray(packet((base + place) & MASK, payloads[place], salt, check)), 0, 1, len(payloads[place]))
     bring(range(count))
     if not checking:
-        assert buffer.damaged_packets() == wire.bits(wrong), "damaged"
+        assert buffer.differing(wire.sums_of(payloads)) == wire.bits(wrong), "damaged"
         buffer.forget(wire.bits(wrong))
         assert buffer.missing() == wire.bits(wrong)
         bring(wrong)
-    assert buffer.complete and b"".join(bytes(piece) for piece in buffer.flush()) == b"".join(payloads), "flush"
+    assert buffer.complete and b"".join(piece.tobytes() for piece in buffer.flush()) == b"".join(payloads), "flush"
 
 
 def parse_repairs(kmcast, generator):
@@ -1184,8 +1229,10 @@ def parse_repairs(kmcast, generator):
     salt, repair_salt = generator.getrandbits(32), generator.getrandbits(32)
     payloads = [random_bytes(generator, payload) for _ in range(count)]
     payloads[-1] = payloads[-1][:generator.randrange(1, payload + 1)]
-    data = bytearray(b"".join(packet(base + i, one, salt).ljust(12 + payload, b"\0") for i, one in enumerate(payloads)))
-    full = kmcast.Buffer(payload, count, salt)
+    digest = generator.randrange(2)
+    check, checks = SESSION.check(digest), () if digest else (zlib.crc32,)
+    data = bytearray(b"".join(packet(base + i, one, salt, check).ljust(12 + payload, b"\0") for i, one in enumerate(payloads)))
+    full = kmcast.Buffer(payload, count, salt, checks)
     full.start(base, 0, 0)
     for one in payloads:
         full.add(one)
@@ -1197,26 +1244,27 @@ def parse_repairs(kmcast, generator):
     recipes, combinations = wire.repair_pass(payloads, groups, number, payload)
     sent = [coded.get(wire.REPAIR_BIT + number + i).tobytes() for i in range(coded.count)]
     assert recipe_count == len(recipes) and sent == [
-        wire.repair(number + i, one, repair_salt) for i, one in enumerate(recipes + combinations)], "the wire"
+        wire.repair(number + i, one, repair_salt, check) for i, one in enumerate(recipes + combinations)], "the wire"
     honest = generator.randrange(2)
     lost = set(i for i in range(len(sent)) if generator.randrange(4) == 0) if generator.randrange(2) else set()
     for lacks in requests:
         assert max([len([i for i in group if i in lacks]) for group in groups]) <= 1
-        buffer = kmcast.Buffer(payload, count, salt)
+        buffer = kmcast.Buffer(payload, count, salt, checks)
         buffer.start(base, count, len(b"".join(payloads)))
         for place in range(count):
             if place not in lacks:
                 size = len(payloads[place])
                 buffer.put(data, place * (12 + payload), 1, size)
-        arrived = kmcast.Buffer(payload, coded.count, repair_salt - wire.REPAIR_BIT)
-        arrived.start(wire.REPAIR_BIT + number, coded.count, None)
+        arrived = kmcast.Buffer(payload, coded.count, repair_salt - wire.REPAIR_BIT, checks)
+        arrived.start(wire.REPAIR_BIT + number, coded.count, coded.count * payload)
         for i, one in enumerate(sent):
             if i in lost:
                 continue
             text = one[12:]
             if not honest and i < recipe_count:
                 text = change_bytes(generator, text)[:payload] or b"\0"
-            one = wire.repair(number + i, text, repair_salt)
+                text = text.ljust(payload, b"\0") if generator.randrange(4) else text
+            one = wire.repair(number + i, text, repair_salt, check)
             arrived.put(bytearray(one), 0, 1, len(text))
         kmcast.solve(buffer, arrived, generator.choice((recipe_count, coded.count)) if not honest else recipe_count)
         assert buffer.missing() & ~wire.bits(lacks) == 0

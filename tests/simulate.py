@@ -21,7 +21,8 @@ How it works, from the bottom up:
   descriptors and fibres; when it ends, or is killed, its kernel closes the ones and the others are torn down.
 - At the edges DatagramSender, DatagramReceiver, Source and Sink are replaced; so is what asks for this machine's interfaces.
   Nothing here knows of the insides of windows, courses and drivers. What is used of them: the options of the command line,
-  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packets(), .base and .slot,
+  run_job(), roster.here, .everyone and .refused with each member's address and outcome, Buffer.packet(), .base and .slot, and
+  where its headers and payloads lie and in_place() for a kernel that puts packets there,
   the queues of a Connection, the Hasher, what is set for a seed (the window of the SessionDialect, Course.FIRST_SEQ,
   AT_A_TIME), for babble the number of rounds announced, and for the trace the events and how a message begins.
 
@@ -181,7 +182,8 @@ class ClientPlan:
 
     def __init__(self, r, plan, number):
         self.host, self.address = "node%d" % number, "10.0.1.%d" % number
-        self.compat, self.allow_empty, self.stall = plan.compat, plan.allow_empty, plan.client_stall
+        self.compat, self.has_digest, self.babble = plan.compat, plan.has_digest, plan.server_fault == "babble"
+        self.allow_empty, self.stall = plan.allow_empty, plan.client_stall
         self.window = plan.window if r.random() < 0.8 else r.choice([1, 2, 3, 8])       # rounds that it can hold
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
@@ -569,6 +571,11 @@ class Process:
     def __str__(self):
         return self.name
 
+    @property
+    def may_find_damage(self):
+        """Whether something that a client receives may be other than what a server has sent, or has read."""
+        return self.plan.damage or self.plan.fault == "forged" or self.plan.babble
+
     hung = property(lambda self: self.frozen_until > LIMIT)
     ended = property(lambda self: self.dead or self.hung)
 
@@ -862,6 +869,8 @@ class Reader:
             world.say("%s", kmcast.WORDS[what][1] % kmcast.in_words(what, facts))
         if what == "failed":
             world.process.reason = facts["reason"]
+        if what == "damaged" and not world.process.may_find_damage:
+            world.found("%s finds damage where there was none: %s" % (world.process, facts))
 
     @staticmethod
     def look(now):
@@ -1271,11 +1280,13 @@ def described(message, compat, by_server, with_server):
     if by_server and len(message) == kmcast.GROUP_INFO.size and kind == b"\2":
         return "group info"
     if by_server:
-        names = {kmcast.BUFFER_INFO: "INFO", kmcast.PACKETS: "PACKETS", kmcast.SENT: "SENT", kmcast.AGAIN: "AGAIN"}
+        names = {kmcast.BUFFER_INFO: "INFO", kmcast.PACKETS: "PACKETS", kmcast.SENT: "SENT", kmcast.AGAIN: "AGAIN",
+                 kmcast.SUMS: "SUMS"}
     else:
-        names = {kmcast.READY: "READY", kmcast.REQUEST: "REQUEST", kmcast.DONE: "DONE"}
+        names = {kmcast.READY: "READY", kmcast.REQUEST: "REQUEST", kmcast.DONE: "DONE", kmcast.SUMS: "SUMS"}
     if kind in names:
-        number = " %d" % struct.unpack_from("<I", message, 1) if not compat and len(message) >= 5 else ""
+        at = 5 if by_server and kind == kmcast.SUMS else 1
+        number = " %d" % struct.unpack_from("<I", message, at) if not compat and len(message) >= at + 4 else ""
         return "%s%s (%d bytes)" % (names[kind], number, len(message))
     for name in ("ALIVE", "HELLO", "WELCOME", "STATE", "BYE", "UPSTREAM", "FOLLOWER", "RELAY"):
         if kind == getattr(kmcast, name) and not compat:
@@ -1327,7 +1338,7 @@ class Air:
             world.at(delay + max(0, self.busy_until - world.now), self.receiver.come, together)
 
     def _damaged(self, data):
-        """In a way that the receiver can tell: the base protocol has but a sum, and of the payload alone."""
+        """In a way that the receiver can tell, now or by a digest: the base protocol has but a sum, and of the payload alone."""
         r, header = world.random, kmcast.PACKET.size
         what, compat = r.random(), self.plan.compat
         if what < 0.3:
@@ -1338,8 +1349,9 @@ class Air:
             return FOREIGN
         if what < 0.7 and not compat:           # of another session: right but for its salt
             seq, _, size = kmcast.PACKET.unpack_from(data)
-            other = bytes(byte ^ 0x55 for byte in data[header:])
-            return kmcast.PACKET.pack(seq, kmcast.zlib.crc32(other, 12345 + seq & 0xffffffff), size) + other
+            other, number = bytes(byte ^ 0x55 for byte in data[header:]), 12345 + seq & 0xffffffff
+            checksum = number if self.plan.has_digest else kmcast.zlib.crc32(other, number)
+            return kmcast.PACKET.pack(seq, checksum, size) + other
         place = r.randrange(4 if compat else 0, len(data))
         return data[:place] + bytes([data[place] ^ 1 << r.randrange(8)]) + data[place + 1:]
 
@@ -1381,8 +1393,11 @@ class Receiver(File):
             self._dropped += max(0, len(datagrams) - room)
             self.changed()
 
-    def receive(self):
-        """What has arrived, some of it joined, as the kernel does it; None if nothing has."""
+    def receive(self, aim=None):
+        """What has arrived, some of it joined, as the kernel does it; None if nothing has.
+
+        aim: as of the real one. The first message then goes straight to where it should, if it was joined.
+        """
         world.call()
         if not self._waiting:
             return None
@@ -1396,9 +1411,26 @@ class Receiver(File):
                 i += 1
             self.last = some[start][1]
             self.in_first = self.in_first or i
+            if not start and i > 1 and aim and r.random() < 0.7:
+                self._waiting = some[i:] + self._waiting
+                return self._receive_in_place([data for data, _ in some[:i]], *aim)
             if size > header:
                 batches.append((bytearray(b"".join(data for data, _ in some[start:i])), 0, i - start, size - header))
         return batches
+
+    @staticmethod
+    def _receive_in_place(datagrams, buffer, first):
+        """Datagrams of one size, one of which the kernel scatters over header and payload of packets, as recvmsg(2) does."""
+        header, size = kmcast.PACKET.size, len(datagrams[0])
+        headers, data, at = bytearray(len(buffer.headers)), b"".join(datagrams), 0
+        for index in range(first, min(buffer.capacity, first + kmcast.MOST_SEGMENTS)):
+            for where, width in ((headers, header), (buffer.payloads, buffer.payload)):
+                piece = data[at:at + width]
+                where[index * width:index * width + len(piece)] = piece
+                at += len(piece)
+        if size in (buffer.slot, len(data)) and buffer.in_place(headers, first, len(datagrams), len(data)):
+            return [(buffer, first, len(datagrams), buffer.payload)]
+        return [(bytearray(data), 0, len(datagrams), size - header)] if size > header else []
 
     def overflows(self):
         """Datagrams for which there was no room."""
@@ -1449,10 +1481,7 @@ class Sender(File):
         if self.plan.refused and 0 <= world.now - self.plan.refused[0] < self.plan.refused[1]:
             self.trouble = os.strerror(errno.EPERM)
             return last
-        datagrams = [bytes(part[i:i + buffer.slot]) for part in buffer.packets(first, last)
-                     for i in range(0, len(part), buffer.slot)]
-        if len(datagrams) != last - first:
-            raise Finding("%d packets instead of %d are sent" % (len(datagrams), last - first))
+        datagrams = [buffer.packet(index) for index in range(first, last)]
         world.say("=> %d packets from %d on, seq 0x%x", last - first, first, buffer.base + first)
         if self.plan.shared:
             datagrams = [data for data in datagrams if world.random.random() >= self.plan.shared]
@@ -1479,7 +1508,6 @@ class Source(File):
         self.size = len(self.plan.image) if self.plan.size_known else None
         self.bytes = 0
         self._digest, self._hasher = digest, None
-        self._areas = [bytearray(), bytearray()]
         self._again = 0.0                       # when there is more
         world.process.install(self)
 
@@ -1495,12 +1523,6 @@ class Source(File):
         if self._digest:
             self._hasher = kmcast.Hasher()
             kmcast.start_thread(self._hasher)
-
-    def area(self, size):
-        """Where to read into; the one before is still being hashed."""
-        self._areas.reverse()
-        self._areas[0] = bytearray(size)
-        return memoryview(self._areas[0])
 
     def read_into(self, view):
         """Some bytes of the image; None while it pauses."""

@@ -514,19 +514,19 @@ ANY = wire.Round(0, 0, 0, 0, 0)
 BUFFER_INFO, SENT, HEADER = len(wire.SESSION.info(ANY)), len(wire.SESSION.sent(ANY)) + 32, wire.HEADER.size
 DIGEST = BUFFER_INFO + SENT - 32
 REPAIRED = BUFFER_INFO + SENT + len(wire.SESSION.packets(ANY))
+SUMMED = REPAIRED - 32                  # without a digest
 LAST_BYE = 2 * (BUFFER_INFO + SENT)     # of an image of one round
 
 
 @BOTH
-@pytest.mark.parametrize("server_args, places", [
+@pytest.mark.parametrize("packets, server_args, places", [
     # the digest's first byte, its last, the next round's
-    ([], [DIGEST, DIGEST + 31, BUFFER_INFO + SENT + DIGEST]),
+    (20, [], [DIGEST, DIGEST + 31, BUFFER_INFO + SENT + DIGEST]),
     # of a repaired packet: payload, seq, checksum, size
-    (["--unicast"], [REPAIRED + HEADER + 700, REPAIRED, REPAIRED + 4, REPAIRED + 8]),
-    (["--unicast", "--no-digest"], [REPAIRED + HEADER + 700]),
-], ids=["digests", "repaired packets", "a repaired packet without digests"])
-def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
-    data, port = helpers.random_bytes(20 * PAYLOAD), helpers.free_port()
+    (10, ["--unicast", "--no-digest"], [SUMMED + HEADER + 700, SUMMED, SUMMED + 4, SUMMED + 8]),
+], ids=["digests", "repaired packets without digests"])
+def test_what_was_damaged_is_not_written(python, packets, server_args, places, tmp_path):
+    data, port = helpers.random_bytes(packets * PAYLOAD), helpers.free_port()
     # It says nothing to clients that wait, so that the places stay where they are.
     server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + server_args + [LOOPBACK, len(places) + 1, port],
                      python=python, stdin=data)
@@ -545,6 +545,24 @@ def test_what_was_damaged_is_not_written(python, server_args, places, tmp_path):
     code, stderr, _ = server.finish(20)
     assert code == 3 and helpers.summary(server).served == 1, stderr
     assert stderr.count("warning: ") >= len(places) and "it says" in stderr, stderr
+
+
+@BOTH
+def test_what_was_damaged_by_tcp_is_asked_for_again_where_a_digest_tells(python):
+    """The first byte of a round's packets, one among them, the last."""
+    places = [REPAIRED, REPAIRED + 700, REPAIRED + 10 * PAYLOAD - 1]
+    data, port = helpers.random_bytes(10 * PAYLOAD), helpers.free_port()
+    server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + ["--unicast", LOOPBACK, len(places), port],
+                     python=python, stdin=data)
+    server.wait_stderr("waiting for")
+    network = helpers.Network(port)
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(tcp=Flip(place))], python=python) for place in places]
+    for place, client in zip(places, clients):
+        code, stderr, received = client.finish(20)
+        assert (code, received) == (0, data), (place, stderr)
+        assert ", 11 by TCP;" in stderr, stderr
+    code, stderr, _ = server.finish(20)
+    assert code == 0 and helpers.summary(server).served == len(places), stderr
 
 
 def test_a_digest_of_the_image_that_differs_fails_and_leaves_no_file(tmp_path):

@@ -11,7 +11,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import all_receive, IMAGE, MEMORY_KIB, NEVER, orderly, undisturbed
-from wire import ALIVE, BYE, PACKETS, SESSION
+from wire import ALIVE, BYE, PACKETS, SESSION, SUMS
 
 
 IMPATIENT = ["--stall-timeout", 3]
@@ -96,7 +96,28 @@ def hostile_request_again_and_again(member):
         member.ask([0])
         if member.expect(PACKETS, BYE).kind == BYE:
             return None
-        member.packet()
+        member.packets([0])
+    raise AssertionError("it may ask for ever")
+
+
+def hostile_sums_again_and_again(member):
+    what = member.take_round()
+    for _ in range(25):
+        member.say(SESSION.ask_for_sums(what))
+        if member.expect(SUMS, BYE).kind == BYE:
+            return None
+    raise AssertionError("it may ask for ever")
+
+
+def hostile_sums_too_early(member):
+    what = member.announced()
+    member.say(SESSION.ready(what), SESSION.ask_for_sums(what))
+    return member.reason()
+
+
+def hostile_sums_of_a_round_not_in_flight(member):
+    member.say(SESSION.ask_for_sums(member.take_round()._replace(number=9)))
+    return member.reason()
 
 
 def hostile_second_request(member):
@@ -171,6 +192,8 @@ HOSTILE = {
     hostile_request_too_early: "out of turn", hostile_request_outside_the_round: "outside the round",
     hostile_request_for_nothing: "outside the round, or for none", hostile_request_for_a_round_not_in_flight: "not under way",
     hostile_ready_for_a_round_not_in_flight: "out of turn", hostile_done_for_a_round_not_in_flight: "out of turn",
+    hostile_sums_too_early: "out of turn", hostile_sums_of_a_round_not_in_flight: "out of turn",
+    hostile_sums_again_and_again: "again and again",
     hostile_request_again_and_again: "again and again", hostile_second_request: "out of turn",
     hostile_hello: "out of turn", hostile_unknown_signal: "unknown signal", hostile_bye_without_reason: "protocol error",
     hostile_bye_that_is_nested: "not JSON", hostile_bye_of_four_gib: "a frame of 4294967295 bytes",
@@ -204,19 +227,18 @@ def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else_notices(ho
     member.close()
 
 
-def test_packets_come_as_they_were_asked_for():
+@pytest.mark.parametrize("args", [[], ["--no-digest"]], ids=["digests", "checksums"])
+def test_packets_come_as_they_were_asked_for(args):
     """All of them, ascending, and no other; again, if they are asked for again."""
     port = helpers.free_port()
     data = IMAGE[:100000]
-    server = helpers.start_server(["--unicast", LOOPBACK, 1, port], stdin=data)
+    server = helpers.start_server(args + ["--unicast", LOOPBACK, 1, port], stdin=data)
     server.wait_stderr("waiting for")
     member = wire.Client(port).greet()
     what, payload = member.take_round(), member.welcome["payload"]
     for places in (range(0, what.count, 3), [what.count - 1], range(what.count)):
         member.ask(places)
         assert member.expect(PACKETS).round == what
-        for place in places:
-            piece = data[place * payload:(place + 1) * payload]
-            assert member.packet() == (what.base + place, wire.salted(piece, member.welcome["salt"] + what.base + place), piece)
+        assert member.packets(places) == [data[place * payload:(place + 1) * payload] for place in places]
     member.reset()
     assert server.finish(10)[0] == 1

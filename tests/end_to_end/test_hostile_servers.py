@@ -16,7 +16,7 @@ import wire
 from helpers import LOOPBACK
 from hostile import flooded, GARBAGE, noise, orderly, SPOOFED, wrapped
 from pythons import BOTH, NEWEST, OLDEST
-from wire import ABSENT, ALIVE, BASE, BYE, HEADER, Round, SESSION, packet
+from wire import ABSENT, ALIVE, BASE, BYE, HEADER, Round, SESSION, SUMS, packet
 
 PAYLOAD = 100
 ROUNDS = [helpers.random_bytes(300, seed=1), helpers.random_bytes(150, seed=2)]
@@ -26,9 +26,9 @@ SALT, REPAIR_SALT = 7, 9
 class Script(wire.Server):
     """A server that follows a script, a function of it, and the client that talks to it."""
 
-    def __init__(self, script, args=(), to_file=None, python=None, dialect=SESSION, change=None):
-        wire.Server.__init__(self, dialect, wire.salted if dialect is SESSION else wire.plain_crc, payload=PAYLOAD,
-                             salt=SALT if dialect is SESSION else 0, repair_salt=REPAIR_SALT)
+    def __init__(self, script, args=(), to_file=None, python=None, dialect=SESSION, change=None, **welcome):
+        wire.Server.__init__(self, dialect, None if dialect is SESSION else wire.plain_crc, payload=PAYLOAD,
+                             salt=SALT if dialect is SESSION else 0, repair_salt=REPAIR_SALT, **welcome)
         self.error = None
         self.client = helpers.start_client(["--wait", 0] + list(args) + (["-o", to_file] if to_file else []) +
                                            [LOOPBACK, LOOPBACK, self.port], python=python, change=change)
@@ -90,13 +90,18 @@ def up_to(point):
             server.multicast(first, lost=(1,))
             server.say(server.sent(first))
             return server.asked(first)
+        if point == "instead of the sums asked for":
+            server.start_round(ROUNDS[0])
+            server.cast(*[packet(place, b"x" * PAYLOAD, SALT) for place in range(3)])
+            server.say(server.sent())
+            return server.expect(SUMS)
         for data in ROUNDS:
             server.whole_round(data)
     return script
 
 
 POINTS = ("instead of the group info", "instead of WELCOME", "instead of the first buffer info", "while the first buffer comes",
-          "instead of the packets asked for", "while a repair comes", "while two rounds are under way", "instead of the last BYE")
+          "instead of the packets asked for", "while a repair comes", "instead of the sums asked for", "while two rounds are under way", "instead of the last BYE")
 #: Points from which on the image had begun to arrive: then a client that fails exits with 1, else with 3.
 BEGUN = POINTS[3:]
 
@@ -109,8 +114,13 @@ MESSAGES = {
     "buffer info": SESSION.info(SOME),
     "SENT": SESSION.sent(SOME, hashlib.sha256(b"another image").digest()),
     "SENT for a round not in flight": SESSION.sent(SOME._replace(number=7), hashlib.sha256(ROUNDS[0]).digest()),
-    "packets": SESSION.packets(SOME, [packet(0, b"x" * PAYLOAD, SALT)]),
-    "packets of a round not in flight": SESSION.packets(SOME._replace(number=7), [packet(0, b"x" * PAYLOAD, SALT)]),
+    "packets": SESSION.packets(SOME, [b"x" * PAYLOAD]),
+    "packets of a round not in flight": SESSION.packets(SOME._replace(number=7), [b"x" * PAYLOAD]),
+    "SUMS": SESSION.sums(SOME, wire.sums_of(wire.cut(ROUNDS[0], PAYLOAD))),
+    "SUMS of nothing": SESSION.sums(SOME, []),
+    "SUMS of another count": SESSION.sums(SOME, [1, 2]),
+    "SUMS of 4 GiB": wire.SUMS + b"\xff\xff\xff\xff",
+    "SUMS of a round not in flight": SESSION.sums(SOME._replace(number=7), [1, 2, 3]),
     "AGAIN": SESSION.again(SOME, 0, 1, 1),
     "AGAIN for a round not in flight": SESSION.again(SOME._replace(number=7), 0, 1, 1),
     "DONE": SESSION.done(SOME),
@@ -131,6 +141,7 @@ ALLOWED = {
     "instead of WELCOME": ("WELCOME",),
     "instead of the first buffer info": ("buffer info", "BYE that is fine"),
     "instead of the packets asked for": ("AGAIN",),
+    "instead of the sums asked for": ("SUMS",),
     "while two rounds are under way": ("AGAIN",),
 }
 
@@ -353,7 +364,8 @@ def test_sent_with_a_wrong_digest(tmp_path, python):
         server.greet()
         server.whole_round(ROUNDS[0])
         server.hash.update(b"x")
-        server.whole_round(ROUNDS[1])
+        server.send_round(ROUNDS[1])
+        server.suspected()
     server = Script(script, python=python)
     code, stderr, received = server.finish()
     judge(code, stderr, says="digest")
@@ -377,13 +389,52 @@ REPAIRS = {
 
 @pytest.mark.parametrize("what", sorted(REPAIRS))
 def test_a_packet_by_tcp_that_is(tmp_path, what):
+    """Where no digest covers the round, and each has a header."""
     def script(server):
         server.greet()
         server.send_round(ROUNDS[0], lost=(1,))
         assert server.asked() == [1]
         server.say(SESSION.packets(server.round, [REPAIRS[what](server.packets()[1], server)]))
-    code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
+    code, stderr, _ = Script(script, to_file=tmp_path / "image", digest=None).finish()
     judge(code, stderr, tmp_path, says="protocol error")
+
+
+def test_a_packet_by_tcp_that_is_wrong_and_has_no_header():
+    """The digest tells; it is asked for again, as long as the server has patience."""
+    def script(server):
+        server.greet()
+        server.send_round(ROUNDS[0], lost=(1,))
+        for wrong in (b"x", b"y", b"z"):
+            assert server.asked() == [1]
+            server.say(SESSION.packets(server.round, [wrong * PAYLOAD]))
+            server.suspected()
+        assert server.asked() == [1]
+        server.give([1])
+        server.done()
+        server.whole_round(ROUNDS[1])
+        server.end()
+    server = Script(script)
+    code, stderr, received = server.finish()
+    assert code == 0 and received == b"".join(ROUNDS), "%s\n%r" % (stderr, server.error)
+
+
+def test_sums_that_lie():
+    """All is asked for, and all is the same as before; so it is asked for once more, and nothing is written."""
+    def script(server):
+        server.greet()
+        server.start_round(ROUNDS[0])
+        server.cast(*[packet(place, b"x" * PAYLOAD, SALT) for place in range(3)])
+        server.say(server.sent())
+        for _ in range(5):
+            server.expect(SUMS)
+            server.say(SESSION.sums(server.round, [1, 2, 3]))
+            assert server.asked() == [0, 1, 2]
+            server.say(SESSION.packets(server.round, [b"x" * PAYLOAD] * 3))
+        server.say(wire.bye(False, reason="enough"))
+    server = Script(script)
+    code, stderr, received = server.finish()
+    judge(code, stderr, says="enough")
+    assert received == b"" and server.error is None
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 0), (0, 0xffffffff, 1), (0, 1, 0xffffffff), (0, 65536, 1), (0, 0x80000000, 0x80000000),
@@ -399,16 +450,20 @@ def test_again_with_absurd_numbers(tmp_path, numbers):
 
 
 def recipe_of(*groups, **options):
-    return wire.recipe(options.get("first", 1), groups)
+    return wire.recipe(options.get("first", 1), groups, PAYLOAD)
 
 
 RECIPES = {
+    # No full packets:
     "nothing": b"\0",
     "three bytes": b"\1\0\0",
-    "a number and no more": b"\1\0\0\0",
-    "half a count": b"\1\0\0\0\1",
-    "a count without members": b"\1\0\0\0\xff\xff",
-    "fewer members than said": b"\1\0\0\0\3\0\1\0\2\0",
+    "what is right, but is not padded": b"\1\0\0\0\2\0\0\0\1\0",
+    "what is right and a byte too short": recipe_of([0, 1])[:-1],
+    "what is right and a byte too long": recipe_of([0, 1]) + b"\0",
+    # Full ones:
+    "a number and no more": b"\1\0\0\0".ljust(PAYLOAD, b"\0"),
+    "a count without members": b"\1\0\0\0".ljust(PAYLOAD, b"\xff"),
+    "fewer members than said": recipe_of([0] * 46, [1]),
     "no members": recipe_of([]),
     "many combinations of nothing": recipe_of(*[[]] * 40),
     "members outside the round": recipe_of([3, 65535]),
@@ -454,6 +509,7 @@ def test_a_recipe_that_lies():
         server.say(server.again(0, 1, 1))
         server.cast(server.repair(0, recipe_of([0, 1])), server.repair(1, b"x" * PAYLOAD))
         server.say(server.sent())
+        server.suspected()
         assert server.asked() == [1]
         server.give([1])
         server.done()

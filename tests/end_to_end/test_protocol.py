@@ -44,26 +44,31 @@ def start_server(options, port, **others):
 # What a server says
 
 @BOTH
-def test_a_session_to_the_letter(python):
+@pytest.mark.parametrize("digest", ["sha256", None])
+def test_a_session_to_the_letter(python, digest):
     """One client that does no more than PROTOCOL.md says, by TCP alone: every byte of the server's is looked at."""
     data, port = helpers.random_bytes(3 * PAYLOAD - 100), helpers.free_port()
-    start_server(["--unicast", "--buffer-packets", 2, "--name", "image", LOOPBACK, 1], port, stdin=data, python=python)
+    start_server(["--unicast", "--buffer-packets", 2, "--name", "image"] + ([] if digest else ["--no-digest"]) + [LOOPBACK, 1],
+                 port, stdin=data, python=python)
     client = wire.Client(port)
     assert client.group_info == wire.group_info(helpers.GROUP, port)
     welcome = client.greet().welcome
-    assert (welcome["payload"], welcome["name"], welcome["size"], welcome["digest"]) == (PAYLOAD, "image", None, "sha256")
+    assert (welcome["payload"], welcome["name"], welcome["size"], welcome["digest"]) == (PAYLOAD, "image", None, digest)
     for number, (base, size) in enumerate(((0, 2 * PAYLOAD), (2, PAYLOAD - 100))):
         count, start = -(-size // PAYLOAD), base * PAYLOAD
         assert client.ready() == (number, size, base, count, start)
-        assert client.sent() == hashlib.sha256(data[:start + size]).digest()
+        assert client.sent() == (hashlib.sha256(data[:start + size]).digest() if digest else b"")
+        client.say(SESSION.ask_for_sums(client.round))
+        assert client.expect(wire.SUMS).sums == wire.sums_of(wire.cut(data[start:start + size], PAYLOAD))
         client.ask(range(count))
         client.expect(PACKETS)
         for place in range(count):
             payload = data[(base + place) * PAYLOAD:][:min(PAYLOAD, size - place * PAYLOAD)]
-            assert client.packet() == (base + place, zlib.crc32(payload, (welcome["salt"] + base + place) % 2**32), payload)
+            assert client.packet(len(payload) if digest else None) == (payload if digest else (
+                base + place, zlib.crc32(payload, (welcome["salt"] + base + place) % 2**32), payload))
         client.done()
     bye = client.end()
-    assert (bye["ok"], bye["bytes"], bye["sha256"]) == (True, len(data), helpers.sha256(data))
+    assert (bye["ok"], bye["bytes"], bye["sha256"]) == (True, len(data), helpers.sha256(data) if digest else None)
     client.ended()
     client.close()
 
@@ -228,7 +233,7 @@ def test_what_a_client_says_cannot_change_the_terminal(python):
 
 DATA = b"x" * 100
 ONE, TWO = Round(0, 100, 0, 1, 0), Round(1, 100, 1, 1, 100)     # the round of an image of 100 bytes, and what comes after it
-PACKET = wire.packet(0, DATA, salt=1)
+PACKET = wire.packet(0, DATA, salt=1, check=wire.salted)
 
 
 def welcome(**changes):
@@ -292,6 +297,20 @@ def raw_server():
 
 
 @EVERY
+def test_a_session_with_digests_from_a_server_to_the_letter(raw_server, python):
+    """The client takes payloads without headers, asks for the sums when the first ones are not what they should be."""
+    digest, sha256 = hashlib.sha256(DATA).digest(), hashlib.sha256(DATA).hexdigest()
+    code, stderr, received, said = raw_server.serve([
+        welcome(digest="sha256") + SESSION.info(ONE) + SESSION.sent(ONE, digest), (REQUEST,),
+        SESSION.packets(ONE, [b"y" * 100]) + ALIVE, (wire.SUMS,),
+        ALIVE + SESSION.sums(ONE, wire.sums_of([DATA])) + ALIVE, (REQUEST,),
+        SESSION.packets(ONE, [DATA]), (DONE,), last_bye(sha256=sha256)], python=python)
+    assert (code, received) == (0, DATA), stderr
+    assert [message.kind for message in said] == [HELLO, READY, REQUEST, wire.SUMS, REQUEST, DONE, DONE]
+    assert [message.round for message in said[1:]] == [ONE] * 5 + [wire.IMAGE] and said[4].places == [0]
+
+
+@EVERY
 def test_a_session_from_a_server_to_the_letter(raw_server, python):
     """The client takes what PROTOCOL.md describes, with keys that a later version may add, and ALIVEs anywhere."""
     code, stderr, received, said = raw_server.serve([
@@ -345,6 +364,10 @@ def test_rounds_that_a_client_does_not_take(raw_server, python):
             [welcome() + 2 * SESSION.info(ONE)],
             TO_REQUEST + [SESSION.packets(ONE, [PACKET[:-1] + b"y"])],
             TO_REQUEST + [SESSION.packets(ONE, [b"\1" + PACKET[1:]])],
+            TO_REQUEST + [SESSION.packets(ONE, [wire.packet(0, DATA, salt=1)])],
+            TO_REQUEST + [SESSION.sums(ONE, wire.sums_of([DATA]))],
+            [welcome() + SESSION.sums(ONE, wire.sums_of([DATA]))],
+            [welcome() + SESSION.info(ONE) + SESSION.sums(ONE, [])],
             TO_REQUEST + [SESSION.sent(ONE)],
             TO_REQUEST + [SESSION.again(ONE, 0, 0, 0)],
             TO_REQUEST + [SESSION.again(ONE, 0, 65536, 65536)],

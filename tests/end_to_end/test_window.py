@@ -135,9 +135,8 @@ def test_each_round_is_repaired_for_itself(watch):
     for what, places in ((rounds[1], [3, 9]), (rounds[0], range(10)), (rounds[3], [0])):
         client.say(SESSION.request(what, places))
         assert client.expect(PACKETS).round == what
-        for place in places:
-            at = what.place + place * PAYLOAD
-            assert client.packet()[::2] == (what.base + place, watched.data[at:at + PAYLOAD])
+        start = what.place // PAYLOAD
+        assert client.packets(places, what) == [wire.cut(watched.data, PAYLOAD)[start + place] for place in places]
         client.say(SESSION.done(what))
     client.say(SESSION.done(rounds[2]))
     assert client.announced().number == 4
@@ -339,14 +338,18 @@ def repair_until_done(server, *rounds):
 
 
 DAMAGED = {
-    "a packet": ([3], -1), "the first": ([0], -1), "the last, which is short": ([9], -1), "the seq": ([3], 0),
-    "some": ([0, 4, 5, 9], -1), "all": (list(range(10)), 20)}
+    "a packet": ([3], -1), "the first": ([0], -1), "the last, which is short": ([9], -1),
+    "some": ([0, 4, 5, 9], -1), "all": (list(range(10)), 20),
+    "the seq": ([3], 0), "what stands for the checksum": ([3], 4), "the size": ([3], 8)}
 
 
 @BOTH
 @pytest.mark.parametrize("what", sorted(DAMAGED))
 def test_damaged_packets_cost_a_repair_and_not_the_client(what, python, serve):
-    """The digest tells that something is wrong, the checksums what it is; and just that is asked for."""
+    """The digest tells that something is wrong, the server's sums what it is; and just that is asked for.
+
+    A header that is damaged is none of this round.
+    """
     server, served = serve(python)
     first = server.start_round(DATA[0][:-50])
     second = server.start_round(DATA[1])
@@ -354,37 +357,85 @@ def test_damaged_packets_cost_a_repair_and_not_the_client(what, python, serve):
     server.cast(*[damaged(datagram, at) if place in places else datagram
                   for place, datagram in enumerate(server.packets(first))])
     server.say(server.sent(first))
-    asked = server.asked(first)
-    if what == "the seq":               # it has taken the place of another one
-        assert set(asked) - {3} <= {3 ^ 4}, asked
-    else:
-        assert asked == places
+    if not what.startswith("the s") and not what.startswith("what"):
+        server.suspected(first)
+    assert server.asked(first) == places
     server.multicast(second)
     server.say(server.sent(second))
-    server.give(asked, first)
+    server.give(places, first)
     repair_until_done(server, first, second)
     server.end()
     code, stderr, received = served.client.finish(20)
     assert code == 0 and received == DATA[0][:-50] + DATA[1], stderr
 
 
-def test_a_checksum_that_was_damaged_costs_nothing(serve):
-    """Nobody looks at it while the digest agrees."""
-    server, served = serve()
-    server.start_round(DATA[0])
-    server.cast(*[damaged(datagram, 4) for datagram in server.packets()])
+@BOTH
+def test_what_is_damaged_again_is_asked_for_again(python, serve):
+    """By multicast, and then by TCP."""
+    server, served = serve(python)
+    first = server.start_round(DATA[0])
+    server.cast(*[damaged(datagram) if place in (3, 4) else datagram for place, datagram in enumerate(server.packets())])
     server.say(server.sent())
+    server.suspected()
+    assert server.asked() == [3, 4]
+    payloads = server.payloads()
+    server.say(SESSION.packets(first, [payloads[3], damaged(payloads[4])]))
+    server.suspected()
+    assert server.asked() == [4]
+    server.give([4])
     server.done()
     served.check()
 
 
+@BOTH
+def test_a_round_that_differs_from_its_digest_and_not_from_the_sums_ends_the_transfer(python, serve):
+    server, served = serve(python)
+    server.start_round(DATA[0])
+    server.hash.update(b"x")
+    server.multicast()
+    server.say(SESSION.sent(server.round, server.hash.digest()))
+    server.suspected()
+    assert "digest" in server.reason()
+    code, stderr, received = served.client.finish(20)
+    assert code == 1 and received == b"" and "the digest differs" in stderr, stderr
+
+
+@pytest.mark.parametrize("sums", [lambda right: right[:-1], lambda right: right + [0]], ids=["too few", "too many"])
+def test_sums_of_another_count_than_the_rounds_are_a_protocol_error(sums, serve):
+    server, served = serve()
+    server.start_round(DATA[0])
+    server.cast(*[damaged(datagram) for datagram in server.packets()])
+    server.say(server.sent())
+    server.expect(wire.SUMS)
+    server.say(SESSION.sums(server.round, sums(wire.sums_of(server.payloads()))))
+    assert "protocol error" in server.reason()
+    assert served.client.finish(20)[0] == 1
+
+
+@BOTH
+def test_a_server_tells_the_sums_of_a_round_to_who_asks_for_them(python, watch):
+    """Of the round that is named, as often as that goes; it still waits for the answer."""
+    watched = watch(2, ["--unicast"], python)
+    client, pieces = watched.client, wire.cut(watched.data, PAYLOAD)
+    rounds, _ = take_rounds(client, 2)
+    for what in (rounds[1], rounds[0], rounds[1]):
+        client.say(SESSION.ask_for_sums(what))
+        message = client.expect(wire.SUMS)
+        first = what.place // PAYLOAD
+        assert (message.round, message.sums) == (what, wire.sums_of(pieces[first:first + what.count]))
+    for what in rounds:
+        client.say(SESSION.done(what))
+    client.end()
+
+
 def test_what_was_damaged_is_repaired_by_multicast_too(serve):
-    """By a combination with packets that are right; only a checksum knows which are."""
+    """By a combination with packets that are right; the sums tell which are."""
     server, served = serve()
     server.start_round(DATA[0])
     datagrams = server.packets()
     server.cast(*[damaged(datagram) if place == 3 else datagram for place, datagram in enumerate(datagrams)])
     server.say(server.sent())
+    server.suspected()
     assert server.asked() == [3]
     payloads = wire.cut(DATA[0], server.payload)
     recipes, coded = wire.repair_pass(payloads, [[1, 3, 8]], 70, server.payload)
@@ -408,6 +459,7 @@ def test_a_repair_from_a_damaged_packet_is_asked_for_again(serve):
     server.say(server.again(0, len(recipes), len(coded)))
     server.cast(*[server.repair(number, payload) for number, payload in enumerate(recipes + coded)])
     server.say(server.sent())
+    server.suspected()
     assert server.asked() == [1, 3]
     server.give([1, 3])
     server.done()
@@ -446,7 +498,7 @@ def test_datagrams_are_taken_from_the_source_only(digest, python, serve):
     stranger = wire.group_sender(server.group, server.port)
     server.start_round(DATA[0])
     for place, payload in enumerate(wire.cut(DATA[0], server.payload)):
-        stranger.send(wire.packet(place, b"f" * len(payload), server.salt))
+        stranger.send(wire.packet(place, b"f" * len(payload), server.salt, server.check))
     server.multicast(lost=[4])
     for datagram in server.packets():
         stranger.send(datagram)         # not even if it is right

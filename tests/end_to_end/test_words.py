@@ -166,7 +166,7 @@ def test_whatever_it_was_that_a_client_failed_to_do_is_said_in_other_words(port,
     no_end.ask([0])
     reasons.append(no_answer.reason())
     no_end.expect(PACKETS)
-    no_end.packet()
+    no_end.packets([0])
     no_end.done()
     assert no_end.expect(BYE).fields["ok"] is True
     reasons.append(no_end.reason())

@@ -251,6 +251,17 @@ def test_missing_is_what_has_not_come():
 
 
 @both_modes
+def test_behind_a_packet_that_is_there_already_others_may_be_new(checks):
+    """Though those that would stand behind it are there as well."""
+    data = helpers.random_bytes(30 * PAYLOAD)
+    buffer, packets = round_of(data, checks=checks)
+    put(buffer, *packets[:10])
+    put(buffer, packets[2], packets[20], packets[3], packets[21])
+    assert missing(buffer) == [place for place in range(10, 30) if place not in (20, 21)]
+    assert buffer.damaged == 0
+
+
+@both_modes
 def test_a_batch_with_gaps_and_packets_that_are_there_already(checks):
     data = helpers.random_bytes(30 * PAYLOAD)
     buffer, packets = round_of(data, 2**32 - 5, checks=checks)
