@@ -4856,7 +4856,8 @@ class Relay(object):
                 data = incoming.buffer.view(first, last)
                 pieces = [PIECE.pack(incoming.number, first, len(data)), data]
                 if not self.window.digest:
-                    pieces.append(U32.pack(zlib.crc32(data) & MASK))
+                    start = first * incoming.buffer.payload
+                    pieces.append(U32.pack(zlib.crc32(part(incoming.buffer.payloads, start, len(data))) & MASK))
                 follower.send(*pieces)
             if not follower.outgoing.count and now - follower.told > self.STILL:
                 follower.send(STILL_HERE)
@@ -4963,7 +4964,7 @@ class Relay(object):
         return size
 
     def _begin_piece(self, now):
-        number, first, size = PIECE.unpack(self._head)
+        number, first, size = PIECE.unpack(bytes(self._head))
         if not size:
             if number != MASK:
                 self.window.no_more(number, now)
@@ -4977,17 +4978,16 @@ class Relay(object):
 
     def _scratch_of(self, size):
         if self._scratch is None:
-            self._scratch = memoryview(bytearray(LARGEST_PIECE))
-        return self._scratch[:size]
+            self._scratch = bytearray(LARGEST_PIECE)
+        return memoryview(self._scratch)[:size]
 
     def _check_piece(self, piece):
         """Without digests a piece has a checksum.  Raises ProtocolError."""
         self._piece = None
-        data = self._scratch[:piece.size]
-        if zlib.crc32(data) & MASK != U32.unpack(self._sum)[0]:
+        if zlib.crc32(part(self._scratch, 0, piece.size)) & MASK != U32.unpack(bytes(self._sum))[0]:
             raise ProtocolError('a piece with a wrong checksum')
         if piece.incoming and self.window.takes(piece.incoming):
-            piece.incoming.buffer.view(piece.first, piece.last)[:] = data
+            piece.incoming.buffer.view(piece.first, piece.last)[:] = memoryview(self._scratch)[:piece.size]
             self.window.arrived(piece.incoming, piece.first, piece.last)
 
 
