@@ -4383,7 +4383,8 @@ class Chain(object):
     DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all
     ANSWER = 2.0                        # seconds for an upstream to listen
     SETTLE = 1.0                        # seconds that all wait for a chain that is being built
-    JIFFY = 0.05                        # seconds that nobody is blamed for
+    JIFFY = 0.3                         # seconds that nobody is blamed for
+    PATIENCE = 5.0                      # seconds between two that are
     SLOW = 3                            # rounds in a row in which a client holds its followers up
 
     def __init__(self, dialect):
@@ -4395,6 +4396,7 @@ class Chain(object):
         self._last = []                 # members that go behind all others, in their order
         self._lost = {}                 # upstream -> the followers that could not reach it, or lost it
         self._slow = {}                 # member -> rounds in a row
+        self._next_blame = 0.0          # when one may be put to the end for that
         self._served = {}               # upstream -> the token that it was told last
         self._news = []                 # (member, message without the round's number, or a function of it)
         self._settled_by = None         # when not to wait any longer for it to be built
@@ -4470,14 +4472,16 @@ class Chain(object):
             if not link.up or after is None or None in (times[member], times[link.upstream], times[after]):
                 self._slow.pop(member, None)
                 continue
-            if times[member] - times[link.upstream] > max(self.JIFFY, seconds / 2) and times[after] - times[member] < seconds / 4:
+            lag, follows = times[member] - times[link.upstream], times[after] - times[member]
+            if lag > max(self.JIFFY, seconds) and follows < lag / 4:
                 self._slow[member] = self._slow.get(member, 0) + 1
                 if self._slow[member] >= self.SLOW:
                     late.append(member)
             else:
                 self._slow.pop(member, None)
-        for member in late[:1]:
-            del self._slow[member]
+        for member in late[:1] if now >= self._next_blame else ():
+            self._next_blame = now + self.PATIENCE
+            self._slow.clear()
             tell('chain_slow', member=member)
             self._to_the_end(member)
             self._wire(now)
@@ -5334,11 +5338,13 @@ class Course(object):
     def _fill(self):
         if self._filling or self._full or self._ended:
             return
-        limit = min(self.limit, self.capacity, self.dialect.seqs + 1 - self._base)
+        by_chain = self.chain and not self.multicasting         # which has no rate to be found out
+        least = self.capacity // 4 if by_chain else self.FIRST_ROUND
+        limit = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
         self._filling = True
         self.hands.fill(self._base, limit)
-        longest = (self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size)
-                   if self.multicasting or not self.chain else self.capacity)
+        longest = (self.capacity if by_chain else
+                   self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size))
         self.limit = int(max(self.FIRST_ROUND, min(2 * limit, longest, self.capacity)))
 
     def _announce(self):

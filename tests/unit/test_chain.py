@@ -260,7 +260,7 @@ def test_who_holds_up_those_behind_it_three_times_goes_to_the_end():
     for number in range(3):
         for member in hosts.members:
             late = int(member.address.split(".")[3]) >= 3
-            member.done_at[number] = hosts.now + number + (0.8 if late else 0.0)
+            member.done_at[number] = hosts.now + number + (1.5 if late else 0.0)
         hosts.chain.through(1.0, number, hosts.now)
     assert hosts.settle() == [(1, 2), (2, 4), (4, 5), (5, 3)]
 
