@@ -4383,7 +4383,7 @@ class Chain(object):
     DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all
     ANSWER = 2.0                        # seconds for an upstream to listen
     SETTLE = 1.0                        # seconds that all wait for a chain that is being built
-    JIFFY = 0.3                         # seconds that nobody is blamed for
+    JIFFY = 1.0                         # seconds that nobody is blamed for
     PATIENCE = 5.0                      # seconds between two that are
     SLOW = 3                            # rounds in a row in which a client holds its followers up
 
@@ -6291,6 +6291,8 @@ class Peer(Connection):
     def __init__(self, sock, address):
         Connection.__init__(self, sock, address)
         self.member = Member(address, self.since)
+        # (Round, Request) whose packets wait until those before are out: short messages overtake them.
+        self.asked = collections.deque()
         self.waiting = dict(waiting=None)           # what it was told that it waits for
 
     def __str__(self):
@@ -6513,14 +6515,8 @@ class TcpServer(threading.Thread):
             if peer in together:
                 self._send(peer, together.pop(peer))
             if verb == 'packets':
-                wanted, request = argument
-                parts = runs(request.gaps) if request.order is None else [
-                    (request.order[start], request.order[stop - 1] + 1)
-                    for start, stop in stretches(request.order)]
-                buffer = wanted.buffer
-                self._send(peer, self.session.dialect.packets(wanted.number), *(
-                    [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
-                    [data for start, stop in parts for data in buffer.packets(start, stop)]))
+                peer.asked.append(argument)
+                self._send(peer)
             elif verb == 'relay':
                 self._bring((member, argument))
             else:
@@ -6528,6 +6524,16 @@ class TcpServer(threading.Thread):
                 self._close(peer)
         for peer in together:
             self._send(peer, together[peer])
+
+    def _packets(self, wanted, request):
+        """What to say for a Request for packets of a Round."""
+        parts = runs(request.gaps) if request.order is None else [
+            (request.order[start], request.order[stop - 1] + 1)
+            for start, stop in stretches(request.order)]
+        buffer = wanted.buffer
+        return [self.session.dialect.packets(wanted.number)] + (
+            [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
+            [data for start, stop in parts for data in buffer.packets(start, stop)])
 
     def _bring(self, news):
         """There is something for the roster's reader."""
@@ -6701,6 +6707,8 @@ class TcpServer(threading.Thread):
         """Send what can be sent, and poll for what cannot."""
         try:
             peer.send(*pieces)
+            while peer.asked and not peer.outgoing.size:
+                peer.send(*self._packets(*peer.asked.popleft()))
         except Gone as error:
             self._gone(peer, error, reading=False)
         if not peer.open:
@@ -7157,6 +7165,7 @@ class Client(object):
     """Receives one image: the hands of a ClientWindow."""
 
     NAP = 0.001                         # seconds, to let datagrams gather
+    LONG_NAP = 0.004                    # the same for what comes by TCP, which nobody loses
     AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
@@ -7187,6 +7196,7 @@ class Client(object):
         self._group = self._source = None           # (address, port) of the multicast, and of its sender
         self._stall_timeout = 0
         self._flowing = False           # data has come, so the sink has been started
+        self._trickles = False          # what comes by TCP is less than is worth a turn
         self._fields = None             # of the server's last BYE
         self._carried = (0, 0)          # packets by multicast and by TCP, at the last look
         self._heard_at = None           # when the first of these last grew
@@ -7454,8 +7464,8 @@ class Client(object):
             if fds == [udp] and ample and window.deadline is None:
                 # Let some more gather, unless somebody else has something to say.
                 fds = [fd for fd, _ in ready(control, self.NAP)]
-            elif relay.trickles and fds == [relay.upstream_fd]:
-                time.sleep(self.NAP)
+            elif relay.trickles and fds == [relay.upstream_fd] or self._trickles and fds == [tcp]:
+                time.sleep(self.LONG_NAP)
             if link in fds:
                 self._look_at_writer()
             if tcp in fds:
@@ -7501,6 +7511,7 @@ class Client(object):
                     more = server.read_into(window.wants)
                     got += more
                     self._carry_out(window.filled(more))
+                    self._trickles = got < self.relay.LITTLE and window.wants is not None
                 else:
                     for message in server.messages(window.size_of):
                         self._carry_out(window.heard(message, monotonic()))
