@@ -128,6 +128,8 @@ if sys.version_info[0] == 2:
         """Bytes of a bytearray, not copied, for zlib.crc32."""
         return buffer(data, start, size)            # noqa: F821
 
+    array_bytes = array.array.tostring
+
     def monotonic():
         """Seconds on a clock that nobody sets (clock_gettime(2))."""
         timespec = (ctypes.c_long * 2)()
@@ -135,6 +137,7 @@ if sys.version_info[0] == 2:
         return timespec[0] + timespec[1] * 1e-9
 else:
     from time import monotonic
+    array_bytes = array.array.tobytes
 
     def part(data, start, size):
         """Bytes of a bytearray, not copied, for zlib.crc32."""
@@ -1005,7 +1008,7 @@ def pack_headers(base, sums, size, count):
     words[1::3] = array.array('I', sums)
     if sys.byteorder == 'big':
         words.byteswap()
-    return words.tobytes() if hasattr(words, 'tobytes') else words.tostring()
+    return array_bytes(words)
 
 
 class Batch(object):
@@ -1582,7 +1585,7 @@ class MessageVector(object):
             words[4::self.WORDS], words[5::self.WORDS] = controls[0::2], controls[1::2]
         self._size = self.WORDS * words.itemsize
         self._all = {}
-        self._template = bytearray(words.tobytes() if hasattr(words, "tobytes") else words.tostring())
+        self._template = bytearray(array_bytes(words))
         self._headers = bytearray(self._template)
         self._address = address_of(self._headers)
 
@@ -2086,6 +2089,7 @@ class RateControl(object):
     BACK = 0.06                         # share of the line that we take back in a second
     SHARE = 0.47                        # of the line, whatever a rival takes
     SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
+    PATIENCE = 1.2                      # that he has to take what we leave: TCP may have to find out first,
     GENTLE = 15.0                       # and after which we look for more as if there had never been one
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
@@ -2151,8 +2155,8 @@ class RateControl(object):
                 return self._blame(worst, achieved)
         lagged, self._lagged = self._lagged, lags
         # Who could not keep the rate lost packets in bursts, whatever the line carries on average.
-        most = UNLIMITED if self._estimate else self.FASTER * self._fastest
-        arrived = max(self.LOWEST, (achieved if steady else min(speed.rate, most)) * worst.ratio)
+        sent = achieved if steady else min(speed.rate, UNLIMITED if self._estimate else self.FASTER * self._fastest)
+        arrived = max(self.LOWEST, sent * worst.ratio)
         if self.line is None:
             return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady, now)
         if speed.rate > self.rate * 1.0001:
@@ -2183,7 +2187,7 @@ class RateControl(object):
             self._next_look = 0.0
             if self._found < self.HEADS:
                 return None
-            self._found, self.line, self._step = 0, None, self.OVER - 1
+            self._found, self.line, self._gave_way, self._step = 0, None, None, self.OVER - 1
             self.rate *= self.OVER
             return 'there is more'
         if error > self.AGREE:
@@ -2193,7 +2197,7 @@ class RateControl(object):
             self._error = 0.0
         elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
             return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
-        elif self._gave_way:            # and nobody took it
+        elif self._gave_way and now - self._rival_at > self.PATIENCE:       # and nobody took it
             self.line, self._gave_way, self._error = min(self.line, self._gave_way), None, self.AGREE
             self.rate = self.BELOW * self.line
             return 'nobody else is there'
@@ -2232,7 +2236,7 @@ class RateControl(object):
             self._error = self.AGREE + error        # if it is less than we think, losses will tell
             self.line = self._at_most(max(before, arrived), error)
             self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
-            self._next_look = now + self.LOOK_SOON
+            self._next_look, self._gave_way = now + self.LOOK_SOON, None
         else:                           # what was known is not given up at once: somebody may have been held up
             self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
             self.line = None
@@ -3399,7 +3403,7 @@ class Answers(object):
     worst       the two Receptions with the least ratio, the least first
     by_tcp      packets that were asked for and sent at once
     head        bit/s at which the head arrived at the slowest, and by which share that may be wrong
-    late        (when, member) of the last two that paid, the last first
+    late        (when, member, what it was busy with) of the last two that paid, the last first
     """
 
     def __init__(self):
@@ -3407,9 +3411,9 @@ class Answers(object):
         self.worst, self.head, self.late = [], None, []
         self.by_tcp = 0
 
-    def paid(self, member, now):
-        """A member owes nothing more for this step."""
-        self.late = [(now, member)] + self.late[:1]
+    def paid(self, member, now, busy=None):
+        """A member owes nothing more for this step; busy: what it said that it did meanwhile."""
+        self.late = [(now, member, busy)] + self.late[:1]
 
     def heard(self, reception):
         """A member has heard some of the round."""
@@ -3655,9 +3659,9 @@ class ServerWindow(object):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         if kind == SUMS:                # it still owes its answer
             return [('send', member, self._sums(member, number))]
-        member.busy = None
         awaited.owing.discard(member)
-        awaited.answers.paid(member, now)
+        awaited.answers.paid(member, now, member.busy)
+        member.busy = None
         return self.HANDLERS[kind](self, member, number, message, awaited, now)
 
     def _said(self, member, kind, message, now):
@@ -5140,6 +5144,7 @@ class Course(object):
     PATIENCE = 1.0                      # seconds without multicast, until it is said
     ENDURANCE = 10.0                    # seconds below --min-rate
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
+    SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
     HOLDUP_WORDS = 10.0                 # seconds between two such lines
     LOOK_EVERY = 0.1                    # seconds
@@ -5458,10 +5463,12 @@ class Course(object):
         """Note who alone was waited for while there was nothing to multicast."""
         if len(answers.late) < 2 or self._idle_since is None:
             return
-        (paid, last), (before, _) = answers.late
+        (paid, last, busy), (before, _, _) = answers.late
         seconds = paid - max(before, self._idle_since)
         if seconds > 0:
-            cause = 'network' if last in answers.requests else 'output'
+            # Who is held up by its output says so after a second.
+            cause = ('network' if last in answers.requests or busy in ('following', 'relaying') else
+                     'silence' if seconds > self.SILENCE and not busy and self.dialect.talks else 'output')
             self._alone[last] = self._alone.get(last, 0) + seconds
             last.waited[cause] = last.waited.get(cause, 0) + seconds
             self._idle_since = paid
@@ -5672,8 +5679,9 @@ def causes(payload):
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
-CAUSES = {'output': 'its disk or command', 'network': 'its network', 'writing': 'its disk or command',
-          'receiving': 'its network'}
+CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 'nothing was heard of it',
+          'writing': 'its disk or command', 'receiving': 'its network',
+          'following': 'the client before it', 'relaying': 'the client behind it'}
 
 
 # What brings the image where multicast does not, in words.

@@ -15,7 +15,6 @@ import argparse
 import concurrent.futures
 import heapq
 import itertools
-import math
 import os
 import random
 import sys
@@ -28,7 +27,6 @@ PAYLOAD = 1460
 SIZE = PAYLOAD + 40                     # bytes of a packet with its headers
 FROM, UNTIL = 3.0, 6.0                  # seconds between which it is measured
 ENOUGH = 0.97                           # of the line
-SEEN = os.environ.get("RATES_SEEN")
 
 
 class Setting:
@@ -83,7 +81,7 @@ class Line:
         if late:
             more = min(late, int(late * self.rate / self.port + (place % 7) / 7.0))
             through += more
-        self._waiting = min(self.queue, before + through * SIZE) - 0.0
+        self._waiting = min(self.queue, before + through * SIZE)
         self.missing |= ((1 << (count - through)) - 1) << (place + through)
         self.lost += count - through
         self.delivered += through
@@ -187,18 +185,14 @@ class Server(kmcast.Multicaster):
 
     # ---- sending
 
-    def send(self, buffer, first, last):
+    def send(self, _buffer, first, last):
         """DatagramSender.send(): so many packets go to the port, which takes its time."""
-        if buffer is not self._sending:
-            self._sending = buffer
         self.line.burst(first, last - first, self.clock)
         for train in self._departures:
             train.note(first, first + 1, self.clock)
             train.note(last - 1, last, self.clock + (last - first) * SIZE / self.line.port)
         self.clock += (last - first) * SIZE / self.line.port
         return last
-
-    _sending = None
 
     def _wait(self, until=None, sender=False):
         """Let time pass until then; without a time: until something happens."""
@@ -242,9 +236,6 @@ class Server(kmcast.Multicaster):
 
     def _counted(self):
         return self.clock, self.idle, self.line.delivered, self.line.lost
-
-
-Server.now = Server.now                 # Multicaster has the real clock there
 
 
 class Trace:

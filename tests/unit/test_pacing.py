@@ -456,9 +456,9 @@ def test_a_head_that_arrives_slower_than_the_line_lets_it_tells_of_a_rival_who_t
 def test_if_nobody_takes_what_was_left_the_line_was_slower_than_we_thought():
     control = Taught(100e6).control
     assert "arrives" in control.learn_head(109e6, 80e6, 0.0, 101.0)
-    for _ in range(3):
+    for number in range(3):
         sent = control.rate + 10e6
-        control.learn_head(sent, min(sent, 80e6), 0.0, 101.0)
+        control.learn_head(sent, min(sent, 80e6), 0.0, 103.0 + 2 * number)
     assert 0.95 * 80e6 < control.rate <= 80e6
 
 

@@ -546,7 +546,7 @@ def test_answers_of_many_keep_the_two_worst_and_the_last_two():
     whole.add(other)
     assert [reception.ratio for reception in whole.worst] == [0.2, 0.5]
     assert whole.hearing == 4 and whole.head == (0.2 * GB, 0.01) and whole.lost == pytest.approx(1.4)
-    assert whole.late == [(3.0, 3), (2.0, 2)]
+    assert whole.late == [(3.0, 3, None), (2.0, 2, None)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -987,6 +987,21 @@ def test_who_alone_is_waited_for_is_known_while_there_is_nothing_to_multicast():
     answers.paid(drive.members[1], 13.0)
     drive.course.complete(kmcast.Step("sent", drive.round(0)), answers)
     assert drive.members[1].waited == {"output": 2.0} and drive.members[0].waited == {}
+
+
+@pytest.mark.parametrize("busy, cause", [("writing", "output"), (None, "silence")])
+def test_who_says_nothing_for_long_is_not_blamed_for_its_disk(busy, cause):
+    """It was stopped, perhaps; who is held up by its output says so."""
+    drive = Drive(64, 2).start()
+    drive.fill_all()
+    drive.complete("announce", 0)
+    drive.send()
+    assert drive.send() is None
+    answers = kmcast.Answers()
+    answers.paid(drive.members[0], 11.0)
+    answers.paid(drive.members[1], 20.0, busy)
+    drive.course.complete(kmcast.Step("sent", drive.round(0)), answers)
+    assert drive.members[1].waited == {cause: 9.0}
 
 
 def test_a_client_that_alone_keeps_the_transfer_below_the_least_rate_is_condemned():
