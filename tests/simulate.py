@@ -349,6 +349,7 @@ class World:
         self.over = False
         self.watch = lambda: None               # called now and then
         self.listeners, self.groups = {}, {}    # by address and port
+        self.damage_goes_round = False          # from client to client, in a chain
         self.powerless = set()                  # addresses of hosts without power
         self.firewalls = {}                     # address -> what becomes of who connects to it
         self.turns = 0
@@ -574,7 +575,7 @@ class Process:
     @property
     def may_find_damage(self):
         """Whether something that a client receives may be other than what a server has sent, or has read."""
-        return self.plan.damage or self.plan.fault == "forged" or self.plan.babble
+        return self.plan.damage or self.plan.fault == "forged" or self.plan.babble or world.damage_goes_round
 
     hung = property(lambda self: self.frozen_until > LIMIT)
     ended = property(lambda self: self.dead or self.hung)
@@ -1291,7 +1292,7 @@ def described(message, compat, by_server, with_server):
     for name in ("ALIVE", "HELLO", "WELCOME", "STATE", "BYE", "UPSTREAM", "FOLLOWER", "RELAY"):
         if kind == getattr(kmcast, name) and not compat:
             shown = name in ("BYE", "UPSTREAM", "FOLLOWER", "RELAY")
-            return "%s (%d bytes)%s" % (name, len(message), " " + bytes(message[5:]).decode() if shown else "")
+            return "%s (%d bytes)%s" % (name, len(message), " " + bytes(message[5:]).decode("ascii", "replace") if shown else "")
     return "%d bytes" % len(message)
 
 
@@ -1654,6 +1655,8 @@ class Run:
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
                         for number, client in enumerate(plan.clients, 1)]
         world.firewalls.update((client.address, client.firewall) for client in plan.clients if client.firewall)
+        world.damage_goes_round = not plan.compat and any(
+            client.damage or client.fault in ("forged", "babble") or client.babble for client in plan.clients)
         self.circle_since = None                # when clients were first seen to take from each other in a circle
         self.hosts = {}                         # address -> its processes
         for client in self.clients:

@@ -201,8 +201,8 @@ def relay(token, **fields):
 
 def piece(number, first, data, digest=True):
     """A piece of a round, from packet `first` on; data b"": the mark."""
-    checksum = U32.pack(zlib.crc32(data) & MASK) if data and not digest else b""
-    return struct.pack("<3I", number, first, len(data)) + data + checksum
+    head = struct.pack("<3I", number, first, len(data))
+    return head + data + (U32.pack(zlib.crc32(head + data) & MASK) if data and not digest else b"")
 
 
 STILL_HERE = piece(MASK, 0, b"")

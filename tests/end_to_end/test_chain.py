@@ -287,7 +287,8 @@ def pieces(sock, until=1, digest=True):
         if size:
             found[number, first] = read(sock, size)
             if not digest:
-                assert read(sock, 4) == wire.U32.pack(wire.zlib.crc32(found[number, first]) & wire.MASK)
+                head = wire.struct.pack("<3I", number, first, size)
+                assert read(sock, 4) == wire.U32.pack(wire.zlib.crc32(head + found[number, first]) & wire.MASK)
         elif number != wire.MASK:
             marks.append(number)
     return found, marks
@@ -450,9 +451,27 @@ def test_damage_on_the_way_is_found_by_the_digest_and_asked_for(chain):
     wrong[555] ^= 1
     one.server.say(one.server.sent())
     upstream.sendall(wire.piece(0, 0, bytes(wrong)))
-    asked = one.server.asked(what)
-    assert 5 in asked
-    one.server.give(asked)
+    one.server.suspected(what)
+    assert one.server.asked(what) == [5]
+    one.server.give([5])
+    one.server.done(what)
+    one.check()
+
+
+def test_what_no_checksum_tells_of_an_upstream_is_asked_for_as_a_whole(chain):
+    """It was deceived itself; whoever believed it is not to fail for that."""
+    one = chain()
+    upstream = one.follow()
+    what = one.server.start_round(PARTS[0])
+    wrong = bytearray(PARTS[0])
+    for place, change in enumerate(bytearray(b"\x41\x06\x71\xdb\x01")):        # as its CRC-32 does not see
+        wrong[550 + place] ^= change
+    assert wire.zlib.crc32(bytes(wrong[500:600])) == wire.zlib.crc32(PARTS[0][500:600])
+    one.server.say(one.server.sent())
+    upstream.sendall(wire.piece(0, 0, bytes(wrong)))
+    one.server.suspected(what)
+    assert one.server.asked(what) == list(range(10))
+    one.server.give(range(10))
     one.server.done(what)
     one.check()
 
