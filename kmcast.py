@@ -4101,7 +4101,9 @@ class ClientWindow(object):
                 return None
             incoming, place = later[0], 0
         target = incoming.target
-        return (target, place) if not target.checks and target.lacks(place, place + MOST_SEGMENTS) else None
+        if target.checks or self._awaits_upstream(incoming):        # which may be about to write there, too
+            return None
+        return (target, place) if target.lacks(place, place + MOST_SEGMENTS) else None
 
     def take(self, batches, in_first, first, last):
         """Datagrams have arrived; returns whether any was of use.
