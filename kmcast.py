@@ -4454,8 +4454,8 @@ class Chain(object):
         if member in self.order:
             self._wire(now)
 
-    def heard(self, member, said, now):
-        """What a member says of a neighbour: the fields of RELAY."""
+    def heard(self, member, said, now, mending=True):
+        """What a member says of a neighbour: the fields of RELAY; mending: whether there are rounds to come."""
         for link in self.links.values():
             if link.token == said['token']:
                 break
@@ -4468,9 +4468,9 @@ class Chain(object):
                     number, member.address, link.port, link.token))
             else:
                 self._lost.setdefault(member, set()).add(None)      # it can serve nobody else either
-                self._fails(link, 'it cannot listen: %s' % said.get('reason'), now)
+                self._fails(link, 'it cannot listen: %s' % said.get('reason'), now, False, mending)
         elif member is link.follower and said.get('lost'):
-            self._fails(link, said['lost'], now, said['connected'])
+            self._fails(link, said['lost'], now, said['connected'], mending)
 
     def through(self, seconds, number, now):
         """All are through with a round, which took so long since the one before."""
@@ -4527,13 +4527,15 @@ class Chain(object):
             self._last.remove(member)
         self._last.append(member)
 
-    def _fails(self, link, reason, now, connected=False):
+    def _fails(self, link, reason, now, connected=False, mending=True):
         """A link does not hold: the upstream goes to the end."""
         upstream, follower = link.upstream, link.follower
         self._lost.setdefault(upstream, set()).add(follower)
         tell('chain_broken', upstream=upstream, follower=follower, reason=reason)
         if link.port and not connected and len(self._lost[upstream]) == 1:
             tell('relay_unreachable', upstream=upstream, follower=follower, reason=reason, port=link.port)
+        if not mending:
+            return
         self._to_the_end(upstream)
         if len([1 for followers in self._lost.values() if follower in followers]) > 1:
             self._inside.discard(follower)              # it is more likely its own doing
@@ -5318,12 +5320,12 @@ class Course(object):
         now = self.hands.now()
         while self.roster.news:
             member, said = self.roster.news.popleft()
-            if not self._chains:
+            if not self.chain:
                 continue
-            if said is None:
+            if said is None and self._chains:
                 self.chain.leave(member, now)
-            else:
-                self.chain.heard(member, said, now)
+            elif said:
+                self.chain.heard(member, said, now, self._chains)
         self._publish_chain()
 
     def look(self, now):
