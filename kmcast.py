@@ -7690,11 +7690,14 @@ class Client(object):
             tell.look(monotonic())
             self._show_life()
             self.sink.look()
-            if self.relay.active:
-                self._serve_while([(self.writer.link.child_fd, select.POLLIN)])
-                self.writer.join(0)
-            else:
+            ended = self.writer.link.child_fd
+            if not self.relay.active:
                 self.writer.join(min(TICK, self.server.alive_every / 2))
+            elif ended in self._serve_while([(ended, select.POLLIN)]):
+                try:
+                    self.writer.link.wait_child()
+                except LinkClosed:      # in a moment it has
+                    self.writer.join(TICK)
         if self.writer.failure:
             raise self.writer.failure
 
