@@ -24,6 +24,7 @@ only those above it:
     This host           interfaces, addresses, limits, signals
     Connection          one end of a TCP connection, for server and client alike
     Window              the round in flight, as the server and as the client see it
+    Chain               where multicast does not reach: who takes the packets from whom, and how
     Roster and policy   who takes part, who keeps the others waiting; what to do next
     Report              what the user sees: the log, the progress, the table, the report
     TCP servers         the spec's chain of threads, one poll() each
@@ -357,6 +358,9 @@ PACKETS = REQUEST = b'\x02'
 DONE = b'\x04'
 SENT = b'\x08'
 HELLO = b'\x10'
+UPSTREAM = b'\x11'
+FOLLOWER = b'\x14'
+RELAY = b'\x15'
 WELCOME = b'\x20'
 AGAIN = b'\x40'
 BYE = b'\x80'
@@ -369,16 +373,20 @@ ROUND = struct.Struct('<4I')                        # the spec's buffer_ctl
 PLACE = struct.Struct('<Q')                         # of a round in the image, bytes
 PACKET = struct.Struct('<3I')                       # the spec's packet_ctl
 REPAIR = struct.Struct('<3I')                       # what follows AGAIN and the round's number
-FIGURES_OF_ROUND = struct.Struct('<4I')             # what follows DONE or REQUEST and its number
+FIGURES_OF_ROUND = struct.Struct('<5I')             # what follows DONE or REQUEST and its number
+PIECE = struct.Struct('<3I')                        # between clients: round, first packet, bytes
 UDP_OVERHEAD = 28                       # IP and UDP headers, bytes
 MAX_PACKETS = 65536                     # in a round
 REPAIR_BIT = 1 << 31                    # of a seq in a session: a repair datagram
 END = MASK                              # the number in a session's last DONE
 MAX_FRAME = 65536                       # bytes
 DIGEST_SIZE = 32                        # SHA-256, bytes
+TOKEN_SIZE = 16                         # what a follower says first to its upstream, bytes
+LARGEST_PIECE = 256 << 10               # bytes
+STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
 # What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'written', 'overflows')
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows')
 
 
 def payload_for(mtu):
@@ -450,6 +458,38 @@ def stall_of(fields):
     if not isinstance(value, NUMBER + (float,)) or isinstance(value, bool) or not 0 <= value < 1 << 32:
         raise ProtocolError('a frame without a proper "stall"')
     return value
+
+
+def token_of(fields, optional=False):
+    """The token in a frame about the chain, bytes; None for null.  Raises ProtocolError."""
+    text = field(fields, 'token', TEXT, optional)
+    if text is None:
+        return None
+    if not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
+        raise ProtocolError('a frame without a proper "token"')
+    return binascii.unhexlify(text.encode('ascii'))
+
+
+def place_of_upstream(fields):
+    """(first round, (address, port), token) of UPSTREAM, the latter None for nobody.  Raises ProtocolError."""
+    number, address = field(fields, 'round', NUMBER), field(fields, 'address', TEXT, optional=True)
+    if number > MASK:
+        raise ProtocolError('a frame without a proper "round"')
+    if address is None:
+        return number, None, None
+    port = field(fields, 'port', NUMBER)
+    if not is_address(address) or not 0 < port < 65536:
+        raise ProtocolError('a frame without a proper "address"')
+    return number, (address, port), token_of(fields)
+
+
+def is_address(text):
+    """Whether a text is a dotted IPv4 address."""
+    try:
+        socket.inet_pton(socket.AF_INET, text)
+    except OS_ERRORS + (ValueError, TypeError):
+        return False
+    return True
 
 
 def printable(text, limit=200):
@@ -581,13 +621,26 @@ class SessionDialect(object):
         return pack_frame(STATE, fields)
 
     @staticmethod
+    def follower(token):
+        """Serve whoever says this token; None: nobody."""
+        return pack_frame(FOLLOWER, {'token': token and hexadecimal(token)})
+
+    @staticmethod
+    def upstream(number, address=None, port=None, token=None):
+        """From that round on take the packets from there; address None: from nobody."""
+        fields = {'round': number & MASK, 'address': address}
+        if address:
+            fields.update(port=port, token=hexadecimal(token))
+        return pack_frame(UPSTREAM, fields)
+
+    @staticmethod
     def server_message_size(head, digest_size, _between_rounds=False):
         """The size in bytes of a server's message that begins with `head`, once the session
         is agreed.  Returns None where more is needed to tell; raises ProtocolError."""
         kind = head[:1]
         if kind == ALIVE:
             return 1
-        if kind in (BYE, WELCOME, STATE):
+        if kind in (BYE, WELCOME, STATE, UPSTREAM, FOLLOWER):
             return frame_size(head)
         if kind == SUMS:
             if len(head) < 5:
@@ -626,6 +679,11 @@ class SessionDialect(object):
                 + to_bitmap(gaps, count))
 
     @staticmethod
+    def relay(token, **fields):
+        """How a client stands with a neighbour: the `port` where it listens, or why the other is `lost`."""
+        return pack_frame(RELAY, dict(fields, token=hexadecimal(token)))
+
+    @staticmethod
     def ask_for_sums(number):
         """The round's digest differs: which packets are damaged?"""
         return SUMS + U32.pack(number)
@@ -643,7 +701,7 @@ class SessionDialect(object):
             return 1
         if kind in (READY, SUMS):
             return 1 + U32.size
-        if kind in (HELLO, BYE, STATE):
+        if kind in (HELLO, BYE, STATE, RELAY):
             return frame_size(head)
         if kind not in (DONE, REQUEST):
             raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
@@ -767,6 +825,11 @@ class BaseDialect(SessionDialect):
         for place in order:
             flags[place] = 0
         return gaps_of(flags), order
+
+
+def hexadecimal(data):
+    """Bytes as hexadecimal digits."""
+    return binascii.hexlify(data).decode('ascii')
 
 
 def frame_size(head):
@@ -1233,6 +1296,14 @@ class Buffer(object):
     def missing(self):
         """What has not arrived, as bits."""
         return gaps_of(self._have) if self._missing else 0
+
+    def here(self, first, last):
+        """(start, stop) of the first packets in a row, from index first up to last, that have arrived; None if none."""
+        start = self._have.find(b'\1', first, last)
+        if start < 0:
+            return None
+        stop = self._have.find(b'\0', start, last)
+        return start, last if stop < 0 else stop
 
     def differing(self, sums):
         """Which packets have another CRC-32 than that in `sums`, as bits."""
@@ -3308,12 +3379,14 @@ class Step(object):
 
     kind: accept (the clients; only TCP server 1), announce (the `round`), sent (the
     round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
-    being `message`; by TCP for all others that asked), finish (when a client has
-    everything; `message` is the last BYE), abort (`message` is the reason).
+    being `message`; by TCP for all others that asked), chain (`messages`: member -> what to
+    tell it), finish (when a client has everything; `message` is the last BYE), abort
+    (`message` is the reason).
     """
 
-    def __init__(self, kind, round=None, coded=(), message=b''):      # pylint: disable=redefined-builtin
+    def __init__(self, kind, round=None, coded=(), message=b'', messages=()):      # pylint: disable=redefined-builtin
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
+        self.messages = messages
 
 
 # Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
@@ -3328,6 +3401,7 @@ class Answers(object):
     hearing     how many heard any multicast, `deaf` those who heard none
     lost        the sum of the shares that those who heard any lost
     worst       the two Receptions with the least ratio, the least first
+    by_tcp      packets that were asked for and sent at once
     head        bit/s at which the head arrived at the slowest, and by which share that may be wrong
     late        (when, member, what it was busy with) of the last two that paid, the last first
     """
@@ -3335,6 +3409,7 @@ class Answers(object):
     def __init__(self):
         self.requests, self.hearing, self.deaf, self.lost = {}, 0, [], 0.0
         self.worst, self.head, self.late = [], None, []
+        self.by_tcp = 0
 
     def paid(self, member, now, busy=None):
         """A member owes nothing more for this step; busy: what it said that it did meanwhile."""
@@ -3355,6 +3430,7 @@ class Answers(object):
         """Those of another thread, too."""
         self.requests.update(other.requests)
         self.hearing += other.hearing
+        self.by_tcp += other.by_tcp
         self.lost += other.lost
         self.deaf += other.deaf
         self.worst = sorted(self.worst + other.worst, key=lambda one: one.ratio)[:2]
@@ -3375,12 +3451,19 @@ class Member(object):
 
     MOST_SIGNS = 20                     # of life at once, and four times as many as we ask for
     MOST_REQUESTS = 20                  # for the same round
+    FEW = 0.1                           # share of packets that who hears multicast may lose
+    MOST_RELAY_WORDS = 1000             # about its neighbours in the chain
 
     def __init__(self, address, now):
         self.address, self.host = address, None
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
+        self.willing = False            # to serve another client
+        self.relays = False             # another client waits for what it asks for
+        self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
+        self.relay_words = 0
+        self.done_at = {}               # number -> when it was through with the round
         self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
         self.times_asked = {}           # number -> how often
@@ -3491,6 +3574,9 @@ class ServerWindow(object):
                 todo.append(('packets', member, (step.round, request)))
         return todo
 
+    def _begin_chain(self, step, _awaited, _now):
+        return [('send', member, step.messages[member]) for member in self.members if member in step.messages]
+
     def _begin_finish(self, step, awaited, now):
         self._last = awaited
         awaited.owing.update(self.members)
@@ -3579,9 +3665,11 @@ class ServerWindow(object):
         return self.HANDLERS[kind](self, member, number, message, awaited, now)
 
     def _said(self, member, kind, message, now):
-        """A message that is about no round; returns what to do: nothing.  Raises ProtocolError, Refused."""
+        """A message that is about no round; returns what to do.  Raises ProtocolError, Refused."""
         if kind == BYE:
             raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+        if kind == RELAY:
+            return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
         if kind not in (ALIVE, STATE):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         member.signs += 1
@@ -3600,6 +3688,21 @@ class ServerWindow(object):
         member.busy = field(fields, 'busy', TEXT, optional=True)
         member.figures = dict((key, field(fields, key, NUMBER)) for key in FIGURES if key in fields)
 
+    @staticmethod
+    def _neighbour(member, fields):
+        """What a client says of its upstream or follower, checked."""
+        member.relay_words += 1
+        if member.relay_words > member.MOST_RELAY_WORDS:
+            raise ProtocolError('far too many words about its neighbours')
+        said = {'token': token_of(fields)}
+        for key, kinds in (('port', NUMBER), ('lost', TEXT), ('reason', TEXT)):
+            if key in fields:
+                said[key] = field(fields, key, kinds, optional=True)
+        if not 0 < (said.get('port') or 1) < 65536:
+            raise ProtocolError('a frame without a proper "port"')
+        said['connected'] = fields.get('connected') is True
+        return said
+
     def _ready(self, member, number, _message, _awaited, now):
         member.stands(number, LISTENS, None, now)
         return []
@@ -3611,6 +3714,11 @@ class ServerWindow(object):
         self._count_request(member, number)
         request = Request(gaps, len(order) if order else how_many(gaps), order)
         member.lost += request.count
+        if member.relays:               # others wait for what it asked for, so it does not wait for their answers
+            member.by_tcp += request.count
+            awaited.answers.by_tcp += request.count
+            self._owe(member, number, ANSWER, awaited, now)
+            return [('packets', member, (self._rounds[number], request))]
         member.asked[number] = request
         member.stands(number, ASKED, None, now)
         awaited.answers.requests[member] = request
@@ -3632,6 +3740,9 @@ class ServerWindow(object):
             member.stands(number, None, None, now)
             return [('served', member, None)]
         self._reception(member, number, message, awaited, 0, now)
+        member.done_at[number] = now
+        if len(member.done_at) > 16:
+            del member.done_at[min(member.done_at)]
         member.stands(number, None, None, now)
         return self._see_off(member, now)
 
@@ -3647,6 +3758,10 @@ class ServerWindow(object):
             return
         member.noted.add(number)
         lost = how_many(gaps & ((1 << done.multicast) - 1)) if gaps else 0
+        figures = self.dialect.figures_of(message) or (done.multicast - lost, 0, 0, 0, 0)
+        lost = max(0, done.multicast - figures[0])
+        member.deaf_rounds = member.deaf_rounds + 1 if lost == done.multicast else 0
+        member.heard_rounds = member.heard_rounds + 1 if lost <= member.FEW * done.multicast else 0
         if lost == done.multicast:
             awaited.answers.deaf.append(member)
             member.deaf_since = member.deaf_since or now
@@ -3665,19 +3780,18 @@ class ServerWindow(object):
             first, last = done.tail_of(done.buffer.count)
             through = 1 - how_many(gaps >> first) / (last - first) or 1 - lost / done.multicast
         bits_a_packet = 8 * (done.buffer.slot + UDP_OVERHEAD)
-        figures = self.dialect.figures_of(message) or (0, 0, 0, 0)
-        arrived, error = self.arrival(figures[2:] if figures[2] else figures[:2], bits_a_packet)
+        train = figures[3:] if figures[3] else figures[1:3]
+        arrived, error = self.arrival(train, bits_a_packet)
         if arrived is not None:
-            packets = (figures[2:] if figures[2] else figures[:2])[0]
             member.queued = 0.0 if lost else max(
-                0.0, member.queued + packets * bits_a_packet * (1 / arrived - 1 / done.tail))
+                0.0, member.queued + train[0] * bits_a_packet * (1 / arrived - 1 / done.tail))
             member.doubted = member.doubted or member.queued > RateControl.LONGEST_QUEUE
         ratio = through if arrived is None else min(through, arrived / done.tail)
         if arrived is None or member.doubted or 1 - ratio < error:      # the clock does not tell, but losses do
             ratio, error = through, 0.0
         ratio /= 1 - member.medium
         awaited.answers.heard(Reception(ratio, error, lost / done.multicast, member))
-        arrived, error = self.arrival(figures[:2], bits_a_packet)
+        arrived, error = self.arrival(figures[1:3], bits_a_packet)
         if done.head and arrived is not None and not member.doubted:
             awaited.answers.heard_head(arrived / (1 - member.medium), error)
 
@@ -3741,6 +3855,9 @@ class Incoming(object):
         self.gaps = 0                   # asked for, as bits
         self.deadline = None            # for stragglers, seconds
         self.given = False              # to the writer
+        self.heard = 0                  # packets by multicast
+        self.chained = False            # some of it came from an upstream
+        self.carried = True             # the upstream, if there is one, may bring more of it
         self.head, self.tail = Train(*Round.head_of(count)), Train(*Round.tail_of(count))
 
     def note(self, place, heard, seconds):
@@ -3768,6 +3885,7 @@ class ClientWindow(object):
     NOTHING_YET = 0.05                  # or where nothing has come, though multicast was heard before
     BASE_ROOM = 2                       # buffers, where one round is under way
     EARLY = 64                          # batches that may come before their announcement
+    AHEAD = 1 << 31                     # rounds: numbers wrap
 
     def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None):
         """payload: bytes in a full packet; salts: for packets, and for repairs;
@@ -3780,7 +3898,10 @@ class ClientWindow(object):
         self.begun = False              # a round was announced
         self.over = False
         self.announced = 0              # rounds
-        self.by_multicast = self.by_tcp = self.coded = 0        # packets
+        self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
+        self.upstream_from = None       # the first round that an upstream brings, while there is one
+        self.forwarding = None          # what a follower is to get, while there is one
+        self._kept = []                 # rounds that are written, and that the follower does not have
         self.rounds = collections.deque()           # those that are not DONE, the oldest first
         self._base = self._place = None # of the next round
         self._last = None               # the round of 0 packets that ends the image
@@ -3801,6 +3922,10 @@ class ClientWindow(object):
         hows = set(incoming.how for incoming in self.rounds)
         if Incoming.BYTES in hows:
             return 'receiving'
+        if [1 for incoming in self.rounds if incoming.how == Incoming.STRAGGLERS and self._awaits_upstream(incoming)]:
+            return 'following'
+        if self._kept and not self.writing and Incoming.WAITS in hows:
+            return 'relaying'
         return 'writing' if Incoming.WAITS in hows or Incoming.COMPLETE in hows else None
 
     @property
@@ -3816,7 +3941,8 @@ class ClientWindow(object):
     @property
     def deadline(self):
         """When to call tick(), seconds; None: no need to."""
-        deadlines = [incoming.deadline for incoming in self.rounds if incoming.deadline is not None]
+        deadlines = [incoming.deadline for incoming in self.rounds
+                     if incoming.deadline is not None and not self._awaits_upstream(incoming)]
         return min(deadlines) if deadlines else None
 
     def size_of(self, head):
@@ -3838,6 +3964,10 @@ class ClientWindow(object):
                 return []
             if kind == STATE:
                 return [('state', unpack_frame(message[5:]))]
+            if kind == UPSTREAM:
+                return [('upstream', place_of_upstream(unpack_frame(message[5:])))]
+            if kind == FOLLOWER:
+                return [('follower', token_of(unpack_frame(message[5:]), optional=True))]
             if kind == BYE:
                 return self._on_bye(unpack_frame(message[5:]))
             if kind == BUFFER_INFO:
@@ -3897,7 +4027,7 @@ class ClientWindow(object):
     def _make_room(self):
         """Be ready for those rounds for which there is a buffer now."""
         todo = []
-        used = len(self._lent) + len([1 for incoming in self.rounds
+        used = len(self._lent) + len(self._kept) + len([1 for incoming in self.rounds
                                       if incoming.buffer and incoming not in self._lent])
         for incoming in self.rounds:
             if incoming.how != Incoming.WAITS:
@@ -3912,12 +4042,14 @@ class ClientWindow(object):
                 buffer = Buffer(payload, incoming.count, self._salt, () if self.digest else self._checks)
             buffer.start(incoming.base, incoming.count, incoming.size if self.dialect.sizes else None)
             incoming.buffer, incoming.how = buffer, Incoming.LISTENS
+            if self.forwarding:
+                self.forwarding.add(incoming)
             todo.append(('send', self.dialect.ready(incoming.number)))
         return todo
 
     def _on_sent(self, incoming, digest, now):
         incoming.digest = digest
-        patience = self.SETTLE if incoming.target.received else self.NOTHING_YET
+        patience = self.SETTLE if self._heard_of(incoming) else self.NOTHING_YET
         incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + patience
         return []
 
@@ -3943,6 +4075,8 @@ class ClientWindow(object):
         if len(sums) != incoming.count:
             raise ProtocolError('%s of a round of %d' % (counted(len(sums), 'sum'), incoming.count))
         gaps = incoming.buffer.differing(sums)
+        if not gaps and incoming.chained:       # whom another client believed we need not believe
+            gaps, incoming.chained = (1 << incoming.count) - 1, False
         if not gaps:
             raise Failure('the digest differs: what was received is not the image; nothing of this '
                           'round was written')
@@ -3967,7 +4101,9 @@ class ClientWindow(object):
                 return None
             incoming, place = later[0], 0
         target = incoming.target
-        return (target, place) if not target.checks and target.lacks(place, place + MOST_SEGMENTS) else None
+        if target.checks or self._awaits_upstream(incoming):        # which may be about to write there, too
+            return None
+        return (target, place) if target.lacks(place, place + MOST_SEGMENTS) else None
 
     def take(self, batches, in_first, first, last):
         """Datagrams have arrived; returns whether any was of use.
@@ -3992,6 +4128,7 @@ class ClientWindow(object):
                     target.put(data, offset, count, payload)
                 useful = useful or target.received > before
                 if target is incoming.buffer:
+                    incoming.heard += target.received - before
                     if not number:
                         incoming.note(place, before + in_first, first)
                     if number == len(batches) - 1:
@@ -4012,10 +4149,12 @@ class ClientWindow(object):
     def _put_rest(listening, data, offset, count, payload, taken):
         """Put the packets behind the first `taken` ones where they belong; returns whether any was of use."""
         useful, offset = False, offset + taken * (PACKET.size + payload)
-        for _, target in listening:
+        for incoming, target in listening:
             before = target.received
             target.put(data, offset, count - taken, payload)
             useful = useful or target.received > before
+            if target is incoming.buffer:
+                incoming.heard += target.received - before
         return useful
 
     def listened(self, now):
@@ -4028,16 +4167,21 @@ class ClientWindow(object):
         """Whether stragglers may be on their way: the end of what was sent is
         missing, though we hear multicast, and nothing later has come."""
         target = incoming.target
-        return ((target.received or self._hears) and not target.complete
+        return ((self._heard_of(incoming) or self._hears) and not target.complete
                 and not (target.has(0) and target.has(target.count - 1))
                 and not any(later.number > incoming.number and later.target and later.target.received
                             for later in self.rounds))
+
+    @staticmethod
+    def _heard_of(incoming):
+        """Packets by multicast for a round, or for the repair pass that is under way for it."""
+        return incoming.repair[0].received if incoming.repair else incoming.heard
 
     def tick(self, now):
         """Time passes; returns what to do."""
         todo = []
         for incoming in list(self.rounds):
-            if incoming.how == Incoming.STRAGGLERS and (
+            if incoming.how == Incoming.STRAGGLERS and not self._awaits_upstream(incoming) and (
                     now >= incoming.deadline or not self._may_come(incoming)):
                 todo += self._answer(incoming)
         return todo
@@ -4049,8 +4193,9 @@ class ClientWindow(object):
             self.coded += solve(buffer, *incoming.repair)
             incoming.repair = None
         else:
-            self.by_multicast += buffer.received
-            self._hears = bool(buffer.received)
+            self.by_multicast += incoming.heard
+            self._hears = bool(incoming.heard)
+        incoming.carried = False
         return self._complete(incoming) if buffer.complete else self._ask(incoming)
 
     def _ask(self, incoming):
@@ -4063,7 +4208,7 @@ class ClientWindow(object):
 
     @staticmethod
     def _figures(incoming):
-        return incoming.head.figures() + incoming.tail.figures()
+        return (incoming.heard,) + incoming.head.figures() + incoming.tail.figures()
 
     def _complete(self, incoming):
         """Nothing is missing: give the writer what is its turn."""
@@ -4098,10 +4243,13 @@ class ClientWindow(object):
         """So many bytes were put into `wants`; returns what to do.  Raises ProtocolError."""
         self._filled += size
         self.wants = self.wants[size:]
-        if len(self.wants):
-            return []
         incoming = self._reading
-        buffer, (start, stop) = incoming.buffer, self._left.popleft()
+        buffer, (start, stop) = incoming.buffer, self._left[0]
+        if len(self.wants):
+            if self.digest:             # a follower need not wait for the others
+                buffer.arrived(start, start + self._filled // buffer.payload)
+            return []
+        self._left.popleft()
         if self.digest:
             buffer.arrived(start, stop)
         else:
@@ -4137,8 +4285,728 @@ class ClientWindow(object):
     def written(self):
         """The writer is through with a round; returns what to do."""
         incoming = self._lent.popleft()
+        if self.forwarding and self.forwarding.holds(incoming):
+            self._kept.append(incoming)
+            return []
         self._free.append(incoming.buffer)
         return self._make_room()
+
+    # ---- the chain: what another client brings, and what one takes from here
+
+    def _awaits_upstream(self, incoming):
+        """Whether a round's answer waits for what the upstream may still bring."""
+        return (incoming.carried and self.upstream_from is not None
+                and (incoming.number - self.upstream_from) & MASK < self.AHEAD and not incoming.buffer.complete)
+
+    def area_for(self, number, first, size):
+        """Where to put a piece that an upstream sends: (round, memoryview, index after its last packet).
+
+        (None, None, None): the round is not waited for any more.  Raises ProtocolError.
+        """
+        for incoming in self.rounds:
+            if incoming.number == number:
+                break
+        else:
+            if not 0 < (self.announced - number) & MASK < self.AHEAD:
+                raise ProtocolError('a piece of a round that is not announced')
+            return None, None, None
+        last = first + -(-size // self.payload)
+        if last > incoming.count or size != (last - first) * self.payload and (
+                last != incoming.count or size != incoming.size - first * self.payload):
+            raise ProtocolError('a piece outside its round')
+        if not self.takes(incoming):
+            return None, None, None
+        return incoming, incoming.buffer.view(first, last), last
+
+    @staticmethod
+    def takes(incoming):
+        """Whether what an upstream brings of a round may still be put to its place."""
+        return incoming.how in (Incoming.LISTENS, Incoming.STRAGGLERS) and not incoming.buffer.complete
+
+    def arrived(self, incoming, first, last):
+        """An upstream has brought these packets of a round, to their place."""
+        before = incoming.buffer.received
+        incoming.buffer.arrived(first, last)
+        incoming.chained = True
+        self.by_chain += incoming.buffer.received - before
+
+    def no_more(self, number, now):
+        """The upstream brings no more of a round."""
+        for incoming in self.rounds:
+            if incoming.number == number:
+                incoming.carried, incoming.deadline = False, now if incoming.deadline is not None else None
+
+    def follow(self, number):
+        """From a round on there is an upstream; None: there is none any more."""
+        self.upstream_from = number
+
+    def serve(self, forwarding):
+        """There is a follower, or (None) none any more; returns what to do."""
+        self.forwarding = forwarding
+        if forwarding:
+            rounds = self._kept + list(self._lent) + [each for each in self.rounds if each not in self._lent]
+            for incoming in sorted(rounds, key=lambda each: each.place):
+                if incoming.buffer:
+                    forwarding.add(incoming)
+            oldest = min(rounds, key=lambda each: each.place).number if rounds else self.announced & MASK
+            forwarding.skip(oldest)
+        return self.relayed()
+
+    def relayed(self):
+        """The follower may have got a round; returns what to do."""
+        for incoming in self._kept[:]:
+            if not self.forwarding or not self.forwarding.holds(incoming):
+                self._kept.remove(incoming)
+                self._free.append(incoming.buffer)
+        return self._make_room()
+
+
+# ---------------------------------------------------------------------------
+# Chain
+# ---------------------------------------------------------------------------
+
+# Where multicast does not reach, each client takes the packets from another one, its
+# upstream, and only the first of them from the server.  The chain is a carrier, as multicast
+# is: what it does not bring is asked for as ever.
+
+class Link(object):
+    """A client takes its packets from another one.
+
+    up      whether the follower was told so: the upstream listens
+    """
+
+    def __init__(self, upstream, follower, now):
+        self.upstream, self.follower, self.since = upstream, follower, now
+        self.token = os.urandom(TOKEN_SIZE)
+        self.port = None                # where the upstream listens
+        self.up = False
+
+
+class Chain(object):
+    """Who takes the packets from whom: no socket, no thread and no clock.
+
+    It is told who hears multicast and who does not, what clients say of their neighbours, who left,
+    and when time passes; changes() is what to tell whom.  Links only go from earlier to later in `order`, and each
+    client has one upstream and one follower at the most, so there is never a loop.
+    """
+
+    DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all
+    ANSWER = 2.0                        # seconds for an upstream to listen
+    SETTLE = 1.0                        # seconds that all wait for a chain that is being built
+    JIFFY = 1.0                         # seconds that nobody is blamed for
+    PATIENCE = 5.0                      # seconds between two that are
+    SLOW = 3                            # rounds in a row in which a client holds its followers up
+
+    def __init__(self, dialect):
+        self.dialect = dialect
+        self.order = []                 # members that are in it
+        self.links = {}                 # follower -> Link
+        self._inside = set()            # members that it is for
+        self._head = None               # a member that hears multicast, and passes it on
+        self._last = []                 # members that go behind all others, in their order
+        self._lost = {}                 # upstream -> the followers that could not reach it, or lost it
+        self._slow = {}                 # member -> rounds in a row
+        self._next_blame = 0.0          # when one may be put to the end for that
+        self._served = {}               # upstream -> the token that it was told last
+        self._news = []                 # (member, message without the round's number, or a function of it)
+        self._settled_by = None         # when not to wait any longer for it to be built
+
+    def __str__(self):
+        return ' - '.join(str(member) for member in self.order)
+
+    # ---- what happens
+
+    def build(self, members, now):
+        """It is for all of them."""
+        self._inside.update(members)
+        self._wire(now, wait=True)
+
+    def learn(self, here, now):
+        """A round was answered for: who hears, who does not; here: all members."""
+        before, head = set(self._inside), self._head
+        for member in here:
+            if member.deaf_rounds >= self.DEAF:
+                self._inside.add(member)
+            elif member.heard_rounds >= self.BACK:
+                self._inside.discard(member)
+        hearing = [member for member in here if member.heard_rounds and member not in self._inside
+                   and member.willing and len(self._lost.get(member, ())) < 2]
+        if self._head not in hearing or not self._inside:
+            self._head = None
+        if self._inside and hearing and not self._head:
+            hearing.sort(key=self._place)
+            first = min(map(self._place, self._inside))
+            self._head = ([member for member in hearing if self._place(member) < first] or hearing[:1])[-1]
+        if self._inside != before or self._head is not head:
+            self._wire(now, wait=not hearing)
+
+    def leave(self, member, now):
+        """A member is none any more."""
+        for members in (self._inside, self._lost, self._slow, self._served):
+            if member in members:
+                (members.discard if members is self._inside else members.pop)(member)
+        for followers in self._lost.values():
+            followers.discard(member)
+        if member in self._last:
+            self._last.remove(member)
+        if member is self._head:
+            self._head = None
+        if member in self.order:
+            self._wire(now)
+
+    def heard(self, member, said, now, mending=True):
+        """What a member says of a neighbour: the fields of RELAY; mending: whether there are rounds to come."""
+        for link in self.links.values():
+            if link.token == said['token']:
+                break
+        else:
+            return                      # of a link that is none any more
+        if member is link.upstream and not link.up:
+            if said.get('port'):
+                link.up, link.upstream.relays, link.port = True, True, said['port']
+                self._say(link.follower, lambda number: self.dialect.upstream(
+                    number, member.address, link.port, link.token))
+            else:
+                self._lost.setdefault(member, set()).add(None)      # it can serve nobody else either
+                self._fails(link, 'it cannot listen: %s' % said.get('reason'), now, False, mending)
+        elif member is link.follower and said.get('lost'):
+            self._fails(link, said['lost'], now, said['connected'], mending)
+
+    def through(self, seconds, number, now):
+        """All are through with a round, which took so long since the one before."""
+        times = dict((member, member.done_at.pop(number, None)) for member in self.order)
+        followed = dict((link.upstream, follower) for follower, link in self.links.items() if link.up)
+        late = []
+        for member, link in self.links.items():
+            after = followed.get(member)
+            if not link.up or after is None or None in (times[member], times[link.upstream], times[after]):
+                self._slow.pop(member, None)
+                continue
+            lag, follows = times[member] - times[link.upstream], times[after] - times[member]
+            if lag > max(self.JIFFY, seconds) and follows < lag / 4:
+                self._slow[member] = self._slow.get(member, 0) + 1
+                if self._slow[member] >= self.SLOW:
+                    late.append(member)
+            else:
+                self._slow.pop(member, None)
+        for member in late[:1] if now >= self._next_blame else ():
+            self._next_blame = now + self.PATIENCE
+            self._slow.clear()
+            tell('chain_slow', member=member)
+            self._to_the_end(member)
+            self._wire(now)
+
+    def look(self, now):
+        """Time passes."""
+        for link in list(self.links.values()):
+            if not link.up and now - link.since > self.ANSWER and link.follower in self.links:
+                self._fails(link, 'no word from it', now)
+
+    def settling(self, now):
+        """Whether to wait for it, as it is just being built."""
+        if self._settled_by and (now > self._settled_by or all(link.up for link in self.links.values())):
+            self._settled_by = None
+        return self._settled_by is not None
+
+    def changes(self, number):
+        """What to tell whom: member -> bytes; number: the first round that it can be for."""
+        messages = {}
+        for member, message in self._news:
+            messages[member] = messages.get(member, b'') + message(number)
+        self._news = []
+        return messages
+
+    # ---- how it is made
+
+    @staticmethod
+    def _place(member):
+        return socket.inet_aton(member.address), member.since
+
+    def _to_the_end(self, member):
+        if member in self._last:
+            self._last.remove(member)
+        self._last.append(member)
+
+    def _fails(self, link, reason, now, connected=False, mending=True):
+        """A link does not hold: the upstream goes to the end."""
+        upstream, follower = link.upstream, link.follower
+        self._lost.setdefault(upstream, set()).add(follower)
+        tell('chain_broken', upstream=upstream, follower=follower, reason=reason)
+        if link.port and not connected and len(self._lost[upstream]) == 1:
+            tell('relay_unreachable', upstream=upstream, follower=follower, reason=reason, port=link.port)
+        if not mending:
+            return
+        self._to_the_end(upstream)
+        if len([1 for followers in self._lost.values() if follower in followers]) > 1:
+            self._inside.discard(follower)              # it is more likely its own doing
+        self._wire(now)
+
+    def _may_serve(self, upstream, follower):
+        lost = self._lost.get(upstream, ())
+        return upstream.willing and len(lost) < 2 and follower not in lost and None not in lost
+
+    def _wire(self, now, wait=False):
+        """Have the links that the order wants."""
+        inside = [member for member in self._inside if member not in self._last]
+        last = [member for member in self._last if member in self._inside]
+        order = ([self._head] if self._head and self._inside else []) + sorted(inside, key=self._place) + last
+        wanted, before = {}, None       # follower -> upstream
+        for member in order:
+            if before and self._may_serve(before, member):
+                wanted[member] = before
+                before = member
+            elif not before or member.willing and len(self._lost.get(member, ())) < 2:
+                before = member         # the server's packets go on from here
+        for follower, link in list(self.links.items()):
+            if wanted.get(follower) is not link.upstream:
+                del self.links[follower]
+                link.upstream.relays = False
+                self._say(follower, lambda number: self.dialect.upstream(number))
+        fresh = [follower for follower in order if follower in wanted and follower not in self.links]
+        for follower in fresh:
+            self.links[follower] = Link(wanted[follower], follower, now)
+        serving = dict((link.upstream, link.token) for link in self.links.values())
+        for member in set(self._served) - set(serving):
+            del self._served[member]
+            self._say(member, lambda number: self.dialect.follower(None))
+        for member in order:
+            if member in serving and self._served.get(member) != serving[member]:
+                self._served[member] = serving[member]
+                self._say(member, lambda number, token=serving[member]: self.dialect.follower(token))
+        if wait and fresh:
+            self._settled_by = now + self.SETTLE
+        before, self.order = self.order, order
+        if self.links and (order != before or fresh):
+            tell('chain', chain=self)
+
+    def _say(self, member, message):
+        self._news.append((member, message))
+
+
+class Forwarding(object):
+    """What a follower is still to get of the rounds, in pieces, as the packets come."""
+
+    def __init__(self, first, most):
+        """first: the first round that it wants; most: bytes in a piece."""
+        self.first, self._most = first, most
+        self._rounds = collections.deque()          # [Incoming, [(start, stop) of packets that it does not have]]
+        self._gone = collections.deque()            # numbers of rounds that nobody has here any more
+
+    empty = property(lambda self: not self._rounds and not self._gone)
+
+    def add(self, incoming):
+        """There is a buffer for a round."""
+        if (incoming.number - self.first) & MASK < ClientWindow.AHEAD:
+            self._rounds.append([incoming, [(0, incoming.count)]])
+
+    def skip(self, number):
+        """Rounds before that one are gone."""
+        gone = (number - self.first) & MASK
+        if gone < ClientWindow.AHEAD:
+            self._gone.extend((self.first + i) & MASK for i in range(min(gone, 2 * SessionDialect.window)))
+
+    def holds(self, incoming):
+        """Whether a round is still needed."""
+        return any(entry[0] is incoming for entry in self._rounds)
+
+    def next(self):
+        """What to send next: (round, first packet, index after the last), (number of a round of which no more comes,
+        None, None), or None."""
+        if self._gone:
+            return self._gone.popleft(), None, None
+        for entry in self._rounds:
+            incoming, left = entry
+            buffer = incoming.buffer
+            for i, (start, stop) in enumerate(left):
+                found = buffer.here(start, stop)
+                if found:
+                    first, last = found[0], min(found[1], found[0] + max(1, self._most // buffer.payload))
+                    left[i:i + 1] = [part for part in ((start, first), (last, stop)) if part[0] < part[1]]
+                    return incoming, first, last
+            if not left:
+                self._rounds.remove(entry)
+                return incoming.number, None, None
+        return None
+
+
+class Piece(object):
+    """A piece that is coming from an upstream.
+
+    incoming    its round; None: nobody waits for it any more
+    first, last places of its packets; `done`: of those that have arrived
+    left        a memoryview, to be filled
+    """
+
+    def __init__(self, incoming, first, last, area):
+        self.incoming, self.first, self.last = incoming, first, last
+        self.left, self.size, self.got = area, len(area), 0
+        self.done = first
+
+
+class Relay(object):
+    """A client's neighbours in the chain: its upstream, which it takes packets from, and its follower.
+
+    It never waits: turn() does what can be done.
+    """
+
+    SILENCE = 2.0                       # seconds without a byte, after which an upstream is lost
+    STILL = 0.5                         # seconds after which a follower hears that we are here
+    GREETING = 2.0                      # seconds for a follower to say its token
+    MOST = 8                            # connections that have not
+    LITTLE = 64 << 10                   # bytes in a turn: more would come if we waited
+    AT_ONCE = 1 << 20                   # bytes from an upstream in a turn
+    LONGEST_END = 30.0                  # seconds that a follower can keep us at the end
+
+    def __init__(self, window, address, port, say, carry_out):
+        """window: a ClientWindow; address: of this host; port: where to listen, if it is free;
+        say(bytes): to the server; carry_out(todo): what the window wants."""
+        self.window, self._say, self._carry_out = window, say, carry_out
+        self._address, self._port = address, port
+        self._watched = {}              # descriptor -> events
+        self._pollers = []
+        # the follower
+        self._token = None              # who says it is served
+        self._named_at = None           # when that was
+        self._listener = None
+        self._candidates = []           # Connections
+        self._follower = None           # Connection
+        # the upstream
+        self._upstream = None           # Connection
+        self.upstream_place = None      # its (address, port)
+        self._upstream_token = None
+        self._connected = False         # to the upstream
+        self._head = bytearray(PIECE.size)
+        self._head_left = memoryview(self._head)
+        self._piece = None              # that is coming
+        self._sum = bytearray(U32.size)             # of it, without digests
+        self._sum_left = None
+        self._scratch = None
+        self.trickles = False           # the upstream sends less than is worth a turn
+
+    @property
+    def active(self):
+        """Whether it has anything to do."""
+        return bool(self._watched)
+
+    upstream_fd = property(lambda self: self._upstream.fileno() if self._upstream else None)
+    following = property(lambda self: self._connected)
+
+    # ---- descriptors
+
+    def descriptors(self):
+        """(descriptor, events) of all, for poll()."""
+        return list(self._watched.items())
+
+    def poll_with(self, *pollers):
+        """From now on all is registered there."""
+        self._pollers = pollers
+        for fd, events in self._watched.items():
+            for poller in pollers:
+                poller.register(fd, events)
+
+    def _watch(self, connection, events):
+        fd = connection.fileno()
+        if self._watched.get(fd) != events:
+            for poller in self._pollers:
+                (poller.modify if fd in self._watched else poller.register)(fd, events)
+            self._watched[fd] = events
+
+    def _close(self, connection):
+        if self._watched.pop(connection.fileno(), None):
+            for poller in self._pollers:
+                poller.unregister(connection.fileno())
+        connection.close()
+
+    def close(self):
+        """Leave nothing behind."""
+        self._drop_upstream()
+        self._end_service()
+
+    # ---- what the server wants
+
+    def serve(self, token):
+        """Serve whoever says this token; None: nobody.  Raises Failure, as all that follows."""
+        self._drop_follower()
+        for candidate in self._candidates[:]:
+            self._dismiss(candidate)
+        if token is None:
+            return self._end_service()
+        self._token, self._named_at = token, monotonic()
+        try:
+            self._listen()
+        except OS_ERRORS as error:
+            self._end_service()
+            return self._say(SessionDialect.relay(token, port=None, reason=explain(error)))
+        return self._say(SessionDialect.relay(token, port=self._listener.getsockname()[1]))
+
+    def _listen(self):
+        for port in (self._port, 0) if not self._listener else ():
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((self._address, port))
+                sock.listen(self.MOST)
+            except OS_ERRORS:
+                sock.close()
+                if not port:
+                    raise
+                continue
+            sock.setblocking(False)
+            self._listener = sock
+            self._watch(sock, select.POLLIN)
+            break
+
+    def _end_service(self):
+        self._token = None
+        self._drop_follower()
+        for candidate in self._candidates[:]:
+            self._dismiss(candidate)
+        if self._listener:
+            self._close(self._listener)
+            self._listener = None
+
+    def follow(self, number, place, token):
+        """Take the rounds from that number on from (address, port); None: from nobody."""
+        self._drop_upstream()
+        if place is None:
+            return
+        self.upstream_place = place
+        self._upstream_token, self._connected = token, False
+        try:
+            self._upstream = Connection(socket.socket(socket.AF_INET, socket.SOCK_STREAM), place[0])
+            self._upstream.sock.setblocking(False)
+            self._upstream.outgoing.put_tail(token + U32.pack(number))
+            code = self._upstream.sock.connect_ex(place)
+            if code not in (0, errno.EINPROGRESS):
+                raise socket.error(code, os.strerror(code))
+        except OS_ERRORS as error:
+            return self._lose_upstream(explain(error))
+        self.window.follow(number)
+        self._watch(self._upstream, select.POLLOUT)
+
+    # ---- a turn
+
+    def turn(self, fds, now):
+        """Do what can be done; fds: descriptors that are ready; now: seconds."""
+        if self._listener and self._listener.fileno() in fds:
+            self._accept(now)
+        for candidate in self._candidates[:]:
+            if candidate.fileno() in fds:
+                self._greet(candidate)
+            elif now - candidate.since > self.GREETING:
+                self._dismiss(candidate, 'it says nothing')
+        if self._follower and self._follower.fileno() in fds:
+            self._hear_follower()
+        upstream = self._upstream
+        if upstream and (upstream.fileno() in fds or now - upstream.heard > self.SILENCE):
+            self._hear_upstream(now)
+        if self._follower:
+            self._forward(now)
+
+    # ---- the follower
+
+    def _accept(self, now):
+        try:
+            sock, address = self._listener.accept()
+        except OS_ERRORS:
+            return
+        candidate = Connection(sock, address[0])
+        candidate.begin(STALL)
+        candidate.since = now
+        self._candidates.append(candidate)
+        self._watch(candidate, select.POLLIN)
+        if len(self._candidates) > self.MOST:
+            self._dismiss(self._candidates[0], 'too many connections that say nothing')
+
+    def _dismiss(self, candidate, reason=None):
+        self._candidates.remove(candidate)
+        self._close(candidate)
+        if reason:
+            tell('relay_stranger', address=candidate.address, reason=reason)
+
+    def _greet(self, candidate):
+        size = TOKEN_SIZE + U32.size
+        try:
+            candidate.receive(size - candidate.incoming.size)
+        except Gone:
+            return self._dismiss(candidate, 'it went away')
+        if candidate.incoming.size < size:
+            return None
+        words = candidate.incoming.flat()
+        if words[:TOKEN_SIZE] != self._token or self._follower:
+            return self._dismiss(candidate, 'it is not the one that the server named')
+        self._candidates.remove(candidate)
+        self._follower = candidate
+        most = LARGEST_PIECE if self.window.digest else LARGEST_PIECE // 4
+        return self._carry_out(self.window.serve(Forwarding(U32.unpack(words[TOKEN_SIZE:])[0], most)))
+
+    def _hear_follower(self):
+        try:
+            if self._watched.get(self._follower.fileno(), 0) & select.POLLOUT:
+                self._follower.flush()
+            if self._follower.receive():
+                raise Gone('it says what is not asked for')
+        except Gone:
+            self._drop_follower()
+
+    def _drop_follower(self):
+        if self._follower:
+            self._close(self._follower)
+            self._follower = None
+            self._carry_out(self.window.serve(None))
+
+    def _forward(self, now):
+        """Send what has come, as far as the follower takes it."""
+        follower, forwarding = self._follower, self.window.forwarding
+        through = False
+        try:
+            while not follower.outgoing.count:
+                following = forwarding.next()
+                if following is None:
+                    break
+                incoming, first, last = following
+                if first is None:
+                    follower.send(PIECE.pack(incoming, 0, 0))
+                    through = True
+                    continue
+                data = incoming.buffer.view(first, last)
+                head = PIECE.pack(incoming.number, first, len(data))
+                if self.window.digest:
+                    follower.send(head, data)
+                else:
+                    payloads = part(incoming.buffer.payloads, first * incoming.buffer.payload, len(data))
+                    follower.send(head, data, U32.pack(zlib.crc32(payloads, zlib.crc32(head)) & MASK))
+            if not follower.outgoing.count and now - follower.told > self.STILL:
+                follower.send(STILL_HERE)
+        except Gone:
+            return self._drop_follower()
+        self._watch(follower, select.POLLIN | (select.POLLOUT if follower.outgoing.count else 0))
+        if through:
+            self._carry_out(self.window.relayed())
+        return None
+
+    def owes(self, now, since):
+        """At the end, which came `since`: whether a follower is still to get something, and takes it."""
+        if not self._follower or self.window.forwarding.empty and not self._follower.outgoing.count:
+            return False
+        self._follower.look_at_kernel()
+        return now - max(since, self._follower.moved) < self.SILENCE and now - since < self.LONGEST_END
+
+    # ---- the upstream
+
+    def _drop_upstream(self):
+        if self._upstream:
+            self._close(self._upstream)
+        self._upstream = self.upstream_place = self._piece = None
+        self._connected = self.trickles = False
+        self._head_left, self._sum_left = memoryview(self._head), None
+        self.window.follow(None)
+
+    def _lose_upstream(self, reason):
+        connected = self._connected
+        self._drop_upstream()
+        self._say(SessionDialect.relay(self._upstream_token, lost=reason, connected=connected))
+
+    def _hear_upstream(self, now):
+        try:
+            if not self._connected:
+                self._connect(now)
+            if self._connected:
+                got = 0
+                while got < self.AT_ONCE:
+                    size = self._read(now)
+                    if not size:
+                        break
+                    got += size
+                self.trickles = got < self.LITTLE
+        except Gone as error:
+            return self._lose_upstream(str(error))
+        except ProtocolError as error:
+            return self._lose_upstream('protocol error: %s' % error)
+        if now - self._upstream.heard > self.SILENCE:
+            self._lose_upstream('silent for %g s' % self.SILENCE if self._connected else 'no connection within %g s'
+                                % self.SILENCE)
+        return None
+
+    def _connect(self, now):
+        """See whether the connection is there.  Raises Gone."""
+        upstream = self._upstream
+        number = upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            if not number and upstream.sock.getsockname() == upstream.sock.getpeername():
+                number = errno.ECONNREFUSED             # to ourselves: nobody listens there
+        except OS_ERRORS:
+            if not number:
+                return                  # it is not
+        if number:
+            raise Gone(os.strerror(number))
+        self._connected, upstream.heard = True, now
+        upstream.begin(STALL)
+        upstream.flush()
+        self._watch(upstream, select.POLLIN)
+
+    def _read(self, now):
+        """Take some of what has come; returns bytes.  Raises Gone, ProtocolError."""
+        upstream, piece = self._upstream, self._piece
+        if piece is None:
+            size = upstream.read_into(self._head_left)
+            self._head_left = self._head_left[size:]
+            if size and not self._head_left:
+                self._head_left = memoryview(self._head)
+                self._begin_piece(now)
+            return size
+        if self._sum_left is not None:
+            size = upstream.read_into(self._sum_left)
+            self._sum_left = self._sum_left[size:]
+            if not self._sum_left:
+                self._sum_left = None
+                self._check_piece(piece)
+            return size
+        if piece.incoming and self.window.digest and not self.window.takes(piece.incoming):
+            # It was complete meanwhile, and is being verified: no byte of it may change any more.
+            piece.incoming, piece.left = None, self._scratch_of(len(piece.left))
+        size = upstream.read_into(piece.left)
+        piece.left = piece.left[size:]
+        piece.got += size
+        if size and self.window.digest and piece.incoming:
+            done = piece.last if not piece.left else piece.first + piece.got // self.window.payload
+            if done > piece.done:
+                self.window.arrived(piece.incoming, piece.done, done)
+                piece.done = done
+        if not piece.left:
+            if self.window.digest:
+                self._piece = None
+            else:
+                self._sum_left = memoryview(self._sum)
+        return size
+
+    def _begin_piece(self, now):
+        number, first, size = PIECE.unpack(bytes(self._head))
+        if not size:
+            if number != MASK:
+                self.window.no_more(number, now)
+            return
+        if size > LARGEST_PIECE:
+            raise ProtocolError('a piece of %d bytes' % size)
+        incoming, area, last = self.window.area_for(number, first, size)
+        if incoming is None or not self.window.digest:
+            area = self._scratch_of(size)
+        self._piece = Piece(incoming, first, last, area)
+
+    def _scratch_of(self, size):
+        if self._scratch is None:
+            self._scratch = bytearray(LARGEST_PIECE)
+        return memoryview(self._scratch)[:size]
+
+    def _check_piece(self, piece):
+        """Without digests a piece has a checksum.  Raises ProtocolError."""
+        self._piece = None
+        right = zlib.crc32(part(self._scratch, 0, piece.size), zlib.crc32(bytes(self._head))) & MASK
+        if right != U32.unpack(bytes(self._sum))[0]:
+            raise ProtocolError('a piece with a wrong checksum')
+        if piece.incoming and self.window.takes(piece.incoming):
+            piece.incoming.buffer.view(piece.first, piece.last)[:] = memoryview(self._scratch)[:piece.size]
+            self.window.arrived(piece.incoming, piece.first, piece.last)
 
 
 # ---------------------------------------------------------------------------
@@ -4165,6 +5033,7 @@ class Roster(object):
         self.waiting = None             # for whom else than a client all wait, in words
         self.sentences = 0              # passed on clients so far
         self.everyone = []              # who was here at the start, whatever became of them
+        self.news = collections.deque()             # (member, what it says of a neighbour; None: it has left)
         self._here = []
         self._identities = {}           # (host, address) -> the last of those who are here
         self._refused = {}              # (host, address) -> why
@@ -4180,6 +5049,10 @@ class Roster(object):
         served = set(member.identity for member in self.everyone
                      if member.outcome == 'complete' and not member.loopback)
         return sorted(item for item in self._refused.items() if item[0] not in served)
+
+    def is_here(self, member):
+        """Whether a client is."""
+        return member in self._here
 
     def condemn(self, member, why):
         """Its thread, whichever that is, is to drop a client at its next look."""
@@ -4284,18 +5157,20 @@ class Course(object):
     SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
     HOLDUP_WORDS = 10.0                 # seconds between two such lines
+    LOOK_EVERY = 0.1                    # seconds
     FIRST_SEQ = 0
 
     def __init__(self, hands, roster, dialect, payload, capacity, rate='auto', min_rate=0,
-                 unicast=False, repair_salt=0, farewell=None, allow_empty=False):
+                 unicast=False, repair_salt=0, farewell=None, allow_empty=False, chain=None):
         """payload: bytes in a packet; capacity: packets in a round; rate: bit/s
-        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE."""
+        or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE;
+        chain: a Chain, where there may be one."""
         self.hands, self.roster, self.dialect = hands, roster, dialect
         self.payload, self.capacity = payload, capacity
         self.control = RateControl() if rate == 'auto' else None
         self._rate = rate
         self.min_rate = min_rate
-        self.unicast = unicast
+        self.unicast, self.chain = unicast, chain
         self.window = dialect.window    # rounds under way at the most
         self.multicasting = not unicast
         self.over = False               # all who are here have everything
@@ -4318,6 +5193,8 @@ class Course(object):
         self._last_heard = None         # when a client last got any multicast
         self._silent = 0                # rounds in a row of which nobody heard anything
         self._warned = False            # that none gets any
+        self._settling = False          # the chain did, at the last look
+        self._next_look = 0.0
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
@@ -4330,6 +5207,7 @@ class Course(object):
 
     rate = property(lambda self: self.control.rate if self.control else self._rate)
     idle = property(lambda self: not self._underway)
+    chained = property(lambda self: bool(self.chain and self.chain.links))
 
     # ---- what happens
 
@@ -4342,6 +5220,9 @@ class Course(object):
         """All clients are here: announce what there is."""
         self.window = min([self.dialect.window] + [member.window for member in self.roster.everyone])
         self._through_at = self.hands.now()
+        if self.chain and self.unicast:
+            self.chain.build([member for member in self.roster.everyone if self.roster.is_here(member)], self._through_at)
+            self._publish_chain()
         self._announce()
 
     def filled(self, buffer):
@@ -4353,6 +5234,7 @@ class Course(object):
     def complete(self, step, answers):
         """The TCP servers have done a step, and this came in.  Raises Failure."""
         self._note_waits(step, answers)
+        self.by_tcp += answers.by_tcp
         if step.kind == 'finish':
             self.over = True
             return
@@ -4410,6 +5292,8 @@ class Course(object):
             buffer = underway.round.buffer
             if not underway.ready or not buffer.count:
                 return None
+            if self.chain and self.chain.settling(self.hands.now()):
+                return None
             count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
             if (self.control and self.control.line is None and unanswered
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
@@ -4424,15 +5308,58 @@ class Course(object):
         """The Speed of what tells nothing."""
         return Speed(self.rate, self.rate, False, None, self.control.burst if self.control else Pacer.LARGE)
 
+    # ---- the chain
+
+    @property
+    def _chains(self):
+        """Whether there are rounds to come that a chain may be for."""
+        return self.chain and not (self._finishing and all(underway.sent for underway in self._underway))
+
+    def hear(self):
+        """Take the news of the roster: what clients say of their neighbours, and who has left."""
+        now = self.hands.now()
+        while self.roster.news:
+            member, said = self.roster.news.popleft()
+            if not self.chain:
+                continue
+            if said is None and self._chains:
+                self.chain.leave(member, now)
+            elif said:
+                self.chain.heard(member, said, now, self._chains)
+        self._publish_chain()
+
+    def look(self, now):
+        """Time passes; returns whether there may be something to multicast that was not before."""
+        if not self._chains or now < self._next_look:
+            return False
+        self._next_look = now + self.LOOK_EVERY
+        self.chain.look(now)
+        self._publish_chain()
+        settling = self.chain.settling(now)
+        settled, self._settling = self._settling and not settling, settling
+        return settled
+
+    def _publish_chain(self):
+        """Tell the clients what is new: it is for the first round of which they were not told that it was sent."""
+        if not self.chain:
+            return
+        numbers = [underway.round.number for underway in self._underway if not underway.sent]
+        messages = self.chain.changes(min(numbers) if numbers else self.rounds)
+        if messages:
+            self.hands.do(Step('chain', messages=messages))
+
     # ---- rounds
 
     def _fill(self):
         if self._filling or self._full or self._ended:
             return
-        limit = min(self.limit, self.capacity, self.dialect.seqs + 1 - self._base)
+        by_chain = self.chain and not self.multicasting         # which has no rate to be found out
+        least = self.capacity // 4 if by_chain else self.FIRST_ROUND
+        limit = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
         self._filling = True
         self.hands.fill(self._base, limit)
-        longest = self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size)
+        longest = (self.capacity if by_chain else
+                   self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size))
         self.limit = int(max(self.FIRST_ROUND, min(2 * limit, longest, self.capacity)))
 
     def _announce(self):
@@ -4533,6 +5460,9 @@ class Course(object):
         self.delivered += underway.round.buffer.size
         now = self.hands.now()
         self._look_for_holdup(now)
+        if self._chains:
+            self.chain.through(now - self._through_at, underway.round.number, now)
+            self._publish_chain()
         if self.min_rate:
             seconds = max(1e-6, now - self._through_at)
             self._judge(underway.round.buffer.size * 8 / seconds, seconds, now)
@@ -4547,7 +5477,7 @@ class Course(object):
         seconds = paid - max(before, self._idle_since)
         if seconds > 0:
             # Who is held up by its output says so after a second.
-            cause = ('network' if last in answers.requests else
+            cause = ('network' if last in answers.requests or busy in ('following', 'relaying') else
                      'silence' if seconds > self.SILENCE and not busy and self.dialect.talks else 'output')
             self._alone[last] = self._alone.get(last, 0) + seconds
             last.waited[cause] = last.waited.get(cause, 0) + seconds
@@ -4564,6 +5494,9 @@ class Course(object):
         if not count:
             return
         now, silent = self.hands.now(), len(answers.deaf)
+        if self._chains:
+            self.chain.learn(self.roster.here, now)
+            self._publish_chain()
         self._look_for_the_deaf(answers, now)
         if answers.hearing:
             self.lost += int(round(max(reception.lost for reception in answers.worst) * count)
@@ -4605,7 +5538,7 @@ class Course(object):
         """Say that no client hears multicast, once."""
         if not self._warned:
             self._warned = True
-            tell('multicast_silent', payload=self.payload)
+            tell('multicast_silent', payload=self.payload, carrier='chain' if self.chained else 'tcp')
 
     def _look_for_the_deaf(self, answers, now):
         """Name the clients that hear no multicast while others do."""
@@ -4613,7 +5546,8 @@ class Course(object):
             since = member.deaf_since   # None: it has heard some of another round meanwhile
             if since is not None and now - since > self.PATIENCE and not member.deaf_told:
                 member.deaf_told = True
-                tell('member_deaf', member=member, seconds=now - since, payload=self.payload)
+                carrier = 'upstream' if self.chained and member in self.chain.links else 'tcp'
+                tell('member_deaf', member=member, seconds=now - since, payload=self.payload, carrier=carrier)
 
     # ---- the slowest
 
@@ -4713,14 +5647,19 @@ WORDS = {
     'member_left': (WARNING, '%(member)s: %(reason)s'),
     'member_lost': (WARNING, '%(member)s: %(reason)s'),
     'member_served': (INFO, '%(member)s has everything'),
-    'member_deaf': (WARNING, '%(member)s hears no multicast for %(seconds).0f s, it gets everything by '
-                    'TCP; %(causes)s'),
+    'member_deaf': (WARNING, '%(member)s hears no multicast for %(seconds).0f s, it gets everything %(carrier)s; '
+                    '%(causes)s'),
     'member_hears': (WARNING, '%(member)s hears multicast again, after %(seconds).0f s'),
     'waiting_for': (INFO, 'waiting for %(names)s'),
     'producer_silent': (INFO, 'waiting for what makes the image, which was silent for %(seconds).0f s'),
     'multicast_refused': (WARNING, 'multicast failed at this host: %(reason)s'),
-    'multicast_silent': (WARNING, 'no client receives multicast, all is sent by TCP; %(causes)s'),
+    'multicast_silent': (WARNING, 'no client receives multicast, all is sent %(carrier)s; %(causes)s'),
     'multicast_back': (WARNING, 'multicast gets through now'),
+    'chain': (DEBUG, 'the chain is now: %(chain)s'),
+    'chain_broken': (DEBUG, '%(follower)s gets nothing from %(upstream)s: %(reason)s'),
+    'chain_slow': (INFO, '%(member)s holds up who gets the image from it, so it goes to the end of the chain'),
+    'relay_unreachable': (WARNING, '%(follower)s cannot connect to %(upstream)s: %(reason)s; open TCP port %(port)d '
+                          'there'),
     'brake': (INFO, '%(member)s alone takes no more than %(rate)s'),
     'holdup': (INFO, '%(member)s holds the others up, %(share)d %% of the time: %(cause)s'),
     'hopeless': (WARNING, '%(member)s loses %(share)d %% at any rate, so the rate is set without it; '
@@ -4735,8 +5674,9 @@ WORDS = {
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
-    'deaf': (WARNING, 'multicast does not reach this host, everything comes by TCP; %(causes)s'),
+    'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
+    'relay_stranger': (INFO, '%(address)s: %(reason)s'),
     'server_not_told': (WARNING, 'the image is complete, but the server could not be told: %(reason)s'),
 }
 
@@ -4750,7 +5690,12 @@ def causes(payload):
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
 CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 'nothing was heard of it',
-          'writing': 'its disk or command', 'receiving': 'its network'}
+          'writing': 'its disk or command', 'receiving': 'its network',
+          'following': 'the client before it', 'relaying': 'the client behind it'}
+
+
+# What brings the image where multicast does not, in words.
+CARRIERS = {'tcp': 'by TCP', 'chain': 'in a chain from client to client', 'upstream': 'from another client'}
 
 
 def in_words(what, facts):
@@ -4761,6 +5706,8 @@ def in_words(what, facts):
     for key in ('rate', 'achieved'):
         if key in words:
             words[key] = bits(words[key])
+    if 'carrier' in words:
+        words['carrier'] = CARRIERS[words['carrier']]
     if 'share' in words:
         words['share'] = 100 * words['share']
     if 'cause' in words:
@@ -4876,7 +5823,7 @@ class Log(object):
     """A reader of the events that has a line for what it knows words for."""
 
     # What may come in floods: who connects but is no client, who comes and goes before the start.
-    FLOODS = {'stranger': 'strangers', 'refused': 'strangers',
+    FLOODS = {'stranger': 'strangers', 'refused': 'strangers', 'relay_stranger': 'strangers',
               'member_here': 'arrivals', 'member_left': 'arrivals'}
     MOST = {'strangers': 10, 'arrivals': 200}   # lines of them all in a period
 
@@ -4978,7 +5925,7 @@ def server_status(server, now):
         begun=roster.begun, bytes=course.delivered, size=server.source.size or server.options.size,
         here=len(here), places=roster.places, waits=waits, lost=course.lost / sent,
         repaired=(course.coded + course.by_tcp) / sent, rate=course.rate,
-        carrier='multicast' if course.multicasting else 'TCP')
+        carrier=' and '.join(['multicast'] * course.multicasting + ['chain'] * course.chained) or 'TCP')
 
 
 def client_status(client, now):
@@ -4999,14 +5946,14 @@ def client_status(client, now):
         waits = says['waiting']
     else:
         waits = 'the server, or its other clients'
-    packets = max(1, window.by_multicast + window.by_tcp + window.coded)
+    packets = max(1, window.by_multicast + window.by_chain + window.by_tcp + window.coded)
     return Status(
         seconds=now - (client.started or now),
         begun=window.begun, bytes=client.writer.bytes if client.writer else 0,
         size=client.image.get('size'), waits=waits,
         here=None if window.begun else here, places=None if window.begun else places,
         lost=(window.by_tcp + window.coded) / packets, repaired=(window.by_tcp + window.coded) / packets,
-        carrier='TCP' if client.deaf or client.unicast else 'multicast')
+        carrier='chain' if client.relay.following else 'TCP' if client.deaf or client.unicast else 'multicast')
 
 
 def amount(size):
@@ -5116,6 +6063,7 @@ def server_rows(server):
             'result': 'complete' if complete else 'failed', 'reason': reason,
             'exit_code': 0 if complete else None, 'lost': member.lost,
             'repaired': {'multicast': max(0, member.lost - member.by_tcp), 'tcp': member.by_tcp},
+            'by_chain': member.figures.get('by_chain', 0),
             'waited_for': dict((cause, round(seconds, 3)) for cause, seconds in member.waited.items()),
             'overflows': member.figures.get('overflows'),
             'seconds': member.ended and server.started and round(max(0, member.ended - server.started), 3)})
@@ -5132,6 +6080,7 @@ def server_rows(server):
         for key in ('lost', 'seconds', 'overflows'):
             row.setdefault(key, None)
         row.setdefault('repaired', {'multicast': 0, 'tcp': 0})
+        row.setdefault('by_chain', 0)
         row.setdefault('waited_for', {})
     return rows
 
@@ -5149,14 +6098,14 @@ def named(row):
 
 def host_table(rows, most):
     """Lines of a table of hosts, `most` at the most."""
-    head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'held up', 'seconds')
+    head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'chain', 'held up', 'seconds')
     lines = [head]
     for row in rows[:most]:
         waited = sorted(row['waited_for'].items(), key=lambda item: -item[1])
         held = '%.1f s, %s' % waited[0][::-1] if waited and waited[0][1] >= 0.1 else '-'
         lines.append((row['host'] or '?', row['address'] or '?', row['result'],
                       '-' if row['lost'] is None else str(row['lost']), str(row['repaired']['multicast']),
-                      str(row['repaired']['tcp']), held,
+                      str(row['repaired']['tcp']), str(row['by_chain']), held,
                       '-' if not row['seconds'] else '%.1f' % row['seconds']))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
@@ -5186,8 +6135,10 @@ def server_summary(server, rows, most):
             counted(course.data, 'packet'), counted(course.rounds, 'round'),
             counted(server.source.bytes, 'byte'), seconds,
             bits(server.source.bytes * 8 / max(1e-6, seconds)))
-        yield INFO, 'repair: %s by multicast, %s by TCP' % (
-            counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'))
+        by_chain = sum(row['by_chain'] for row in rows)
+        yield INFO, 'repair: %s by multicast, %s by TCP%s' % (
+            counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'),
+            '; %s from client to client' % counted(by_chain, 'packet') if by_chain else '')
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
@@ -5204,15 +6155,16 @@ def client_summary(client):
     window, seconds = client.window, client.ended - client.started
     size = client.writer.bytes
     if size and not window.by_multicast and not client.unicast and not client.deaf:
-        yield WARNING, ('multicast does not reach this host, everything came by TCP; '
-                        + causes(window.payload))
+        carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
+        yield WARNING, 'multicast does not reach this host, everything came %s; %s' % (carrier, causes(window.payload))
     if client.overflows:
         yield INFO, ('%s found no room in this host\'s socket buffer of %d bytes; a larger '
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
-    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP; %s' % (
+    by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
+    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s; %s' % (
         counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
-        counted(window.coded, 'packet'), window.by_tcp,
+        counted(window.coded, 'packet'), window.by_tcp, by_chain,
         'SHA-256 %s' % client.writer.hash.hexdigest() if window.digest else 'without a digest')
 
 
@@ -5296,13 +6248,14 @@ class JsonReport(object):
 def server_report(server):
     """The keys of a server's report."""
     course = server.course
-    payload = course.payload if course else 0
+    payload, rows = course.payload if course else 0, server_rows(server)
     return {
         'bytes': course.delivered if course else 0,
         'sha256': binascii.hexlify(server.source.digest()).decode('ascii') or None,
         'carried': {'multicast': course.sent_packets * payload, 'coded': course.coded * payload,
-                    'tcp': course.by_tcp * payload} if course else None,
-        'hosts': server_rows(server)}
+                    'tcp': course.by_tcp * payload,
+                    'chain': sum(row['by_chain'] for row in rows) * payload} if course else None,
+        'hosts': rows}
 
 
 def client_report(client):
@@ -5314,7 +6267,7 @@ def client_report(client):
         'bytes': writer.bytes if writer else 0, 'sha256': digest,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
-                    'tcp': window.by_tcp * payload} if window else None,
+                    'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
         'lost': window.by_tcp + window.coded if window else None,
         'overflows': client.overflows}
 
@@ -5336,6 +6289,7 @@ class Session(object):
         if self.stall_timeout is None:
             self.stall_timeout = self.dialect.server_stall
         self.strangers = options.strangers
+        self.unicast = options.unicast or options.chain == 'always'
         self.payload = payload
         self.salt, self.repair_salt = self.dialect.salts()
         self.digest = self.dialect.talks and not options.no_digest
@@ -5346,7 +6300,7 @@ class Session(object):
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
-            'source': source, 'unicast': options.unicast})
+            'source': source, 'unicast': self.unicast})
 
 
 class Peer(Connection):
@@ -5355,6 +6309,8 @@ class Peer(Connection):
     def __init__(self, sock, address):
         Connection.__init__(self, sock, address)
         self.member = Member(address, self.since)
+        # (Round, Request) whose packets wait until those before are out: short messages overtake them.
+        self.asked = collections.deque()
         self.waiting = dict(waiting=None)           # what it was told that it waits for
 
     def __str__(self):
@@ -5577,19 +6533,30 @@ class TcpServer(threading.Thread):
             if peer in together:
                 self._send(peer, together.pop(peer))
             if verb == 'packets':
-                wanted, request = argument
-                parts = runs(request.gaps) if request.order is None else [
-                    (request.order[start], request.order[stop - 1] + 1)
-                    for start, stop in stretches(request.order)]
-                buffer = wanted.buffer
-                self._send(peer, self.session.dialect.packets(wanted.number), *(
-                    [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
-                    [data for start, stop in parts for data in buffer.packets(start, stop)]))
+                peer.asked.append(argument)
+                self._send(peer)
+            elif verb == 'relay':
+                self._bring((member, argument))
             else:
                 tell('member_served', member=member)
                 self._close(peer)
         for peer in together:
             self._send(peer, together[peer])
+
+    def _packets(self, wanted, request):
+        """What to say for a Request for packets of a Round."""
+        parts = runs(request.gaps) if request.order is None else [
+            (request.order[start], request.order[stop - 1] + 1)
+            for start, stop in stretches(request.order)]
+        buffer = wanted.buffer
+        return [self.session.dialect.packets(wanted.number)] + (
+            [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
+            [data for start, stop in parts for data in buffer.packets(start, stop)])
+
+    def _bring(self, news):
+        """There is something for the roster's reader."""
+        self.roster.news.append(news)
+        self.link.release_parent()
 
     def _on_child(self, _event):
         try:
@@ -5603,6 +6570,8 @@ class TcpServer(threading.Thread):
         while self.child.results:
             step, answers = self.child.results.popleft()
             self._below[step] = answers
+        if self.roster.news:
+            self.link.release_parent()
 
     # ---- connections
 
@@ -5748,6 +6717,7 @@ class TcpServer(threading.Thread):
         peer.member.window = min(field(fields, 'window', NUMBER), self.session.dialect.window)
         if not peer.member.window:
             raise ProtocolError('a window of no rounds')
+        peer.member.willing = fields.get('relay') is True
         peer.alive_every = alive_every(stall_of(fields))
         self._welcome(peer)
 
@@ -5755,6 +6725,8 @@ class TcpServer(threading.Thread):
         """Send what can be sent, and poll for what cannot."""
         try:
             peer.send(*pieces)
+            while peer.asked and not peer.outgoing.size:
+                peer.send(*self._packets(*peer.asked.popleft()))
         except Gone as error:
             self._gone(peer, error, reading=False)
         if not peer.open:
@@ -5803,6 +6775,7 @@ class TcpServer(threading.Thread):
             return False
         del self._peers[member]
         self.window.leave(member)
+        self._bring((member, None))
         return True
 
     def _close(self, peer):
@@ -5896,8 +6869,9 @@ class Multicaster(object):
         self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
         self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
-                             options.min_rate, options.unicast, self.session.repair_salt,
-                             self._last_word, options.allow_empty)
+                             options.min_rate, self.session.unicast, self.session.repair_salt,
+                             self._last_word, options.allow_empty,
+                             Chain(dialect) if dialect.talks and options.chain != 'never' else None)
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -6108,6 +7082,7 @@ class Multicaster(object):
                 self._accepting = None
             else:
                 self.course.complete(step, answers)
+        self.course.hear()
 
     def _wait(self, until=None, sender=False):
         """Fill the next buffer until a time (seconds on the monotonic clock), until there is
@@ -6120,6 +7095,8 @@ class Multicaster(object):
             self._tell_child()
             now = monotonic()
             tell.look(now)
+            if self.course.look(now) and until is None:
+                return
             timeout = TICK              # lest a signal that another thread took goes unheard
             if until is not None:
                 timeout = max(0, until - now)
@@ -6206,11 +7183,13 @@ class Client(object):
     """Receives one image: the hands of a ClientWindow."""
 
     NAP = 0.001                         # seconds, to let datagrams gather
+    LONG_NAP = 0.004                    # the same for what comes by TCP, which nobody loses
     AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
+    AT_ONCE = 512 << 10                 # bytes from the server in a turn
 
     def __init__(self, options, signals):
         """options: of the command line; signals: a StopInOrder."""
@@ -6220,6 +7199,7 @@ class Client(object):
         self.dialect = None             # until the server's is known
         self.receiver = None            # DatagramReceiver
         self.window = None              # ClientWindow
+        self.relay = None               # Relay
         self.writer = None
         self.image = {}                 # of WELCOME: name, size
         self.failure = None
@@ -6234,6 +7214,7 @@ class Client(object):
         self._group = self._source = None           # (address, port) of the multicast, and of its sender
         self._stall_timeout = 0
         self._flowing = False           # data has come, so the sink has been started
+        self._trickles = False          # what comes by TCP is less than is worth a turn
         self._fields = None             # of the server's last BYE
         self._carried = (0, 0)          # packets by multicast and by TCP, at the last look
         self._heard_at = None           # when the first of these last grew
@@ -6272,6 +7253,7 @@ class Client(object):
         self.signals.over()
         self.ended = monotonic()
         self._say_done()
+        self._see_follower_off()
         tell('client_ended', client=self, code=OK)
         return OK
 
@@ -6280,6 +7262,8 @@ class Client(object):
         self.sink.close()
         if self.writer:
             self.writer.close()
+        if self.relay:
+            self.relay.close()
         if self.server:
             self.server.close()
         if self.receiver:
@@ -6304,7 +7288,7 @@ class Client(object):
         try:
             if self.dialect.talks:
                 self.server.outgoing.put_tail(self.dialect.state(busy=None, **self.figures()))
-            self.server.send(self.dialect.done(END, (0, 0, 0, 0)))
+            self.server.send(self.dialect.done(END, (0,) * 5))
             while self.server.outgoing.count:
                 self._check_stall()
                 self._poll([(self.server, select.POLLOUT)], TICK)
@@ -6360,6 +7344,7 @@ class Client(object):
             # A server of the base protocol has no way to say that it is alive.
             self._stall_timeout = self.dialect.client_stall
         self.server.begin(self._stall_timeout)
+        self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
         self._join()
         with uninterruptible:
             self.writer = Writer(self.sink, self.window.digest)
@@ -6412,7 +7397,7 @@ class Client(object):
         try:
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
-                'window': SessionDialect.window, 'seek': False, 'relay': None,
+                'window': SessionDialect.window, 'seek': False, 'relay': True,
                 'stall': STALL if stall is None else stall}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
@@ -6480,19 +7465,25 @@ class Client(object):
         for fd in (tcp, link, udp):
             everything.register(fd, select.POLLIN)
         self._output = self.sink.written, monotonic()
+        relay, fds = self.relay, []
+        relay.poll_with(control, everything)
         self._hear()                    # what came with the greetings
         while not window.over:
             self._listen()
             now = monotonic()
+            if relay.active:
+                relay.turn(fds, now)
             self._carry_out(window.tick(now))
             self._look_at_clocks(now)
-            wait = min(TICK, self.server.alive_every / 2)
+            wait = min(TICK, self.server.alive_every / 2, relay.STILL / 2 if relay.active else TICK)
             if window.deadline is not None:
                 wait = max(0, min(wait, window.deadline - now))
             fds = [fd for fd, _ in ready(everything, wait)]
             if fds == [udp] and ample and window.deadline is None:
                 # Let some more gather, unless somebody else has something to say.
                 fds = [fd for fd, _ in ready(control, self.NAP)]
+            elif relay.trickles and fds == [relay.upstream_fd] or self._trickles and fds == [tcp]:
+                time.sleep(self.LONG_NAP)
             if link in fds:
                 self._look_at_writer()
             if tcp in fds:
@@ -6532,11 +7523,13 @@ class Client(object):
         """Take what has arrived by TCP."""
         window, server = self.window, self.server
         try:
-            more = True
-            while more:
+            more, got = True, 0
+            while more and (got < self.AT_ONCE or server.incoming.count):       # a follower waits for some of it
                 if window.wants is not None:
                     more = server.read_into(window.wants)
+                    got += more
                     self._carry_out(window.filled(more))
+                    self._trickles = got < self.relay.LITTLE and window.wants is not None
                 else:
                     for message in server.messages(window.size_of):
                         self._carry_out(window.heard(message, monotonic()))
@@ -6565,12 +7558,23 @@ class Client(object):
             elif verb == 'begin':
                 self._flowing = True
                 self.sink.start()
+            elif verb == 'upstream':
+                self.relay.follow(*argument)
+            elif verb == 'follower':
+                self.relay.serve(argument)
             elif verb == 'state':
                 self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places')
                                  if key in argument)
                 self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
             else:
                 self._fields = argument
+
+    def _say(self, message):
+        """Tell the server of a neighbour, unless all has come."""
+        if self.window.over:
+            return
+        self.server.outgoing.put_tail(message)
+        self._flush()
 
     def _look_at_clocks(self, now):
         """Say that we are alive, and give up who is not.  Raises Failure."""
@@ -6592,6 +7596,8 @@ class Client(object):
             self._owing_since, self._next_state = now, now + self.STATE_EVERY
         if owing == 'receiving':
             moved = self.server.heard > self.server.told
+        elif owing in ('following', 'relaying'):        # that is for the server to judge
+            moved = True
         else:
             moved = self.sink.written != self._shown
             if self._stall_timeout and now - self._output[1] > self._stall_timeout:
@@ -6621,7 +7627,8 @@ class Client(object):
 
     def figures(self):
         """What is worth to be told of this end, by the names of FIGURES."""
-        figures = {'by_multicast': self.window.by_multicast, 'written': self.sink.written}
+        figures = {'by_multicast': self.window.by_multicast, 'by_chain': self.window.by_chain,
+                   'written': self.sink.written}
         if self.overflows is not None:
             figures['overflows'] = self.overflows
         return figures
@@ -6642,7 +7649,7 @@ class Client(object):
             self.deaf, self._heard_at = False, now
         elif not self.deaf and now - self._heard_at > self.QUIET:
             self.deaf = True
-            tell('deaf', payload=self.window.payload)
+            tell('deaf', payload=self.window.payload, carrier='upstream' if self.relay.following else 'tcp')
         self._carried = heard, repaired
 
     # ---- the end
@@ -6650,11 +7657,11 @@ class Client(object):
     def _finish(self):
         """All has come: verify it, and make it final.  Raises Failure, LinkClosed."""
         window, began = self.window, monotonic()
+        self.relay.follow(0, None, None)
         while window.unwritten:
             tell.look(monotonic())
             self.sink.look()
-            if self._poll([(self.writer.link.child_fd, select.POLLIN)],
-                          min(TICK, self.server.alive_every / 2)):
+            if self.writer.link.child_fd in self._serve_while([(self.writer.link.child_fd, select.POLLIN)]):
                 self._look_at_writer()
             if self.sink.written != self._output[0]:
                 self._output = self.sink.written, monotonic()
@@ -6683,9 +7690,31 @@ class Client(object):
             tell.look(monotonic())
             self._show_life()
             self.sink.look()
-            self.writer.join(min(TICK, self.server.alive_every / 2))
+            ended = self.writer.link.child_fd
+            if not self.relay.active:
+                self.writer.join(min(TICK, self.server.alive_every / 2))
+            elif ended in self._serve_while([(ended, select.POLLIN)]):
+                try:
+                    self.writer.link.wait_child()
+                except LinkClosed:      # in a moment it has
+                    self.writer.join(TICK)
         if self.writer.failure:
             raise self.writer.failure
+
+    def _serve_while(self, wanted):
+        """Wait for what is wanted, and serve the follower meanwhile; returns descriptors that are ready."""
+        active = self.relay.active
+        seconds = min(TICK, self.server.alive_every / 2, self.relay.STILL / 2 if active else TICK)
+        fds = self._poll(wanted + self.relay.descriptors(), seconds)
+        if active:
+            self.relay.turn(fds, monotonic())
+        return fds
+
+    def _see_follower_off(self):
+        """The follower may still take from here what it lacks: wait for that, while it does."""
+        since = monotonic()
+        while self.relay.owes(monotonic(), since):
+            self._serve_while([])
 
     # ---- what the readers of the events want to know
 
@@ -6827,7 +7856,10 @@ def command_line():
     server.add_argument('--rate', type=rate_type, default='auto',
                         help='bit/s as in 940M, auto: as fast as the slowest link, max (auto)')
     server.add_argument('--unicast', action='store_true',
-                        help='no multicast, TCP only: for a few hosts')
+                        help='no multicast: the clients pass the image on, one to the next')
+    server.add_argument('--chain', choices=('auto', 'always', 'never'), default='auto',
+                        help='whether clients pass the image on: auto, where multicast does not reach; always, as '
+                        '--unicast; never, all is sent by TCP there (auto)')
     server.add_argument('--start-wait', type=seconds_type, metavar='SECONDS',
                         help='start after so long, even if not all clients came')
     server.add_argument('--min-clients', type=whole_number(1, 100000), default=1, metavar='M',

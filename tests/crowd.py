@@ -50,12 +50,12 @@ BUFFER_ID = struct.Struct('<I')                     # what the body of SENT, AGA
 READY_MESSAGE = struct.Struct('<BI')
 # DONE, and what a REQUEST has before its bitmap: signal, id; then packets heard and microseconds of the round's head,
 # and the same of its second half.
-ANSWER = struct.Struct('<B5I')
+ANSWER = struct.Struct('<B6I')
 # The crowd hears nothing, so it tells nothing, as a client does to which one receive call brought all of it: then the
 # server knows no more than what was lost. Times from our own clock, from READY to SENT, are no substitute: the server
 # takes each moment in which it did something else for a slow line, goes slower, and so on down to its lowest rate.
 FIGURES = (0, 0, 0, 0)
-LAST_WORD = ANSWER.pack(DONE, 0xFFFFFFFF, *FIGURES)
+LAST_WORD = ANSWER.pack(DONE, 0xFFFFFFFF, 0, *FIGURES)
 
 PORT = 18383
 ALIVE_INTERVAL = 5.0        # seconds, or a third of the server's stall timeout
@@ -63,7 +63,7 @@ ALIVE_INTERVAL = 5.0        # seconds, or a third of the server's stall timeout
 
 def hello(number, window):
     frame = json.dumps({'version': 'crowd', 'host': 'crowd%04d' % number, 'window': window, 'seek': False,
-                        'relay': None, 'stall': 30}).encode()
+                        'relay': False, 'stall': 30}).encode()
     return bytes([HELLO]) + LENGTH.pack(len(frame)) + frame
 
 
@@ -84,8 +84,8 @@ class Failed(Exception):
 class Round:
     """A round under way, for all clients.
 
-    ready, answer, request   what all answer: READY, DONE, and a REQUEST up to its bitmap
-    finished                 how many have said DONE
+    ready, answer   what all answer: READY, DONE
+    finished        how many have said DONE
     """
 
     def __init__(self, number, size, packets):
@@ -93,8 +93,7 @@ class Round:
         self.size = size
         self.packets = packets
         self.ready = READY_MESSAGE.pack(READY, number)
-        self.answer = ANSWER.pack(DONE, number, *FIGURES)
-        self.request = ANSWER.pack(REQUEST, number, *FIGURES)
+        self.answer = ANSWER.pack(DONE, number, packets, *FIGURES)
         self.finished = 0
 
 
@@ -360,7 +359,8 @@ class Crowd:
             return self._done(this)
         client.asked[this.number] = bitmap
         self._figures['requests'] += 1
-        return this.request + bitmap
+        heard = this.packets - bin(int.from_bytes(bitmap, 'little')).count('1')
+        return ANSWER.pack(REQUEST, this.number, heard, *FIGURES) + bitmap
 
     def _missing(self, packets):
         """Return what a client has lost of so many packets, as a bitmap of bytes; None: nothing."""

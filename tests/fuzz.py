@@ -594,9 +594,9 @@ class PeerCase(object):
         if not self.dialect.session:
             return ()
         if line.style != "wild" or generator.randrange(2):
-            return (wire.NO_FIGURES,)
+            return ()
         line.changed = True
-        return ([generator.choice(BOUNDARIES + (generator.getrandbits(10), generator.getrandbits(20))) for _ in range(4)],)
+        return ([generator.choice(BOUNDARIES + (generator.getrandbits(10), generator.getrandbits(20))) for _ in range(5)],)
 
     def _last_word(self, line):
         line.say(self.dialect.done(wire.IMAGE))
@@ -1017,6 +1017,22 @@ class FakeSocket(object):
             self.pieces.insert(0, piece[size:])
         return piece[:size]
 
+    def recv_into(self, view):
+        piece = self.recv(len(view))
+        view[:len(piece)] = piece
+        return len(piece)
+
+    @staticmethod
+    def send(data, _flags=0):
+        return len(data)
+
+    @staticmethod
+    def fileno():
+        return 0
+
+    def close(self):
+        self.pieces = []
+
 
 def pieces_of(generator, data):
     """`data` cut at random."""
@@ -1090,7 +1106,7 @@ def parse_messages(kmcast, generator):
                         try:
                             count = count_of(dialect.number_of(message))
                             assert 0 < dialect.asked(message, 0, count)[0] < 1 << count
-                            assert len(dialect.figures_of(message) or range(4)) == 4
+                            assert len(dialect.figures_of(message) or range(5)) == 5
                         except kmcast.ProtocolError:
                             pass
         except kmcast.Gone:
@@ -1113,7 +1129,7 @@ def parse_bits(kmcast, generator):
     if generator.randrange(4) == 0:
         places = list(range(generator.randrange(count), count))
     what, gaps = Round(3, count, 5, count, 0), wire.bits(places)
-    said = SESSION.request(what, places)
+    said = SESSION.request(what, places, wire.NO_FIGURES)
     assert kmcast.SessionDialect.request(3, wire.NO_FIGURES, gaps, 5, count) == said
     assert kmcast.SessionDialect.asked(said, 5, count) == (gaps, None)
     assert kmcast.places(gaps) == places and kmcast.how_many(gaps) == len(places)
@@ -1123,7 +1139,7 @@ def parse_bits(kmcast, generator):
         flags[place] = 0
     assert kmcast.gaps_of(flags) == gaps
     # Whatever else comes is bits of the round, or an error.
-    bitmap = change_bytes(generator, said[21:])[:len(said) - 21].ljust(len(said) - 21, b"\xff")
+    bitmap = change_bytes(generator, said[25:])[:len(said) - 25].ljust(len(said) - 25, b"\xff")
     try:
         assert 0 < kmcast.from_bitmap(bitmap, count) < 1 << count
     except kmcast.ProtocolError:
@@ -1276,7 +1292,62 @@ def parse_repairs(kmcast, generator):
                 assert buffer.complete, "not solved"
 
 
-PARSERS = (parse_frames, parse_messages, parse_bits, parse_packets, parse_repairs)
+def parse_chain(kmcast, generator):
+    """What an upstream sends, and what comes to a relay port."""
+    payload, digest = generator.choice((16, 20, 64)), generator.randrange(2)
+    parts = [random_bytes(generator, payload * generator.choice((1, 2, 7, 40))) for _ in range(3)]
+    parts[-1] = parts[-1][:-generator.randrange(payload)] or b"x"
+    window = kmcast.ClientWindow(kmcast.SessionDialect, payload, (1, 2), bool(digest))
+    said, at, base = [], 0, 0
+    for number, part in enumerate(parts):
+        count = -(-len(part) // payload)
+        window.heard(kmcast.SessionDialect.info(number, len(part), base, count, at), 0)
+        at, base = at + len(part), base + count
+    relay = kmcast.Relay(window, LOOPBACK, 1, said.append, lambda todo: None)
+    stream = []
+    for number, part in enumerate(parts):
+        step = payload * generator.choice((1, 3, 100))
+        starts = list(range(0, len(part), step))
+        if generator.randrange(2):
+            generator.shuffle(starts)
+        stream += [wire.piece(number, start // payload, part[start:start + step], digest) for start in starts]
+        stream += [wire.STILL_HERE] * generator.randrange(2) + [wire.piece(number, 0, b"")]
+    data, changed = b"".join(stream), generator.randrange(3)
+    for _ in range(changed):
+        data = change_bytes(generator, data)
+    relay._upstream = kmcast.Connection(FakeSocket(pieces_of(generator, data)), "test")
+    relay._upstream_token, relay._connected = b"t" * 16, True
+    window.follow(0)
+    buffers = [incoming.buffer for incoming in window.rounds]
+    while relay._upstream:
+        relay._hear_upstream(relay._upstream.heard)
+    assert len(said) == 1 and window.upstream_from is None, "its end is said once"
+    for buffer, part in zip(buffers, parts):
+        assert buffer.received <= buffer.count and len(buffer.payloads) == buffer.capacity * payload
+        if not changed:
+            assert buffer.complete and b"".join(piece.tobytes() for piece in buffer.flush()) == part
+        elif not digest:
+            for place in range(buffer.count):
+                assert not buffer.has(place) or buffer.view(place, place + 1).tobytes() == part[
+                    place * payload:(place + 1) * payload], "what its checksum does not vouch for"
+    # A relay port: only the token will do.
+    token = random_bytes(generator, 16)
+    words = token + U32.pack(generator.choice((0, 1, 5, MASK)))
+    wrong = generator.randrange(2)
+    if wrong:
+        words = change_bytes(generator, words)
+    candidate = kmcast.Connection(FakeSocket(pieces_of(generator, words)), "test")
+    relay._token = token
+    relay._candidates.append(candidate)
+    while candidate in relay._candidates:
+        relay._greet(candidate)
+    assert bool(relay._follower) == words.startswith(token) and len(words) >= 20 or not relay._follower
+    if relay._follower:
+        relay._forward(0)
+        relay._hear_follower()
+
+
+PARSERS = (parse_frames, parse_messages, parse_bits, parse_packets, parse_repairs, parse_chain)
 
 
 def fuzz_parsers(rounds, seed, only):

@@ -131,7 +131,8 @@ class Plan:
         self.client_stall = 0 if self.compat else r.choice([8, 15, 30, 0])
         self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
         self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
-        self.unicast = r.random() < 0.07
+        self.chain = r.choice(["auto"] * 8 + ["always", "never"]) if not self.compat else "auto"
+        self.unicast = r.random() < 0.15 or self.chain == "always"
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
         self.window = r.choice([1, 2, 3, 4, 4, 4, 4, 8])         # rounds under way at once, in a session
         self.at_a_time = r.choice([2, 20, 200])                  # packets to be worked at for a repair in a go
@@ -147,11 +148,16 @@ class Plan:
         self.fault_at = 10 ** r.uniform(-2.5, 1)
         count = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 8])
         self.clients = [ClientPlan(r, self, number) for number in range(1, count + 1)]
+        if r.random() < 0.15:                                    # no multicast at all, for a while or for ever
+            deaf = r.choice([(0, 1e9), (r.uniform(0, 0.2), r.uniform(0.2, 4))])
+            for client in self.clients:
+                client.deaf = deaf
         if r.random() < 0.05 and not self.compat:                # the same host again
             twin = ClientPlan(r, self, 1)
             twin.start = self.clients[0].start + r.uniform(0, 0.3)
             self.clients.append(twin)
         self.strangers = [r.uniform(0, 2) for _ in range(r.choice([0] * 15 + [1, 3]))] if not self.compat else []
+        self.relay_strangers = [(r.uniform(0, 3), r.choice(self.clients)) for _ in range(r.choice([0] * 10 + [1, 12]))]
         self.places = count
         self.start_wait = None
         if r.random() < 0.2 or any(client.fatal for client in self.clients):
@@ -167,7 +173,8 @@ class Plan:
         texts += ["--compat"] if self.compat else [] if self.digest else ["--no-digest"]
         texts += ["--min-rate", self.min_rate] if self.min_rate else []
         texts += ["--start-wait", "%.3f" % self.start_wait] if self.start_wait else []
-        return texts + ["--unicast"] * self.unicast + ["--allow-empty"] * self.allow_empty
+        texts += ["--chain", self.chain] if self.chain != "auto" else ["--unicast"] * self.unicast
+        return texts + ["--allow-empty"] * self.allow_empty
 
 
 class ClientPlan:
@@ -195,6 +202,7 @@ class ClientPlan:
         self.queue = r.choice([None, None, (10 ** r.uniform(5, 7.5), r.choice([2000, 20000]))])     # bytes/s, bytes
         self.socket_buffer = r.choice([20, 1000, 10000])         # datagrams
         self.deaf = r.choice([None] * 6 + [(0, 1e9), (r.uniform(0, 0.2), r.uniform(0.2, 4))])
+        self.firewall = r.choice([None] * 12 + ["drops", "refuses"])                # who would connect to it
         self.write_rate = 10 ** r.uniform(4, 8) if not plan.compat else 1e8
         self.chunk = 0 if plan.compat else r.choice([0, 0, 0, 0.01, 0.5, 1.5])      # seconds that a write takes at least
         self.commit = r.choice([0, 0, 0.1, 12]) if not plan.compat else r.choice([0, 0, 0.1])
@@ -341,7 +349,9 @@ class World:
         self.over = False
         self.watch = lambda: None               # called now and then
         self.listeners, self.groups = {}, {}    # by address and port
+        self.damage_goes_round = False          # from client to client, in a chain
         self.powerless = set()                  # addresses of hosts without power
+        self.firewalls = {}                     # address -> what becomes of who connects to it
         self.turns = 0
         self.began = time.process_time(), time.monotonic()      # on the real clocks
         self.happening = False                  # what is done now is done by nobody
@@ -565,7 +575,7 @@ class Process:
     @property
     def may_find_damage(self):
         """Whether something that a client receives may be other than what a server has sent, or has read."""
-        return self.plan.damage or self.plan.fault == "forged" or self.plan.babble
+        return self.plan.damage or self.plan.fault == "forged" or self.plan.babble or world.damage_goes_round
 
     hung = property(lambda self: self.frozen_until > LIMIT)
     ended = property(lambda self: self.dead or self.hung)
@@ -639,11 +649,17 @@ class Process:
 
 
 class Stranger(Process):
-    """Somebody who connects and says nothing."""
+    """Somebody who connects and says nothing, or nothing that makes sense."""
+
+    where, says = (SERVER, PORT), b""
 
     def _run(self):
         sock = Socket()
-        sock.connect_ex((SERVER, PORT))
+        sock.connect_ex(self.where)
+        if self.says:
+            world.wait([(sock, select.POLLOUT)], 5)
+            if sock.connected:
+                sock.send(self.says)
         world.sleep(100)
         self.kill("has seen enough")
 
@@ -1142,6 +1158,11 @@ class Socket(File):
     def _knock(self):
         """Its SYN comes to the other host."""
         listener, delay = world.listeners.get(self.remote), self.process.plan.delay
+        firewall = world.firewalls.get(self.remote[0])
+        if firewall == "drops":
+            return
+        if firewall:
+            listener = None
         if listener is None or len(listener.queue) >= self.BACKLOG:
             if self.remote[0] not in world.powerless and listener is None:
                 world.at(delay, self._answered, errno.ECONNREFUSED)
@@ -1152,7 +1173,8 @@ class Socket(File):
         far.connected, far.local, far.remote = True, self.remote, self.local
         far.output = self.input = Stream(self.process.plan, far, self)
         self.output = far.input = Stream(self.process.plan, self, far)
-        self.process.far = far
+        if self.remote[0] == SERVER:
+            self.process.far = far
         if self.closed:
             self.output.reset()
         listener.queue.append(far)
@@ -1173,7 +1195,8 @@ class Socket(File):
         size = self.output.send(data)
         if world.trace:
             what = "... %d bytes" % len(data) if self._continues else described(
-                data, self.process.plan.compat, self.local[1] == PORT)
+                data, self.process.plan.compat, self.process.name == "server",
+                self.process.name == "server" or self.remote[0] == SERVER)
             world.say("-> %-10s %s%s", self.output.sink.process, what, "" if size == len(data) else ", of these %d" % size)
             self._continues = bool(flags & socket.MSG_MORE) or size < len(data)
         return size
@@ -1248,9 +1271,13 @@ class Socket(File):
             self.input._end("broken")
 
 
-def described(message, compat, by_server):
+def described(message, compat, by_server, with_server):
     """A message, or what may be a part of one, for the trace."""
     kind = bytes(message[:1])
+    if not with_server:
+        if len(message) != kmcast.PIECE.size:
+            return "%d bytes of the chain" % len(message)
+        return "PIECE of round %d, from packet %d on, %d bytes" % kmcast.PIECE.unpack(bytes(message))
     if by_server and len(message) == kmcast.GROUP_INFO.size and kind == b"\2":
         return "group info"
     if by_server:
@@ -1262,9 +1289,10 @@ def described(message, compat, by_server):
         at = 5 if by_server and kind == kmcast.SUMS else 1
         number = " %d" % struct.unpack_from("<I", message, at) if not compat and len(message) >= at + 4 else ""
         return "%s%s (%d bytes)" % (names[kind], number, len(message))
-    for name in ("ALIVE", "HELLO", "WELCOME", "STATE", "BYE"):
+    for name in ("ALIVE", "HELLO", "WELCOME", "STATE", "BYE", "UPSTREAM", "FOLLOWER", "RELAY"):
         if kind == getattr(kmcast, name) and not compat:
-            return "%s (%d bytes)%s" % (name, len(message), " " + bytes(message[5:]).decode() if name == "BYE" else "")
+            shown = name in ("BYE", "UPSTREAM", "FOLLOWER", "RELAY")
+            return "%s (%d bytes)%s" % (name, len(message), " " + bytes(message[5:]).decode("ascii", "replace") if shown else "")
     return "%d bytes" % len(message)
 
 
@@ -1626,6 +1654,10 @@ class Run:
         self.server = Process("server", "server", SERVER, plan, plan.arguments())
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())
                         for number, client in enumerate(plan.clients, 1)]
+        world.firewalls.update((client.address, client.firewall) for client in plan.clients if client.firewall)
+        world.damage_goes_round = not plan.compat and any(
+            client.damage or client.fault in ("forged", "babble") or client.babble for client in plan.clients)
+        self.circle_since = None                # when clients were first seen to take from each other in a circle
         self.hosts = {}                         # address -> its processes
         for client in self.clients:
             self.hosts.setdefault(client.address, []).append(client)
@@ -1642,6 +1674,10 @@ class Run:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
         for number, start in enumerate(plan.strangers):
             world.at(start, Stranger("stranger", "stranger", "10.0.2.%d" % number, plan.clients[0], []).start)
+        for number, (start, client) in enumerate(plan.relay_strangers):
+            stranger = Stranger("stranger", "stranger", "10.0.3.%d" % number, plan.clients[0], [])
+            stranger.where, stranger.says = (client.address, PORT), bytes(world.random.choice([0, 5, 20, 300]))
+            world.at(start, stranger.start)
         for client in self.clients:
             world.at(client.plan.start, client.start)
             if client.plan.fault == "threads":
@@ -1698,6 +1734,7 @@ class Run:
         for process, count in buffers.items():
             if count > BUFFERS + 2 * (1 if self.plan.compat else process.plan.window):
                 raise Finding("memory: %d buffers of %s" % (count, process))
+        self._look_for_circles()
         if server.ended:
             for client in self.clients:
                 patience = AFTERLIFE if client.plan.stall else AFTERLIFE + RETRANSMISSIONS
@@ -1709,6 +1746,26 @@ class Run:
                 if len(processes) == 1 and processes[0].ended and processes[0].far.told_at:
                     if world.now > processes[0].far.told_at + GONE:
                         raise Finding("the server still counts on %s, which is gone" % processes[0])
+
+    def _look_for_circles(self):
+        """Who follows whom may be out of date for a moment, but not for longer."""
+        upstreams = {}
+        for client in self.clients:
+            relay = client.job and client.job.relay
+            if relay and not client.ended and relay.upstream_place:
+                upstreams[client.address] = relay.upstream_place[0]
+        for address in upstreams:
+            seen, at = set(), address
+            while at in upstreams and at not in seen:
+                seen.add(at)
+                at = upstreams[at]
+            if at in seen:
+                self.circle_since = self.circle_since or world.now
+                frozen = max(process.frozen_until for process in self.clients + [self.server])
+                if world.now > max(self.circle_since, frozen) + 5:
+                    raise Finding("clients follow each other in a circle: %s" % upstreams)
+                return
+        self.circle_since = None
 
     # ---- and at the end
 

@@ -43,12 +43,13 @@ MOST_PACKETS = 65536                    # in a round
 LONGEST_FRAME = 65536                   # bytes
 SEQS = 1 << 31                          # that the packets of the image are counted modulo, in a session
 REPAIR_BIT = 1 << 31                    # of the seq of a datagram of a repair pass, which has a number besides
-FIGURES = struct.Struct("<4I")          # (packets, microseconds) of a round's head, and of its second half
-NO_FIGURES = (0, 0, 0, 0)
+FIGURES = struct.Struct("<5I")          # packets heard; (packets, microseconds) of a round's head, and of its second half
+NO_FIGURES = (0, 0, 0, 0, 0)
 
 ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
 HELLO, STATE, SUMS, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x16", b"\x20", b"\x40", b"\x80"
-FRAMES = (HELLO, STATE, WELCOME, BYE)   # what is a signal and a JSON object
+UPSTREAM, FOLLOWER, RELAY = b"\x11", b"\x14", b"\x15"
+FRAMES = (HELLO, STATE, WELCOME, BYE, UPSTREAM, FOLLOWER, RELAY)   # what is a signal and a JSON object
 ABSENT = object()                       # as the value of a field: leave it out
 
 
@@ -157,7 +158,7 @@ def changed(fields, changes):
 
 def hello_fields(**changes):
     """What HELLO says; `window` 1 means that one round follows the other."""
-    return changed({"version": "1.0.0", "host": "peer", "window": 1, "seek": False, "relay": None, "stall": 30}, changes)
+    return changed({"version": "1.0.0", "host": "peer", "window": 1, "seek": False, "relay": False, "stall": 30}, changes)
 
 
 def welcome_fields(**changes):
@@ -180,6 +181,31 @@ def welcome(**changes):
 def state(**fields):
     """STATE."""
     return frame(STATE, fields)
+
+
+def follower(token):
+    """FOLLOWER: whom to serve; token: 16 bytes, or None."""
+    return frame(FOLLOWER, {"token": token and binascii.hexlify(token).decode("ascii")})
+
+
+def upstream(number, port=None, token=None, address=LOOPBACK):
+    """UPSTREAM: whom to take the rounds from; port None: from nobody."""
+    fields = {"round": number, "address": port and address}
+    return frame(UPSTREAM, dict(fields, port=port, token=binascii.hexlify(token).decode("ascii")) if port else fields)
+
+
+def relay(token, **fields):
+    """RELAY: how a client stands with a neighbour."""
+    return frame(RELAY, dict(fields, token=binascii.hexlify(token).decode("ascii")))
+
+
+def piece(number, first, data, digest=True):
+    """A piece of a round, from packet `first` on; data b"": the mark."""
+    head = struct.pack("<3I", number, first, len(data))
+    return head + data + (U32.pack(zlib.crc32(head + data) & MASK) if data and not digest else b"")
+
+
+STILL_HERE = piece(MASK, 0, b"")
 
 
 def bye(ok, **fields):
@@ -259,16 +285,17 @@ class SESSION(object):
         return SENT + U32.pack(what.number) + digest
 
     @staticmethod
-    def done(what, figures=NO_FIGURES):
-        """CLIENT_DONE; of IMAGE: the last one. figures: how the round was received; all 0: it cannot be told."""
-        return DONE + U32.pack(what.number) + FIGURES.pack(*figures)
+    def done(what, figures=None):
+        """CLIENT_DONE; of IMAGE: the last one. figures: how the round was received; None: it was heard, nobody knows how fast."""
+        return DONE + U32.pack(what.number) + FIGURES.pack(*figures or (what.count, 0, 0, 0, 0))
 
     @staticmethod
-    def request(what, places, figures=NO_FIGURES):
+    def request(what, places, figures=None):
         """CLIENT_REQ for packets by their place in the round, as bits. One outside makes it a wrong one, or too long a one."""
         bitmap = bytearray(max([-(-what.count // 8)] + [1 + place // 8 for place in places]))
         for place in places:
             bitmap[place // 8] |= 1 << place % 8
+        figures = figures or (max(0, what.count - len(set(places))), 0, 0, 0, 0)
         return REQUEST + U32.pack(what.number) + FIGURES.pack(*figures) + bytes(bitmap)
 
     @staticmethod

@@ -520,8 +520,8 @@ def test_what_a_client_says_of_its_reception_is_what_it_heard(serve):
         select.select([], [], [], 0.0005)       # one by one, and not joined by the kernel
     server.say(server.sent())
     figures = server.done().figures
-    assert 0 < figures[0] < 40 and 0 < figures[2] < 80
-    assert figures[1] > 0 and figures[3] > 0
+    assert figures[0] == 160 and 0 < figures[1] < 40 and 0 < figures[3] < 80
+    assert figures[2] > 0 and figures[4] > 0
     server.end()
     code, stderr, received = served.client.finish(20)
     assert code == 0 and received == data, stderr

@@ -99,12 +99,13 @@ def ready(*numbers):
     return [("send", WIRE.ready(number)) for number in numbers]
 
 
-def request(number, *places):
-    return ("send", WIRE.request(number, NO_FIGURES, sum(1 << place for place in places), 0, COUNT))
+def request(number, *places, **options):
+    figures = (options.get("heard", COUNT - len(places)),) + NO_FIGURES
+    return ("send", WIRE.request(number, figures, sum(1 << place for place in places), 0, COUNT))
 
 
-def done(number):
-    return ("send", WIRE.done(number, NO_FIGURES))
+def done(number, heard=COUNT):
+    return ("send", WIRE.done(number, (heard,) + NO_FIGURES))
 
 
 def answered(window, number, lost=(), image=IMAGE):
@@ -213,7 +214,7 @@ def test_packets_by_tcp_fill_what_is_missing_however_they_arrive(step, digest):
     window.heard(image.sent(0), 0.0)
     assert window.tick(LATER) == [request(0, *lost)]
     todo = by_tcp(window, 0, lost, step, image)
-    assert todo[:-1] == ([] if digest else [done(0)])
+    assert todo[:-1] == ([] if digest else [done(0, heard=COUNT - 5)])
     verb, incoming = todo[-1]
     assert verb == "write" and helpers.data_of(incoming.buffer) == image.data
     assert window.by_tcp == 5
@@ -275,7 +276,7 @@ def test_a_second_round_is_ready_and_received_while_the_first_is_unanswered(wind
     assert window.tick(LATER) == [request(0, *range(5))], "the second one waits for its turn to be written"
     todo = by_tcp(window, 0, range(5))
     assert [(verb, incoming.number) for verb, incoming in todo] == [("write", 0), ("write", 1)]
-    assert [window.verified(incoming) for _, incoming in todo] == [[done(0)], [done(1)]]
+    assert [window.verified(incoming) for _, incoming in todo] == [[done(0, heard=COUNT - 5)], [done(1)]]
 
 
 def test_packets_go_to_the_round_that_they_are_of(window):
@@ -470,7 +471,7 @@ def test_a_round_whose_digest_differs_asks_for_its_damaged_packets_only(window, 
     assert window.damaged(incoming) == [ask_for_sums(0)]
     assert not window.writing and window.owing is None, "that is the server's turn"
     assert window.tick(100.0) == [] and told == []
-    assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 9)]
+    assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 9, heard=COUNT)]
     assert told == [("damaged", {"round": 0, "count": 1})]
     assert not window.writing and incoming.buffer.damaged == 1
     assert by_tcp(window, 0, [9]) == [("write", incoming)]
@@ -485,7 +486,7 @@ def test_a_round_that_is_damaged_once_more_asks_once_more(window):
     (_, incoming), = answered(window, 0)
     for _ in range(3):
         assert window.damaged(incoming) == [ask_for_sums(0)]
-        assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 9)]
+        assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 9, heard=COUNT)]
         window.heard(WIRE.packets(0), 0.0)
         window.wants[:] = b"x" * PAYLOAD
         assert window.filled(PAYLOAD) == [("write", incoming)]
@@ -534,7 +535,7 @@ def test_a_later_round_waits_while_a_damaged_one_is_asked_for(window):
     (_, first), = answered(window, 0)
     (_, second), = answered(window, 1)
     assert window.damaged(first) == [ask_for_sums(0)]
-    assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 9)]
+    assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 9, heard=COUNT)]
     assert by_tcp(window, 0, [9]) == [("write", first)], "the second one has been given already"
     assert window.verified(first) + window.verified(second) == [done(0), done(1)]
 
@@ -583,7 +584,7 @@ def test_what_a_pass_does_not_give_is_asked_for_again(either):
     for datagram in datagrams[:2]:
         window.take([batch(datagram)], 1, 0.0, 0.0)
     window.heard(image.sent(0), 0.0)
-    assert window.tick(LATER) == [request(0, 8)]
+    assert window.tick(LATER) == [request(0, 8, heard=COUNT - 2)]
 
 
 def test_repair_datagrams_may_overtake_again(window):
@@ -624,7 +625,7 @@ def test_packets_that_were_recovered_are_suspects_where_the_digest_differs(windo
     window.heard(IMAGE.sent(0), 0.0)
     (verb, incoming), = window.tick(0.0)
     assert verb == "write" and window.damaged(incoming) == [ask_for_sums(0)]
-    assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 3, 5)]
+    assert window.heard(IMAGE.sums(0), 0.0) == [request(0, 3, 5, heard=COUNT - 1)]
     by_tcp(window, 0, [3, 5])
     assert helpers.data_of(incoming.buffer) == IMAGE.data[:COUNT * PAYLOAD]
 
@@ -788,8 +789,8 @@ def test_a_client_tells_its_figures_of_the_head_and_the_second_half(window, way)
     (_, message), = window.verified(incoming)
     head, tail = kmcast.Round.head_of(COUNT), kmcast.Round.tail_of(COUNT)
     figures = WIRE.figures_of(message)
-    assert figures[0::2] == (head[1] - head[0] - 1, tail[1] - tail[0] - 1)
-    assert figures[1] == pytest.approx(1000 * figures[0], abs=2) and figures[3] == pytest.approx(1000 * figures[2], abs=2)
+    assert figures[0] == COUNT and figures[1::2] == (head[1] - head[0] - 1, tail[1] - tail[0] - 1)
+    assert figures[2] == pytest.approx(1000 * figures[1], abs=2) and figures[4] == pytest.approx(1000 * figures[3], abs=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

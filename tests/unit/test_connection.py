@@ -25,8 +25,8 @@ def frame(kind, fields):
 
 HELLO = frame(kmcast.HELLO, {"version": "1.0.0", "host": "node7"})
 WIRE = kmcast.SessionDialect
-REQUEST = WIRE.request(3, (0, 0, 0, 0), 1 << 5 | 1 << 9, 0, 10)
-READY, DONE = WIRE.ready(3), WIRE.done(3, (1, 2, 3, 4))
+REQUEST = WIRE.request(3, (0, 0, 0, 0, 0), 1 << 5 | 1 << 9, 0, 10)
+READY, DONE = WIRE.ready(3), WIRE.done(3, (9, 1, 2, 3, 4))
 MESSAGES = [READY, REQUEST, kmcast.ALIVE, HELLO, DONE]
 
 

@@ -88,7 +88,7 @@ class Network(object):
                     flags[place] = 1
                     head.note(place, heard, arrival)
                     tail.note(place, heard, arrival)
-            figures, gaps = head.figures() + tail.figures(), kmcast.gaps_of(flags)
+            figures, gaps = (heard,) + head.figures() + tail.figures(), kmcast.gaps_of(flags)
             most_lost = max(most_lost, count - heard)
             self.window.heard(member, FIGURES.request(number, figures, gaps, 0, count) if gaps
                               else FIGURES.done(number, figures), self.clock)

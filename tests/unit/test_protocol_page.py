@@ -26,7 +26,7 @@ IMAGE = b"The quick brown fox jumps over the lazy dog"
 PAYLOAD, SALT, REPAIR_SALT = 16, 1000, 2000
 
 #: What the client sends already and nobody reads yet.
-UNREAD = ("seek", "relay")
+UNREAD = ("seek",)
 
 
 def page():
@@ -56,6 +56,7 @@ SIGNALS = [
     ("PACKETS", kmcast.PACKETS, SERVER), ("REQUEST", kmcast.REQUEST, CLIENT), ("DONE", kmcast.DONE, CLIENT),
     ("SENT", kmcast.SENT, SERVER), ("HELLO", kmcast.HELLO, CLIENT), ("STATE", kmcast.STATE, "both"),
     ("SUMS", kmcast.SUMS, CLIENT), ("SUMS", kmcast.SUMS, SERVER),
+    ("UPSTREAM", kmcast.UPSTREAM, SERVER), ("FOLLOWER", kmcast.FOLLOWER, SERVER), ("RELAY", kmcast.RELAY, CLIENT),
     ("WELCOME", kmcast.WELCOME, SERVER), ("AGAIN", kmcast.AGAIN, SERVER), ("BYE", kmcast.BYE, "both"),
 ]
 
@@ -110,11 +111,12 @@ SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
     ("BUFFER INFO", 1 + kmcast.ROUND.size + kmcast.PLACE.size),
     ("READY", len(WIRE.ready(0))),
     ("SENT", len(WIRE.sent(0, b"\0" * kmcast.DIGEST_SIZE))),
-    ("DONE and REQUEST", len(WIRE.done(0, (0, 0, 0, 0)))),
+    ("DONE and REQUEST", len(WIRE.done(0, (0, 0, 0, 0, 0)))),
     ("PACKETS", len(WIRE.packets(0))),
     ("SUMS", len(WIRE.ask_for_sums(0)) + len(WIRE.sums(0, []))),
     ("AGAIN", len(WIRE.again(0, 0, 0, 0))),
     ("Frames", 5),
+    ("Pieces", kmcast.PIECE.size),
 ])
 def test_the_fields_of_a_message_make_its_size(title, size):
     total = 0
@@ -125,7 +127,7 @@ def test_the_fields_of_a_message_make_its_size(title, size):
 
 
 def test_request_has_the_bytes_of_done_and_a_bitmap():
-    assert len(WIRE.request(0, (0, 0, 0, 0), 1, 0, 17)) == len(WIRE.done(0, (0, 0, 0, 0))) + 3
+    assert len(WIRE.request(0, (0, 0, 0, 0, 0), 1, 0, 17)) == len(WIRE.done(0, (0, 0, 0, 0, 0))) + 3
     assert rows("DONE and REQUEST")[-1][:2] == ["n", "bitmap"]
 
 
@@ -145,6 +147,10 @@ def test_limits_are_those_of_the_program():
         "seconds for a HELLO": "%g" % kmcast.GREETING_TIME,
         "seconds between two signs of life, at the most": "%g" % kmcast.ALIVE_EVERY,
         "seconds for a BYE to get through": "%g" % kmcast.FAREWELL_TIME,
+        "bytes in a piece": "%d" % kmcast.LARGEST_PIECE,
+        "seconds without a byte, after which an upstream is lost": "%g" % kmcast.Relay.SILENCE,
+        "connections to an upstream that have not said their token": "%d" % kmcast.Relay.MOST,
+        "RELAYs of a client": "%d" % kmcast.Member.MOST_RELAY_WORDS,
         "seconds of stall timeout, unless the user says else": "%g" % kmcast.STALL,
     }
 
@@ -186,7 +192,7 @@ def session():
         WIRE.salts, kmcast.__version__ = staticmethod(known[0]), known[1]
 
 
-HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1.0.0", "host": "node1", "window": 4, "stall": 30})
+HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1.0.0", "host": "node1", "window": 4, "relay": True, "stall": 30})
 
 
 def packets(first, last):
@@ -304,7 +310,7 @@ def two_rounds():
     talk.step("repair", first)
     talk.step("finish")
     assert b"".join(talk.written) == IMAGE and talk.ended["ok"]
-    last = WIRE.done(kmcast.END, (0, 0, 0, 0))
+    last = WIRE.done(kmcast.END, (0, 0, 0, 0, 0))
     talk.to_server("client: the last DONE", last)
     assert talk.member.outcome == "complete"
     return talk.said
@@ -389,6 +395,10 @@ def test_the_keys_of_frames_are_those_of_the_program():
     assert keys("WELCOME") == set(json.loads(session().welcome[5:].decode("ascii")))
     assert keys("The end") == set(("ok", "bytes", "sha256"))
     assert keys("BYE") == set(("ok", "reason", "empty"))
+    token = b"t" * kmcast.TOKEN_SIZE
+    assert keys("FOLLOWER") == set(json.loads(WIRE.follower(token)[5:].decode("ascii")))
+    assert keys("UPSTREAM") == set(json.loads(WIRE.upstream(0, "10.0.0.1", 1, token)[5:].decode("ascii")))
+    assert keys("RELAY") == set(("token", "port", "reason", "lost", "connected"))
     assert keys("STATE") == set(kmcast.FIGURES + ("busy", "here", "places", "waiting"))
 
 

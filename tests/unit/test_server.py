@@ -8,7 +8,7 @@ import pytest
 import kmcast
 
 WIRE, BASE_WIRE = kmcast.SessionDialect, kmcast.BaseDialect
-NO_FIGURES = (0, 0, 0, 0)
+NO_FIGURES = (0, 0, 0, 0, 0)
 PAYLOAD, COUNT, FIRST = 1460, 10, 100
 GB = 1e9                                # bit/s
 CALM = kmcast.Speed(GB, GB, True, None)
@@ -89,11 +89,13 @@ def wanted(*places):
 
 
 def request(number, *places, **options):
-    return WIRE.request(number, options.get("figures", NO_FIGURES), bits_of(places), FIRST, options.get("count", COUNT))
+    count = options.get("count", COUNT)
+    figures = options.get("figures", (count - len(places), 0, 0, 0, 0))
+    return WIRE.request(number, figures, bits_of(places), FIRST, count)
 
 
-def done(number, figures=NO_FIGURES):
-    return WIRE.done(number, figures)
+def done(number, figures=(0, 0, 0, 0), heard=1000):
+    return WIRE.done(number, (heard,) + figures)
 
 
 def announced(*members):

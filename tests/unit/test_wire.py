@@ -93,9 +93,9 @@ def test_what_a_peer_says_is_made_printable():
     assert said.startswith("?[31m?? ok") and len(said) <= 200
 
 
-FIGURES = (11, 12, 13, 14)
-REQUEST = b"\x02" + struct.pack("<5I", 5, *FIGURES) + b"\x01\x02"
-DONE = b"\x04" + struct.pack("<5I", 5, *FIGURES)
+FIGURES = (10, 11, 12, 13, 14)
+REQUEST = b"\x02" + struct.pack("<6I", 5, *FIGURES) + b"\x01\x02"
+DONE = b"\x04" + struct.pack("<6I", 5, *FIGURES)
 HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1", "host": "h", "window": 4})
 WIRE, BASE = kmcast.SessionDialect, kmcast.BaseDialect
 
@@ -150,7 +150,7 @@ def test_messages_that_no_client_of_the_base_protocol_may_send(head):
 
 
 def test_the_largest_that_is_allowed():
-    assert WIRE.client_message_size(b"\x02" + struct.pack("<I", 0), lambda number: 65536) == 21 + 8192
+    assert WIRE.client_message_size(b"\x02" + struct.pack("<I", 0), lambda number: 65536) == 25 + 8192
     assert WIRE.client_message_size(b"\x10" + struct.pack("<I", 65536), ten) == 65541
     assert WIRE.server_message_size(b"\x16" + struct.pack("<I", 65536), 32) == 9 + 4 * 65536
     assert BASE.client_message_size(b"\x02" + struct.pack("<I", 10), ten) == 45
@@ -159,9 +159,9 @@ def test_the_largest_that_is_allowed():
 def test_a_request_has_the_size_of_its_rounds_bitmap():
     sizes = []
     for count in (1, 7, 8, 9, 65535, 65536):
-        assert len(WIRE.request(0, (0, 0, 0, 0), 1, 0, count)) == WIRE.client_message_size(
+        assert len(WIRE.request(0, (0, 0, 0, 0, 0), 1, 0, count)) == WIRE.client_message_size(
             b"\x02" + struct.pack("<I", 0), lambda number: count)
-        sizes.append(len(WIRE.request(0, (0, 0, 0, 0), 1, 0, count)) - 21)
+        sizes.append(len(WIRE.request(0, (0, 0, 0, 0, 0), 1, 0, count)) - 25)
     assert sizes == [1, 1, 1, 2, 8192, 8192]
 
 
@@ -220,7 +220,7 @@ BOTH_SAY = [
     (WIRE.info(*WHAT), wire.SESSION.info(WHAT)), (WIRE.ready(258), wire.SESSION.ready(WHAT)),
     (WIRE.sent(258, DIGEST), wire.SESSION.sent(WHAT, DIGEST)), (WIRE.sent(258, b""), wire.SESSION.sent(WHAT)),
     (WIRE.done(258, FIGURES), wire.SESSION.done(WHAT, FIGURES)),
-    (WIRE.done(kmcast.END, (0, 0, 0, 0)), wire.SESSION.done(wire.IMAGE)),
+    (WIRE.done(kmcast.END, (0, 0, 0, 0, 0)), wire.SESSION.done(wire.IMAGE)),
     (WIRE.request(258, FIGURES, wire.bits([0, 7, 17]), WHAT.base, 18), wire.SESSION.request(WHAT, [17, 0, 7], FIGURES)),
     (WIRE.packets(258), wire.SESSION.packets(WHAT)), (WIRE.again(258, 5, 1, 2), wire.SESSION.again(WHAT, 5, 1, 2)),
     (WIRE.ask_for_sums(258), wire.SESSION.ask_for_sums(WHAT)),
