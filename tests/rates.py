@@ -122,7 +122,7 @@ class Server(kmcast.Multicaster):
         for member in self.members:
             self.roster.admit(member)
         self.roster.begin(0.0)
-        bytes_ = self.LARGE_ROUND if setting.clients >= self.MANY else self.ROUND
+        bytes_ = self.LARGE_ROUND if setting.clients >= kmcast.MANY else self.ROUND
         self.course = kmcast.Course(self, self.roster, kmcast.SessionDialect, PAYLOAD, bytes_ // PAYLOAD, allow_empty=True)
         self.course.window = kmcast.SessionDialect.window
 

@@ -92,7 +92,7 @@ def test_a_failed_command_is_no_success_where_kmcast_inherits_that_sigchld_is_ig
     """Then the kernel forgets a child's exit code, and what takes "not known" for 0 has a success that is none."""
     port, options = helpers.free_port(), {"python": python, "prefix": CHILDLESS}
     if end == "server":
-        server = helpers.start_server(["--pipe", "head -c 1000000 /dev/zero; exit 3", LOOPBACK, 1, port], **options)
+        server = helpers.start_server(["--pipe", "head -c 30000000 /dev/zero; exit 3", LOOPBACK, 1, port], **options)
         client = helpers.start_client(["-o", tmp_path / "image", LOOPBACK, LOOPBACK, port], python)
     else:
         server = helpers.start_server([LOOPBACK, 1, port], python, stdin=IMAGE)

@@ -34,7 +34,7 @@ MUTANTS = [
      "        self.rounds.remove(incoming)\n        return [('send'",
      "        self.rounds.remove(incoming)\n        self._free.append(incoming.buffer)\n        return [('send'"),
     ("a thread's parent does not hear what clients below ask for",
-     "                    answers.add(self._below.pop(step))\n", "                    self._below.pop(step)\n"),
+     "                answers.add(self._below.pop(step))\n", "                self._below.pop(step)\n"),
     # Up to here they are run with the suite.  The window of the server:
     ("a signal out of turn is accepted",
      "        if how not in self.PAYS.get(kind, ()):\n", "        if how is None:\n"),
