@@ -4431,14 +4431,14 @@ class Chain(object):
                 self._inside.discard(member)
         hearing = [member for member in here if member.heard_rounds and member not in self._inside
                    and member.willing and len(self._lost.get(member, ())) < 2]
-        if self._head not in hearing or not self._inside:
-            self._head = None
+        if not self._inside or self._head and (self._head.deaf_rounds or self._head not in here):
+            self._head = None           # some losses are no reason
         if self._inside and hearing and not self._head:
             hearing.sort(key=self._place)
             first = min(map(self._place, self._inside))
             self._head = ([member for member in hearing if self._place(member) < first] or hearing[:1])[-1]
         if self._inside != before or self._head is not head:
-            self._wire(now, wait=not hearing)
+            self._wire(now, wait=not hearing and not self._head)
 
     def leave(self, member, now):
         """A member is none any more."""

@@ -147,6 +147,16 @@ def test_the_head_is_the_first_that_hears_where_none_is_before_the_deaf_ones():
     assert hosts.settle() == [(1, 2), (3, 1)]
 
 
+def test_a_head_that_loses_some_stays_the_head():
+    hosts = Hosts(3)
+    for _ in range(2):
+        hosts.learn([hosts[1], hosts[2]])
+    assert hosts.settle() == [(2, 3)]
+    hosts[2].heard_rounds = hosts[2].deaf_rounds = 0
+    hosts.chain.learn(hosts.members, hosts.now)
+    assert hosts.settle() == [(2, 3)]
+
+
 def test_a_head_that_hears_no_more_is_one_of_the_deaf():
     hosts = Hosts(3)
     for _ in range(2):
