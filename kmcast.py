@@ -7573,8 +7573,10 @@ class Client(object):
         """Tell the server of a neighbour, unless all has come."""
         if self.window.over:
             return
+        told = self.server.told         # this is no sign of life
         self.server.outgoing.put_tail(message)
         self._flush()
+        self.server.told = told
 
     def _look_at_clocks(self, now):
         """Say that we are alive, and give up who is not.  Raises Failure."""
