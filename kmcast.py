@@ -3459,7 +3459,7 @@ class Member(object):
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
-        self.willing = False            # to serve another client
+        self.willing = False            # to take part in a chain
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
         self.relay_words = 0
@@ -4418,14 +4418,14 @@ class Chain(object):
 
     def build(self, members, now):
         """It is for all of them."""
-        self._inside.update(members)
+        self._inside.update(member for member in members if member.willing)
         self._wire(now, wait=True)
 
     def learn(self, here, now):
         """A round was answered for: who hears, who does not; here: all members."""
         before, head = set(self._inside), self._head
         for member in here:
-            if member.deaf_rounds >= self.DEAF:
+            if member.deaf_rounds >= self.DEAF and member.willing:
                 self._inside.add(member)
             elif member.heard_rounds >= self.BACK:
                 self._inside.discard(member)
@@ -4543,7 +4543,7 @@ class Chain(object):
 
     def _may_serve(self, upstream, follower):
         lost = self._lost.get(upstream, ())
-        return upstream.willing and len(lost) < 2 and follower not in lost and None not in lost
+        return len(lost) < 2 and follower not in lost and None not in lost
 
     def _wire(self, now, wait=False):
         """Have the links that the order wants."""
@@ -4555,7 +4555,7 @@ class Chain(object):
             if before and self._may_serve(before, member):
                 wanted[member] = before
                 before = member
-            elif not before or member.willing and len(self._lost.get(member, ())) < 2:
+            elif not before or len(self._lost.get(member, ())) < 2:
                 before = member         # the server's packets go on from here
         for follower, link in list(self.links.items()):
             if wanted.get(follower) is not link.upstream:

@@ -240,10 +240,10 @@ def test_an_upstream_that_does_not_say_that_it_listens_is_lost():
     assert hosts.settle() == [(1, 3), (3, 4), (4, 2)]
 
 
-def test_who_is_not_willing_serves_nobody():
+def test_who_is_not_willing_takes_no_part():
     hosts = Hosts(4)
     hosts[2].willing = False
-    assert hosts.build() == [(1, 2), (3, 4)]
+    assert hosts.build() == [(1, 3), (3, 4)] and hosts[2] not in hosts.upstream
 
 
 def test_who_cannot_listen_serves_nobody():
