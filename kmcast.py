@@ -3459,7 +3459,7 @@ class Member(object):
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
-        self.willing = False            # to serve another client
+        self.willing = False            # to take part in a chain
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
         self.relay_words = 0
@@ -4418,27 +4418,27 @@ class Chain(object):
 
     def build(self, members, now):
         """It is for all of them."""
-        self._inside.update(members)
+        self._inside.update(member for member in members if member.willing)
         self._wire(now, wait=True)
 
     def learn(self, here, now):
         """A round was answered for: who hears, who does not; here: all members."""
         before, head = set(self._inside), self._head
         for member in here:
-            if member.deaf_rounds >= self.DEAF:
+            if member.deaf_rounds >= self.DEAF and member.willing:
                 self._inside.add(member)
             elif member.heard_rounds >= self.BACK:
                 self._inside.discard(member)
         hearing = [member for member in here if member.heard_rounds and member not in self._inside
                    and member.willing and len(self._lost.get(member, ())) < 2]
-        if self._head not in hearing or not self._inside:
-            self._head = None
+        if not self._inside or self._head and (self._head.deaf_rounds or self._head not in here):
+            self._head = None           # some losses are no reason
         if self._inside and hearing and not self._head:
             hearing.sort(key=self._place)
             first = min(map(self._place, self._inside))
             self._head = ([member for member in hearing if self._place(member) < first] or hearing[:1])[-1]
         if self._inside != before or self._head is not head:
-            self._wire(now, wait=not hearing)
+            self._wire(now, wait=not hearing and not self._head)
 
     def leave(self, member, now):
         """A member is none any more."""
@@ -4543,7 +4543,7 @@ class Chain(object):
 
     def _may_serve(self, upstream, follower):
         lost = self._lost.get(upstream, ())
-        return upstream.willing and len(lost) < 2 and follower not in lost and None not in lost
+        return len(lost) < 2 and follower not in lost and None not in lost
 
     def _wire(self, now, wait=False):
         """Have the links that the order wants."""
@@ -4555,7 +4555,7 @@ class Chain(object):
             if before and self._may_serve(before, member):
                 wanted[member] = before
                 before = member
-            elif not before or member.willing and len(self._lost.get(member, ())) < 2:
+            elif not before or len(self._lost.get(member, ())) < 2:
                 before = member         # the server's packets go on from here
         for follower, link in list(self.links.items()):
             if wanted.get(follower) is not link.upstream:
@@ -7573,8 +7573,10 @@ class Client(object):
         """Tell the server of a neighbour, unless all has come."""
         if self.window.over:
             return
+        told = self.server.told         # this is no sign of life
         self.server.outgoing.put_tail(message)
         self._flush()
+        self.server.told = told
 
     def _look_at_clocks(self, now):
         """Say that we are alive, and give up who is not.  Raises Failure."""

@@ -677,7 +677,7 @@ def test_words_about_a_link_that_there_is_not_are_ignored():
     client.take_round()
     client.ask([0])
     client.expect(wire.PACKETS)
-    assert client.packets([0]) == [b"x" * 1000]
+    client.read(1000)
     client.done()
     client.end()
     assert server.finish(20)[0] == 0

@@ -147,6 +147,16 @@ def test_the_head_is_the_first_that_hears_where_none_is_before_the_deaf_ones():
     assert hosts.settle() == [(1, 2), (3, 1)]
 
 
+def test_a_head_that_loses_some_stays_the_head():
+    hosts = Hosts(3)
+    for _ in range(2):
+        hosts.learn([hosts[1], hosts[2]])
+    assert hosts.settle() == [(2, 3)]
+    hosts[2].heard_rounds = hosts[2].deaf_rounds = 0
+    hosts.chain.learn(hosts.members, hosts.now)
+    assert hosts.settle() == [(2, 3)]
+
+
 def test_a_head_that_hears_no_more_is_one_of_the_deaf():
     hosts = Hosts(3)
     for _ in range(2):
@@ -230,10 +240,10 @@ def test_an_upstream_that_does_not_say_that_it_listens_is_lost():
     assert hosts.settle() == [(1, 3), (3, 4), (4, 2)]
 
 
-def test_who_is_not_willing_serves_nobody():
+def test_who_is_not_willing_takes_no_part():
     hosts = Hosts(4)
     hosts[2].willing = False
-    assert hosts.build() == [(1, 2), (3, 4)]
+    assert hosts.build() == [(1, 3), (3, 4)] and hosts[2] not in hosts.upstream
 
 
 def test_who_cannot_listen_serves_nobody():
