@@ -164,7 +164,8 @@ class Server(kmcast.Multicaster):
         self.window._rounds[done.number] = done
         for number, member in enumerate(self.members):
             slow = number < self.setting.slow
-            figures = []
+            lost = missing if slow else 0
+            figures = [done.multicast - kmcast.how_many(lost)]
             for train in behind if slow else before:
                 heard, microseconds = train.figures()
                 if self.setting.jitter and heard:
@@ -173,7 +174,7 @@ class Server(kmcast.Multicaster):
                         heard = microseconds = 0
                 figures += [heard, microseconds]
             message = kmcast.SessionDialect.done(done.number, figures)
-            self.window._reception(member, done.number, message, awaited, missing if slow else 0, self.clock)
+            self.window._reception(member, done.number, message, awaited, lost, self.clock)
         del self.window._rounds[done.number]
         rate, line = self.course.rate, self.course.control.line
         self.course.complete(step, answers)
