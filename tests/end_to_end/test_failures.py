@@ -1,6 +1,7 @@
 """What goes wrong: whoever fails is dropped and says why, the others go on, and no exit code lies."""
 
 import contextlib
+import hashlib
 import os
 import re
 import signal
@@ -479,19 +480,27 @@ def test_a_host_name_that_does_not_exist():
 # Bytes that change on the way, which no TCP checksum found
 
 class Spot(object):
-    """For Network.path(): does something to one byte from the server, of which `place` is the offset from WELCOME's end."""
+    """For Network.path(): does something to one byte from the server.
 
-    def __init__(self, place):
-        self._place = place
-        self._head = b""
+    known   bytes that are looked for: what the server says and when it says it differs, so no place can be counted
+    offset  of the byte, from the beginning of those
+    """
+
+    def __init__(self, known, offset=0):
+        self._known, self._offset = known, offset
+        self._came = b""
+        self._place = None
 
     def __call__(self, data, offset):
-        self._head += data[:max(0, 21 - offset)]        # group info, signal, length of the frame
-        if len(self._head) == 21:
-            at = 21 + wire.U32.unpack(self._head[17:21])[0] + self._place - offset
-            if 0 <= at < len(data):
-                return self.change(data, at)
-        return data
+        if self._place is None:
+            self._came += data
+            found = self._came.find(self._known)
+            if found < 0:
+                return data
+            self._place = found + self._offset
+            assert self._place >= offset, "the byte has passed"
+        at = self._place - offset
+        return self.change(data, at) if 0 <= at < len(data) else data
 
 
 class Flip(Spot):
@@ -510,59 +519,60 @@ class End(Spot):
         raise helpers.Cut(data[:at])
 
 
-ANY = wire.Round(0, 0, 0, 0, 0)
-BUFFER_INFO, SENT, HEADER = len(wire.SESSION.info(ANY)), len(wire.SESSION.sent(ANY)) + 32, wire.HEADER.size
-DIGEST = BUFFER_INFO + SENT - 32
-REPAIRED = BUFFER_INFO + SENT + len(wire.SESSION.packets(ANY))
-SUMMED = REPAIRED - 32                  # without a digest
-LAST_BYE = 2 * (BUFFER_INFO + SENT)     # of an image of one round
+BUFFER = 10 * PAYLOAD
+HEADER, INFO, NUMBER, DIGEST = wire.HEADER.size, len(wire.SESSION.info(wire.Round(0, 0, 0, 0, 0))), 5, 32
+
+
+def sent(data, number=0):
+    """SENT for the round of that number, as the server says it."""
+    return wire.SESSION.sent(wire.Round(number, 0, 0, 0, 0), hashlib.sha256(data[:(number + 1) * BUFFER]).digest())
 
 
 @BOTH
-@pytest.mark.parametrize("packets, server_args, places", [
-    # the digest's first byte, its last, the next round's
-    (20, [], [DIGEST, DIGEST + 31, BUFFER_INFO + SENT + DIGEST]),
-    # of a repaired packet: payload, seq, checksum, size
-    (10, ["--unicast", "--no-digest"], [SUMMED + HEADER + 700, SUMMED, SUMMED + 4, SUMMED + 8]),
-], ids=["digests", "repaired packets without digests"])
-def test_what_was_damaged_is_not_written(python, packets, server_args, places, tmp_path):
+@pytest.mark.parametrize("packets, server_args, known, offsets, written", [
+    # the first byte and the last
+    (20, [], sent, [NUMBER, NUMBER + DIGEST - 1], 0),
+    (20, [], lambda data: sent(data, 1), [NUMBER, NUMBER + DIGEST - 1], BUFFER),
+    # payload, seq, checksum, size
+    (10, ["--unicast", "--chain", "never", "--no-digest"], lambda data: data[:100], [700, -HEADER, 4 - HEADER, 8 - HEADER], 0),
+], ids=["digest of the first round", "digest of the second round", "repaired packets without digests"])
+def test_what_was_damaged_is_not_written(python, packets, server_args, known, offsets, written, tmp_path):
     data, port = helpers.random_bytes(packets * PAYLOAD), helpers.free_port()
-    # It says nothing to clients that wait, so that the places stay where they are.
-    server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + server_args + [LOOPBACK, len(places) + 1, port],
-                     python=python, stdin=data)
+    server = helpers.start_server(SMALL + server_args + [LOOPBACK, len(offsets) + 1, port], python=python, stdin=data)
     server.wait_stderr("waiting for")
     network = helpers.Network(port)
-    failing = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(tcp=Flip(place))], python=python) for place in places]
+    failing = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(tcp=Flip(known(data), offset))], python=python)
+               for offset in offsets]
     good = helpers.start_client(["-o", tmp_path / "image", LOOPBACK, LOOPBACK, port], python=python)
-    for place, client in zip(places, failing):
+    for offset, client in zip(offsets, failing):
         code, stderr, received = client.finish(20)
-        assert code == 1, (place, stderr)
-        # On a busy machine the first round's datagrams may come late, and the place then lies in its repair by TCP.
-        assert received in ((data[:10 * PAYLOAD], b"") if place == BUFFER_INFO + SENT + DIGEST else (b"",)), place
+        assert code == 1, (offset, stderr)
+        assert received == data[:written], offset
     code, stderr, _ = good.finish(20)
     assert code == 0, stderr
     assert (tmp_path / "image").read_bytes() == data
     code, stderr, _ = server.finish(20)
     assert code == 3 and helpers.summary(server).served == 1, stderr
-    assert stderr.count("warning: ") >= len(places) and "it says" in stderr, stderr
+    assert stderr.count("warning: ") >= len(offsets) and "it says" in stderr, stderr
 
 
 @BOTH
 def test_what_was_damaged_by_tcp_is_asked_for_again_where_a_digest_tells(python):
     """The first byte of a round's packets, one among them, the last."""
-    places = [REPAIRED, REPAIRED + 700, REPAIRED + 10 * PAYLOAD - 1]
-    data, port = helpers.random_bytes(10 * PAYLOAD), helpers.free_port()
-    server = wrapped("kmcast.TcpServer.NEWS = 1000", ["server"] + SMALL + ["--unicast", LOOPBACK, len(places), port],
-                     python=python, stdin=data)
+    offsets = [0, 700, BUFFER - 1]
+    data, port = helpers.random_bytes(BUFFER), helpers.free_port()
+    server = helpers.start_server(SMALL + ["--unicast", "--chain", "never", LOOPBACK, len(offsets), port],
+                                  python=python, stdin=data)
     server.wait_stderr("waiting for")
     network = helpers.Network(port)
-    clients = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(tcp=Flip(place))], python=python) for place in places]
-    for place, client in zip(places, clients):
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, network.path(tcp=Flip(data[:100], offset))], python=python)
+               for offset in offsets]
+    for offset, client in zip(offsets, clients):
         code, stderr, received = client.finish(20)
-        assert (code, received) == (0, data), (place, stderr)
+        assert (code, received) == (0, data), (offset, stderr)
         assert ", 11 by TCP;" in stderr, stderr
     code, stderr, _ = server.finish(20)
-    assert code == 0 and helpers.summary(server).served == len(places), stderr
+    assert code == 0 and helpers.summary(server).served == len(offsets), stderr
 
 
 def test_a_digest_of_the_image_that_differs_fails_and_leaves_no_file(tmp_path):
@@ -584,15 +594,26 @@ def test_a_digest_of_the_image_that_differs_fails_and_leaves_no_file(tmp_path):
     assert code == 1 and helpers.summary(server).served == 0 and "it says" in stderr, stderr
 
 
-@pytest.mark.parametrize("place, code", [
-    (-20, 3), (0, 3), (BUFFER_INFO - 3, 3), (BUFFER_INFO, 1), (DIGEST, 1), (DIGEST + 32, 1), (LAST_BYE, 1), (LAST_BYE + 9, 1)])
-def test_a_connection_that_ends_early_is_no_image(place, code, tmp_path):
+HUNDRED = helpers.random_bytes(100)
+
+
+@pytest.mark.parametrize("known, offset, code", [
+    (b'"version"', 0, 3),                                               # in WELCOME
+    (wire.SESSION.info(wire.Round.of(HUNDRED, PAYLOAD)), 0, 3),
+    (wire.SESSION.info(wire.Round.of(HUNDRED, PAYLOAD)), INFO - 3, 3),
+    (wire.SESSION.info(wire.Round.of(HUNDRED, PAYLOAD)), INFO, 1),
+    (sent(HUNDRED), NUMBER, 1),
+    (sent(HUNDRED), NUMBER + DIGEST, 1),
+    (helpers.sha256(HUNDRED).encode("ascii"), 0, 1),                    # in BYE
+    (helpers.sha256(HUNDRED).encode("ascii"), 63, 1),
+], ids=["WELCOME", "before INFO", "INFO", "behind INFO", "SENT", "behind SENT", "BYE", "end of BYE"])
+def test_a_connection_that_ends_early_is_no_image(known, offset, code, tmp_path):
     """Wherever it ends; and it ends in order, so that a client could take it for the image's end."""
-    data, port = helpers.random_bytes(100), helpers.free_port()
-    server = helpers.start_server([LOOPBACK, 1, port], stdin=data)
+    port = helpers.free_port()
+    server = helpers.start_server([LOOPBACK, 1, port], stdin=HUNDRED)
     server.wait_stderr("waiting")
     client = helpers.start_client(["--wait", 0, "-o", tmp_path / "image", LOOPBACK, LOOPBACK,
-                                   helpers.Network(port).path(tcp=End(place))])
+                                   helpers.Network(port).path(tcp=End(known, offset))])
     got, stderr, _ = client.finish(20)
     assert got == code and "Traceback" not in stderr, stderr
     assert list(tmp_path.iterdir()) == []

@@ -387,7 +387,7 @@ def test_what_is_sent_is_what_came():
     incoming = a_round(0, range(COUNT))
     assert bytes(incoming.buffer.view(0, COUNT).tobytes()) == incoming.data
     assert bytes(incoming.buffer.view(19, COUNT).tobytes()) == incoming.data[19 * PAYLOAD:]
-    assert b"".join(incoming.buffer.flush()) == incoming.data
+    assert b"".join(chunk.tobytes() for chunk in incoming.buffer.flush()) == incoming.data
 
 
 def test_rounds_before_the_first_wanted_are_not_sent():
