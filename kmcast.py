@@ -4429,8 +4429,9 @@ class Chain(object):
                 self._inside.add(member)
             elif member.heard_rounds >= self.BACK:
                 self._inside.discard(member)
-        hearing = [member for member in here if member.heard_rounds and member not in self._inside
+        hearing = [member for member in here if not member.deaf_rounds and member not in self._inside
                    and member.willing and len(self._lost.get(member, ())) < 2]
+        hearing = [member for member in hearing if member.heard_rounds] or hearing
         if not self._inside or self._head and (self._head.deaf_rounds or self._head not in here):
             self._head = None           # some losses are no reason
         if self._inside and hearing and not self._head:
@@ -4438,7 +4439,7 @@ class Chain(object):
             first = min(map(self._place, self._inside))
             self._head = ([member for member in hearing if self._place(member) < first] or hearing[:1])[-1]
         if self._inside != before or self._head is not head:
-            self._wire(now, wait=not hearing and not self._head)
+            self._wire(now, wait=not self._head)
 
     def leave(self, member, now):
         """A member is none any more."""

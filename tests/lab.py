@@ -146,12 +146,15 @@ class Host:
         self._filter('ip', 'lose', 'hook input', percent and 'meta l4proto udp ' + _random_drop(percent))
 
     def block_multicast(self):
-        """Drop all multicast UDP that reaches the host: a switch that carries none."""
-        self._filter('ip', 'block', 'hook input', 'ip daddr 224.0.0.0/4 meta l4proto udp drop')
+        """Let the switch carry no multicast to the host, so that none takes room on its line, either. After lengthen()."""
+        self._flood('off')
 
     def unblock_multicast(self):
         """End block_multicast()."""
-        self._filter('ip', 'block', 'hook input', None)
+        self._flood('on')
+
+    def _flood(self, how):
+        _shell('ip -n %s link set %s type bridge_slave mcast_flood %s' % (self._laboratory.switch, self.port, how))
 
     def lose_egress(self, percent):
         """Drop this share of the UDP datagrams that leave the host, a loss that all receivers share; 0 ends it.

@@ -86,6 +86,10 @@ class Client(helpers.Process):
         """How many packets it got by repair, as its report says: (by multicast, by TCP)."""
         return helpers.repaired(self)
 
+    def chained(self):
+        """How many packets it got from another client, as its report says."""
+        return self.report()["carried"]["chain"] // helpers.payload_size()
+
 
 class Deployment(object):
     """A server and clients on the hosts of a laboratory.

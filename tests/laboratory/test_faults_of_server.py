@@ -61,13 +61,19 @@ def test_server_told_to_stop(laboratory, deploy, tmp_path):
 
 
 @pytest.mark.parametrize("thread", ["first", "second"])
-@pytest.mark.parametrize("step", ["announce", "sent", "repair"])
-def test_a_thread_of_the_server_dies(laboratory, deploy, tmp_path, thread, step):
-    """Of an exception that nobody expects, in the third round: all are told, and nothing hangs."""
-    change = DIES.format(step=step, mine="not " * (thread == "second") + "self.child")
+@pytest.mark.parametrize("chain, step, time", [
+    ("auto", "announce", 6), ("auto", "sent", 6), ("auto", "chain", 1), ("auto", "repair", 1),
+    ("never", "announce", 6), ("never", "sent", 6), ("never", "repair", 6)])
+def test_a_thread_of_the_server_dies(laboratory, deploy, tmp_path, thread, chain, step, time):
+    """Of an exception that nobody expects, in mid-transfer: all are told, and nothing hangs.
+
+    There are never six rounds under way, so before the sixth time all clients have got something.
+    """
+    change = DIES.format(step=step, time=time, mine="not " * (thread == "second") + "self.child")
     lab = laboratory(clients=3)
-    lab.clients[0].block_multicast()        # so that there is something to repair in each round
-    run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2"], outputs=tmp_path, server={"change": change})
+    lab.clients[0].block_multicast()        # so that there is a chain to make, or something to repair in each round
+    run = deploy(lab, IMAGE, RATE + ["--clients-per-thread", "2", "--chain", chain], outputs=tmp_path,
+                 server={"change": change})
     run.finish()
     assert run.server.poll() == 1 and "internal error: ZeroDivisionError" in run.server.stderr, str(run)
     for client in run.clients:
@@ -82,7 +88,7 @@ rounds = []
 def wrong(self, step):
     if step.kind == "{step}" and {mine}:
         rounds.append(step)
-        if len(rounds) == 3:
+        if len(rounds) == {time}:
             1 // 0
     return right(self, step)
 

@@ -120,40 +120,56 @@ def test_image_that_is_no_multiple_of_a_payload_with_loss(laboratory, deploy):
         run.check_complete()
 
 
-def test_multicast_missing_at_one_client(laboratory, deploy):
-    """It gets everything by TCP and says what the cause may be; the others lose nothing by it."""
+#: With a chain, and the old way: from the server by TCP.
+CHAINS = pytest.mark.parametrize("chain", ["auto", "never"])
+
+
+@CHAINS
+def test_multicast_missing_at_one_client(laboratory, deploy, chain):
+    """It gets everything from another client, or by TCP, and says what the cause may be; the others lose nothing by it."""
     lab = laboratory()
     lab.clients[1].block_multicast()
-    run = deploy(lab, IMAGE, ["--rate", "100M"])
+    run = deploy(lab, IMAGE, ["--rate", "40M", "--chain", chain])
     run.finish()
     run.check_complete()
     for client in run.clients:
         warned = [text in client.stderr for text in MULTICAST_MISSING]
         if client.host is lab.clients[1]:
             assert all(warned), str(run)
-            assert client.repaired() == (0, PACKETS), str(run)
+            check_deaf(run, client, chain == "auto")
         else:
             assert not any(warned), str(run)
-            assert sum(client.repaired()) < 0.2 * PACKETS, str(run)
+            assert sum(client.repaired()) < 0.2 * PACKETS and client.chained() == 0, str(run)
     assert "no client receives multicast" not in run.server.stderr, str(run)
 
 
-def test_multicast_missing_at_all_clients(laboratory, deploy):
-    """The server notices, says what the cause may be, and serves by TCP."""
+@CHAINS
+def test_multicast_missing_at_all_clients(laboratory, deploy, chain):
+    """The server notices, says what the cause may be, and serves one of them by TCP, which serves the next; or all."""
     lab = laboratory()
     for host in lab.clients:
         host.block_multicast()
-    run = deploy(lab, IMAGE, ["--rate", "20M"])
+    run = deploy(lab, IMAGE, ["--rate", "20M", "--chain", chain])
     run.finish()
     run.check_complete()
     for client in run.clients:
         assert all(text in client.stderr for text in MULTICAST_MISSING), str(run)
-        assert client.repaired() == (0, PACKETS), str(run)
-    assert "no client receives multicast" in run.server.stderr, str(run)
+        check_deaf(run, client, chain == "auto" and client.host is not lab.clients[0])
+    assert "no client receives multicast, all is sent " + {
+        "auto": "in a chain from client to client", "never": "by TCP"}[chain] in run.server.stderr, str(run)
     assert all(text in run.server.stderr for text in MULTICAST_MISSING[1:]), str(run)
 
 
-def test_multicast_that_comes_back_is_used_again(laboratory, deploy):
+def check_deaf(run, client, follows):
+    """Fail unless no packet came to a client by multicast: most from another client if it `follows` one, else all by TCP."""
+    coded, by_tcp = client.repaired()
+    assert coded == 0 and by_tcp + client.chained() == PACKETS, str(run)
+    assert by_tcp < 0.5 * PACKETS if follows else by_tcp == PACKETS, str(run)
+    assert "everything came " + ("from another client" if follows else "by TCP") in client.stderr, str(run)
+
+
+@CHAINS
+def test_multicast_that_comes_back_is_used_again(laboratory, deploy, chain):
     lab = laboratory(clients=2)
     for host in lab.clients:
         host.block_multicast()
@@ -169,22 +185,28 @@ def test_multicast_that_comes_back_is_used_again(laboratory, deploy):
                 time.sleep(0.04)
             yield piece
 
-    run = deploy(lab, IMAGE, ["--buffer-packets", "256"], stdin=produce())
+    run = deploy(lab, IMAGE, ["--buffer-packets", "256", "--chain", chain], stdin=produce())
     run.finish()
     run.check_complete()
     assert "multicast gets through" in run.server.stderr, str(run)
     for client in run.clients:
-        assert 0.3 * PACKETS < sum(client.repaired()) < 0.9 * PACKETS, str(run)
+        assert 0.3 * PACKETS < sum(client.repaired()) + client.chained() < 0.9 * PACKETS, str(run)
+        follows = chain == "auto" and client.host is not lab.clients[0]
+        assert client.chained() > 0.2 * PACKETS if follows else client.chained() == 0, str(run)
 
 
-def test_unicast(laboratory, deploy):
+@CHAINS
+def test_unicast(laboratory, deploy, chain):
     """--unicast: nothing is multicast, and nobody is warned that nothing came."""
-    run = deploy(laboratory(clients=2), IMAGE, ["--unicast"])
+    run = deploy(laboratory(clients=2), IMAGE, ["--unicast", "--chain", chain])
     run.finish()
     run.check_complete()
+    first, second = run.clients
     for client in run.clients:
-        assert client.repaired() == (0, PACKETS), str(run)
+        assert client.repaired()[0] == 0 and client.repaired()[1] + client.chained() == PACKETS, str(run)
         assert "warning" not in client.stderr, str(run)
+    assert first.chained() == 0, str(run)
+    assert second.chained() > 0.5 * PACKETS if chain == "auto" else second.chained() == 0, str(run)
     assert "warning" not in run.server.stderr, str(run)
 
 

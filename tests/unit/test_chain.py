@@ -69,12 +69,12 @@ class Hosts(object):
         self.members.remove(member)
         self.chain.leave(member, self.now)
 
-    def learn(self, hears=()):
-        """All answer for a round, which some heard."""
+    def learn(self, hears=(), some=()):
+        """All answer for a round, which these heard, and `some` with losses."""
         for member in self.members:
             heard = member in hears
             member.heard_rounds = member.heard_rounds + 1 if heard else 0
-            member.deaf_rounds = 0 if heard else member.deaf_rounds + 1
+            member.deaf_rounds = 0 if heard or member in some else member.deaf_rounds + 1
         self.chain.learn(self.members, self.now)
 
     def links(self):
@@ -145,6 +145,20 @@ def test_the_head_is_the_first_that_hears_where_none_is_before_the_deaf_ones():
     hosts.learn(hears)
     hosts.learn(hears)
     assert hosts.settle() == [(1, 2), (3, 1)]
+
+
+def test_where_nobody_hears_nearly_all_one_that_hears_some_is_the_head():
+    hosts = Hosts(4)
+    for _ in range(2):
+        hosts.learn(some=[hosts[3], hosts[4]])
+    assert hosts.settle() == [(1, 2), (3, 1)]
+
+
+def test_one_that_hears_nearly_all_is_rather_the_head_than_one_that_hears_some():
+    hosts = Hosts(4)
+    for _ in range(2):
+        hosts.learn([hosts[4]], some=[hosts[3]])
+    assert hosts.settle() == [(1, 2), (4, 1)]
 
 
 def test_a_head_that_loses_some_stays_the_head():
