@@ -57,7 +57,7 @@ def test_two_of_eight_hear(laboratory, deploy):
     run = deploy(lab, IMAGE, ["-v"]).finish()
     run.check_complete()
     heads = set(re.findall(r"the chain is now: (\w+)", run.server.stderr))
-    assert heads == {hearing[0].name}, str(run)
+    assert len(heads) == 1 and heads <= set(host.name for host in hearing), str(run)
     multicast, tcp, chain = carried(run)
     assert multicast > 0.9 and tcp < 1.5 and chain > 4, str(run)
     for client in run.clients:
