@@ -4470,7 +4470,7 @@ class Chain(object):
             else:
                 self._lost.setdefault(member, set()).add(None)      # it can serve nobody else either
                 self._fails(link, 'it cannot listen: %s' % said.get('reason'), now, False, mending)
-        elif member is link.follower and said.get('lost'):
+        elif member is link.follower and said.get('lost') and link.upstream.outcome != 'complete':
             self._fails(link, said['lost'], now, said['connected'], mending)
 
     def through(self, seconds, number, now):

@@ -219,6 +219,16 @@ def test_an_upstream_that_was_lost_goes_to_the_end():
     assert hosts.settle() == [(1, 2), (2, 4), (4, 5), (5, 3)]
 
 
+def test_an_upstream_that_has_everything_and_went_is_not_blamed(told):
+    hosts = Hosts(4)
+    hosts.build()
+    hosts[2].outcome = "complete"
+    hosts.lose(hosts[3])
+    assert hosts.settle() == [(1, 2), (3, 4)] and "chain_broken" not in [what for what, _ in told]
+    hosts.leave(hosts[2])
+    assert hosts.settle() == [(1, 3), (3, 4)]
+
+
 def test_who_nobody_can_connect_to_is_the_tail_and_serves_nobody(told):
     hosts = Hosts(6)
     hosts.deaf_port.add(hosts[3])
