@@ -7870,7 +7870,7 @@ def command_line():
     server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
                         help='drop a client that alone keeps the transfer slower for 10 s')
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
-                        help='packets in a round at the most; memory is that of some seven rounds '
+                        help='packets in a round at the most; memory is that of some five rounds '
                         '(as many as make 4 MB)')
     server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
                         help='clients that one TCP thread serves (64, or all of them where they are '
