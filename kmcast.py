@@ -3317,10 +3317,15 @@ class Connection(object):
     def hang_up(self):
         """If the last message is out: send no more."""
         if self.leaving and not self.outgoing.size:
-            try:
-                self.sock.shutdown(socket.SHUT_WR)
-            except OS_ERRORS:
-                pass
+            self.give_up()
+
+    def give_up(self):
+        """Send no more, not even what is queued; the other end sees it."""
+        self.outgoing.clear()
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OS_ERRORS:
+            pass                        # it has gone
 
     def close(self):
         """Close it; may be done twice."""
@@ -6684,7 +6689,8 @@ class TcpServer(threading.Thread):
     def _gone(self, peer, error, reading):
         """It has ended; where we did not read, reading will tell, after what it said before it went."""
         if peer.member in self._peers and not reading:
-            peer.outgoing.clear()
+            peer.asked.clear()
+            peer.give_up()
         else:
             self._drop(peer, 'it went away: %s' % error, told=False)
 
