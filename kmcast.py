@@ -5202,7 +5202,7 @@ class Course(object):
         self._settling = False          # the chain did, at the last look
         self._next_look = 0.0
         self._brake = None              # the client that alone keeps the rate down
-        self._settled = 0               # rounds since the rate last fell
+        self._settled = 0               # rounds at a known line since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
         self._idle_since = None         # when there was nothing to multicast, while there is not
         self._through_at = None         # when the last round was through
@@ -5529,7 +5529,7 @@ class Course(object):
                                  answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
             why = self.control.learn_head(done.head, answers.head[0], answers.head[1], now) or why
-        self._settled += 1
+        self._settled += self.control.line is not None
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
         if self._brake and self._settled == self.SETTLED and self.control.line:
