@@ -6257,7 +6257,7 @@ def server_report(server):
     payload, rows = course.payload if course else 0, server_rows(server)
     return {
         'bytes': course.delivered if course else 0,
-        'sha256': binascii.hexlify(server.source.digest()).decode('ascii') or None,
+        'sha256': hexadecimal(server.source.digest()) or None,
         'carried': {'multicast': course.sent_packets * payload, 'coded': course.coded * payload,
                     'tcp': course.by_tcp * payload,
                     'chain': sum(row['by_chain'] for row in rows) * payload} if course else None,
@@ -6964,7 +6964,7 @@ class Multicaster(object):
     def _last_word(self):
         """The BYE that ends a good session."""
         return self.session.dialect.bye(
-            ok=True, bytes=self.source.bytes, sha256=binascii.hexlify(self.source.digest()).decode('ascii')
+            ok=True, bytes=self.source.bytes, sha256=hexadecimal(self.source.digest())
             if self.session.digest else None)
 
     def _threads(self):
@@ -7794,12 +7794,8 @@ def file_type(text):
 
 def group_type(text):
     """An argument type: a multicast group."""
-    try:
-        socket.inet_pton(socket.AF_INET, text)
-        if is_multicast(text):
-            return text
-    except OS_ERRORS + (UnicodeError,):
-        pass
+    if is_address(text) and is_multicast(text):
+        return text
     raise argparse.ArgumentTypeError(
         '%s is not a multicast group (224.0.0.0 to 239.255.255.255)' % printable(text))
 
@@ -7937,11 +7933,8 @@ def client_command(options, signals):
     """`kmcast client`: what will do it.  Raises Failure."""
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
-    if re.match(r'[0-9.]*$', options.server_ip):
-        try:
-            socket.inet_pton(socket.AF_INET, options.server_ip)
-        except OS_ERRORS:
-            raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
+    if re.match(r'[0-9.]*$', options.server_ip) and not is_address(options.server_ip):
+        raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
     # `auto` is the address of the connection to the server, once there is one.
     options.local_ip = None if options.local_ip == 'auto' else local_address(options.local_ip)
     return Client(options, signals)
