@@ -976,7 +976,8 @@ def test_where_nobody_hears_multicast_the_first_packets_go_out_to_see_whether_on
     assert drive.send() == (3, 512, False)
 
 
-def test_who_alone_is_waited_for_is_known_while_there_is_nothing_to_multicast():
+def waited(until, busy=None):
+    """Drive two clients through a round with nothing to multicast behind it: the first pays at 11 s, the second at `until`."""
     drive = Drive(64, 2).start()
     drive.fill_all()
     drive.complete("announce", 0)
@@ -984,23 +985,20 @@ def test_who_alone_is_waited_for_is_known_while_there_is_nothing_to_multicast():
     assert drive.send() is None
     answers = kmcast.Answers()
     answers.paid(drive.members[0], 11.0)
-    answers.paid(drive.members[1], 13.0)
+    answers.paid(drive.members[1], until, busy)
     drive.course.complete(kmcast.Step("sent", drive.round(0)), answers)
+    return drive
+
+
+def test_who_alone_is_waited_for_is_known_while_there_is_nothing_to_multicast():
+    drive = waited(13.0)
     assert drive.members[1].waited == {"output": 2.0} and drive.members[0].waited == {}
 
 
 @pytest.mark.parametrize("busy, cause", [("writing", "output"), (None, "silence")])
 def test_who_says_nothing_for_long_is_not_blamed_for_its_disk(busy, cause):
     """It was stopped, perhaps; who is held up by its output says so."""
-    drive = Drive(64, 2).start()
-    drive.fill_all()
-    drive.complete("announce", 0)
-    drive.send()
-    assert drive.send() is None
-    answers = kmcast.Answers()
-    answers.paid(drive.members[0], 11.0)
-    answers.paid(drive.members[1], 20.0, busy)
-    drive.course.complete(kmcast.Step("sent", drive.round(0)), answers)
+    drive = waited(20.0, busy)
     assert drive.members[1].waited == {cause: 9.0}
 
 
