@@ -4395,7 +4395,8 @@ class Chain(object):
     client has one upstream and one follower at the most, so there is never a loop.
     """
 
-    DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all
+    DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all;
+    DEAF_AT_FIRST = 1                   # of which nobody does, where nobody ever did
     ANSWER = 2.0                        # seconds for an upstream to listen
     SETTLE = 1.0                        # seconds that all wait for a chain that is being built
     JIFFY = 1.0                         # seconds that nobody is blamed for
@@ -4415,6 +4416,7 @@ class Chain(object):
         self._served = {}               # upstream -> the token that it was told last
         self._news = []                 # (member, message without the round's number, or a function of it)
         self._settled_by = None         # when not to wait any longer for it to be built
+        self.mute = True                # nobody ever heard anything
 
     def __str__(self):
         return ' - '.join(str(member) for member in self.order)
@@ -4429,8 +4431,10 @@ class Chain(object):
     def learn(self, here, now):
         """A round was answered for: who hears, who does not; here: all members."""
         before, head = set(self._inside), self._head
+        self.mute = self.mute and all(member.deaf_rounds for member in here)
+        enough = self.DEAF_AT_FIRST if self.mute else self.DEAF
         for member in here:
-            if member.deaf_rounds >= self.DEAF and member.willing:
+            if member.deaf_rounds >= enough and member.willing:
                 self._inside.add(member)
             elif member.heard_rounds >= self.BACK:
                 self._inside.discard(member)
@@ -5301,6 +5305,8 @@ class Course(object):
             if self.chain and self.chain.settling(self.hands.now()):
                 return None
             count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
+            if self.chain and unanswered and not self._answered:    # those after the first may all have to go by chain
+                return None
             if (self.control and self.control.line is None and unanswered
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
                 return None
@@ -5512,7 +5518,8 @@ class Course(object):
             self._last_heard = now
         self._silent = self._silent + 1 if silent and not answers.hearing else 0
         if self._silent:
-            self.multicasting = self.multicasting and self._silent < self.SILENT
+            by_chain = self.chained and self.chain.mute
+            self.multicasting = self.multicasting and self._silent < self.SILENT and not by_chain
             if now - self._last_heard > self.PATIENCE:
                 self.warn_of_silence()
         elif not self.multicasting:

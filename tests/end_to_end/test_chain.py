@@ -123,6 +123,24 @@ def test_where_nobody_hears_anything_a_chain_is_made():
     assert "the chain is now" in stderr and "no client receives multicast" in stderr
 
 
+def test_multicast_that_nobody_hears_at_first_is_used_once_it_is_heard():
+    data = helpers.random_bytes(20 * MB)
+    port = helpers.free_port()
+    server = helpers.start_server(["-v", LOOPBACK, 3, port], stdin=data)
+    network = helpers.Network(port)
+    clients = []
+    for _ in range(3):
+        lost = iter(range(64))
+
+        def late(datagram, lost=lost):
+            return [] if next(lost, None) is not None else [datagram]
+        clients.append(helpers.start_client([LOOPBACK, LOOPBACK, network.path(late)]))
+    stderr = finish(server, clients, data)
+    carried = server.report()["carried"]
+    assert "the chain is now" in stderr
+    assert carried["multicast"] > 3 * MB, "more than what is sent to see whether anybody hears it"
+
+
 def test_one_that_hears_is_the_head_for_those_that_do_not():
     data = helpers.random_bytes(20 * MB)
     server, clients = transfer_with_paths(data, [True, False, False])

@@ -122,12 +122,27 @@ def test_a_single_client_needs_none():
     assert hosts.build() == [] and not hosts.chain.settling(hosts.now)
 
 
-def test_clients_that_hear_nothing_for_two_rounds_get_one_by_themselves():
+def test_after_the_first_round_that_nobody_heard_there_is_one():
     hosts = Hosts(4)
     hosts.learn()
+    assert hosts.settle() == [(1, 2), (2, 3), (3, 4)]
+
+
+def test_where_somebody_heard_something_it_takes_two_rounds():
+    hosts = Hosts(4)
+    hosts.learn(some=[hosts[3]])
     assert hosts.settle() == []
     hosts.learn()
+    assert hosts.settle() == [(1, 2), (2, 4)], "without the one that heard some of the first"
+
+
+def test_where_only_the_first_round_was_lost_to_all_there_is_none_two_rounds_later():
+    hosts = Hosts(4)
+    hosts.learn()
     assert hosts.settle() == [(1, 2), (2, 3), (3, 4)]
+    hosts.learn(hosts.members)
+    hosts.learn(hosts.members)
+    assert hosts.settle() == [] and not hosts.chain.links
 
 
 def test_a_client_that_hears_is_the_head_for_the_deaf_ones_behind_it():
