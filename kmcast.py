@@ -4663,8 +4663,8 @@ class Relay(object):
     STILL = 0.5                         # seconds after which a follower hears that we are here
     GREETING = 2.0                      # seconds for a follower to say its token
     MOST = 8                            # connections that have not
-    LITTLE = 64 << 10                   # bytes in a turn: more would come if we waited
     AT_ONCE = 1 << 20                   # bytes from an upstream in a turn
+    SMALL = 32 << 10                    # what is left of a piece and fewer bytes is read with what follows it
     LONGEST_END = 30.0                  # seconds that a follower can keep us at the end
 
     def __init__(self, window, address, port, say, carry_out):
@@ -4685,20 +4685,19 @@ class Relay(object):
         self.upstream_place = None      # its (address, port)
         self._upstream_token = None
         self._connected = False         # to the upstream
-        self._head = bytearray(PIECE.size)
-        self._head_left = memoryview(self._head)
-        self._piece = None              # that is coming
-        self._sum = bytearray(U32.size)             # of it, without digests
-        self._sum_left = None
+        self._words = b''               # of a header or a sum that is coming
+        self._head = b''                # of the piece that is coming
+        self._piece = None              # that is
+        self._staging = bytearray(2 * self.SMALL)
         self._scratch = None
-        self.trickles = False           # the upstream sends less than is worth a turn
+        self.trickles = False           # the upstream sends less than we can take
 
     @property
     def active(self):
         """Whether it has anything to do."""
         return bool(self._watched)
 
-    upstream_fd = property(lambda self: self._upstream.fileno() if self._upstream else None)
+    streams = property(lambda self: [end.fileno() for end in (self._upstream, self._follower) if end])
     following = property(lambda self: self._connected)
 
     # ---- descriptors
@@ -4909,7 +4908,7 @@ class Relay(object):
             self._close(self._upstream)
         self._upstream = self.upstream_place = self._piece = None
         self._connected = self.trickles = False
-        self._head_left, self._sum_left = memoryview(self._head), None
+        self._words = b''
         self.window.follow(None)
 
     def _lose_upstream(self, reason):
@@ -4922,13 +4921,11 @@ class Relay(object):
             if not self._connected:
                 self._connect(now)
             if self._connected:
-                got = 0
-                while got < self.AT_ONCE:
-                    size = self._read(now)
-                    if not size:
-                        break
+                got, more = 0, True
+                while more and got < self.AT_ONCE:
+                    size, more = self._read(now)
                     got += size
-                self.trickles = got < self.LITTLE
+                self.trickles = bool(got) and not more
         except Gone as error:
             return self._lose_upstream(str(error))
         except ProtocolError as error:
@@ -4956,42 +4953,63 @@ class Relay(object):
         self._watch(upstream, select.POLLIN)
 
     def _read(self, now):
-        """Take some of what has come; returns bytes.  Raises Gone, ProtocolError."""
-        upstream, piece = self._upstream, self._piece
-        if piece is None:
-            size = upstream.read_into(self._head_left)
-            self._head_left = self._head_left[size:]
-            if size and not self._head_left:
-                self._head_left = memoryview(self._head)
-                self._begin_piece(now)
-            return size
-        if self._sum_left is not None:
-            size = upstream.read_into(self._sum_left)
-            self._sum_left = self._sum_left[size:]
-            if not self._sum_left:
-                self._sum_left = None
-                self._check_piece(piece)
-            return size
+        """Take some of what has come; returns (bytes, whether there may be more).  Raises Gone, ProtocolError.
+
+        What is large goes straight to its place; small things go through a copy, many at once.
+        """
+        direct = self._piece and len(self._piece.left) > self.SMALL
+        area = self._area() if direct else memoryview(self._staging)
+        size = self._upstream.read_into(area)
+        if direct:
+            self._advance(size)
+        else:
+            self._take(area[:size], now)
+        return size, size == len(area)
+
+    def _take(self, data, now):
+        """Bytes of the upstream: headers, pieces, and sums of them.  Raises ProtocolError."""
+        while data:
+            if self._piece and self._piece.left:
+                size = min(len(data), len(self._piece.left))
+                self._area()[:size] = data[:size]
+                self._advance(size)
+            else:
+                need = U32.size if self._piece else PIECE.size
+                size = min(len(data), need - len(self._words))
+                self._words += data[:size].tobytes()
+                if len(self._words) == need:
+                    words, self._words = self._words, b''
+                    if self._piece:
+                        self._check_piece(words)
+                    else:
+                        self._begin_piece(words, now)
+            data = data[size:]
+
+    def _area(self):
+        """Where the piece goes on."""
+        piece = self._piece
         if piece.incoming and self.window.digest and not self.window.takes(piece.incoming):
             # It was complete meanwhile, and is being verified: no byte of it may change any more.
             piece.incoming, piece.left = None, self._scratch_of(len(piece.left))
-        size = upstream.read_into(piece.left)
+        return piece.left
+
+    def _advance(self, size):
+        """So many bytes of the piece are in their place."""
+        piece = self._piece
         piece.left = piece.left[size:]
+        if not self.window.digest:
+            return
         piece.got += size
-        if size and self.window.digest and piece.incoming:
+        if size and piece.incoming:
             done = piece.last if not piece.left else piece.first + piece.got // self.window.payload
             if done > piece.done:
                 self.window.arrived(piece.incoming, piece.done, done)
                 piece.done = done
         if not piece.left:
-            if self.window.digest:
-                self._piece = None
-            else:
-                self._sum_left = memoryview(self._sum)
-        return size
+            self._piece = None
 
-    def _begin_piece(self, now):
-        number, first, size = PIECE.unpack(bytes(self._head))
+    def _begin_piece(self, head, now):
+        number, first, size = PIECE.unpack(head)
         if not size:
             if number != MASK:
                 self.window.no_more(number, now)
@@ -5001,18 +5019,18 @@ class Relay(object):
         incoming, area, last = self.window.area_for(number, first, size)
         if incoming is None or not self.window.digest:
             area = self._scratch_of(size)
-        self._piece = Piece(incoming, first, last, area)
+        self._head, self._piece = head, Piece(incoming, first, last, area)
 
     def _scratch_of(self, size):
         if self._scratch is None:
             self._scratch = bytearray(LARGEST_PIECE)
         return memoryview(self._scratch)[:size]
 
-    def _check_piece(self, piece):
+    def _check_piece(self, checksum):
         """Without digests a piece has a checksum.  Raises ProtocolError."""
-        self._piece = None
-        right = zlib.crc32(part(self._scratch, 0, piece.size), zlib.crc32(bytes(self._head))) & MASK
-        if right != U32.unpack(bytes(self._sum))[0]:
+        piece, self._piece = self._piece, None
+        right = zlib.crc32(part(self._scratch, 0, piece.size), zlib.crc32(self._head)) & MASK
+        if right != U32.unpack(checksum)[0]:
             raise ProtocolError('a piece with a wrong checksum')
         if piece.incoming and self.window.takes(piece.incoming):
             piece.incoming.buffer.view(piece.first, piece.last)[:] = memoryview(self._scratch)[:piece.size]
@@ -7197,7 +7215,7 @@ class Client(object):
     """Receives one image: the hands of a ClientWindow."""
 
     NAP = 0.001                         # seconds, to let datagrams gather
-    LONG_NAP = 0.004                    # the same for what comes by TCP, which nobody loses
+    LONG_NAP = 0.008                    # the same for what comes by TCP, which nobody loses
     AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
@@ -7483,7 +7501,8 @@ class Client(object):
         relay.poll_with(control, everything)
         self._hear()                    # what came with the greetings
         while not window.over:
-            self._listen()
+            if udp in fds or window.deadline is not None:       # datagrams are taken before a round is answered for
+                self._listen()
             now = monotonic()
             if relay.active:
                 relay.turn(fds, now)
@@ -7495,8 +7514,9 @@ class Client(object):
             fds = [fd for fd, _ in ready(everything, wait)]
             if fds == [udp] and ample and window.deadline is None:
                 # Let some more gather, unless somebody else has something to say.
-                fds = [fd for fd, _ in ready(control, self.NAP)]
-            elif relay.trickles and fds == [relay.upstream_fd] or self._trickles and fds == [tcp]:
+                fds += [fd for fd, _ in ready(control, self.NAP)]
+            elif fds and (relay.trickles or self._trickles) and set(fds) <= set(
+                    relay.streams + [tcp] if self._trickles else relay.streams):
                 time.sleep(self.LONG_NAP)
             if link in fds:
                 self._look_at_writer()
@@ -7540,10 +7560,11 @@ class Client(object):
             more, got = True, 0
             while more and (got < self.AT_ONCE or server.incoming.count):       # a follower waits for some of it
                 if window.wants is not None:
-                    more = server.read_into(window.wants)
-                    got += more
-                    self._carry_out(window.filled(more))
-                    self._trickles = got < self.relay.LITTLE and window.wants is not None
+                    room = len(window.wants)
+                    size = server.read_into(window.wants)
+                    got, more = got + size, size == room
+                    self._carry_out(window.filled(size))
+                    self._trickles = not more and window.wants is not None
                 else:
                     for message in server.messages(window.size_of):
                         self._carry_out(window.heard(message, monotonic()))
