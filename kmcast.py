@@ -4086,6 +4086,9 @@ class ClientWindow(object):
             raise Failure('the digest differs: what was received is not the image; nothing of this '
                           'round was written')
         tell('damaged', round=incoming.number, count=how_many(gaps))
+        if how_many(gaps) >= incoming.heard:        # it was all forged, so nothing of the server's was heard
+            self.by_multicast -= incoming.heard
+            incoming.heard, self._hears = 0, False
         incoming.buffer.forget(gaps)
         incoming.buffer.damaged += how_many(gaps)
         return self._ask(incoming)

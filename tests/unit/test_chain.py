@@ -529,6 +529,23 @@ def test_what_the_chain_brought_was_not_heard():
     assert WIRE.figures_of(message)[0] == 0 and listener.window.by_multicast == 0
 
 
+def test_what_was_forged_was_not_heard():
+    """Right headers, wrong data: only the digest tells."""
+    listener = Listener()
+    count = COUNT - 1
+    fakes = b"".join(kmcast.PACKET.pack(seq, 7 + seq, PAYLOAD) + b"x" * PAYLOAD for seq in range(count))
+    listener.window.take([(bytearray(fakes), 0, count, PAYLOAD)], count, 1.0, 1.0)
+    listener.piece(count, COUNT)
+    listener.window.heard(WIRE.sent(0, b"d" * 32), 1.0)
+    (_, incoming), = listener.window.tick(1.0)
+    assert incoming.heard == listener.window.by_multicast == count
+    listener.window.damaged(incoming)
+    right = [kmcast.zlib.crc32(listener.data[0][start:start + PAYLOAD]) & kmcast.MASK
+             for start in range(0, COUNT * PAYLOAD, PAYLOAD)]
+    (_, message), = listener.window.heard(WIRE.sums(0, right), 1.0)
+    assert message[:1] == kmcast.REQUEST and WIRE.figures_of(message)[0] == listener.window.by_multicast == 0
+
+
 def test_a_round_that_is_complete_takes_no_piece_any_more():
     listener = Listener()
     assert listener.piece(0, COUNT)
