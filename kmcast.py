@@ -3164,6 +3164,18 @@ class Connection(object):
 
     open = property(lambda self: self.sock is not None)
 
+    def reached(self):
+        """What has become of connect_ex(): an errno; 0: it is connected; EINPROGRESS: that is not known yet."""
+        number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            if not number and self.sock.getsockname() == self.sock.getpeername():
+                # Nobody listens there, but the kernel chose the same port for our
+                # end, and has connected us to ourselves.
+                return errno.ECONNREFUSED
+        except OS_ERRORS:
+            return number or errno.EINPROGRESS
+        return number
+
     # ---- out
 
     def send(self, *pieces):
@@ -4455,9 +4467,9 @@ class Chain(object):
 
     def leave(self, member, now):
         """A member is none any more."""
-        for members in (self._inside, self._lost, self._slow, self._served):
-            if member in members:
-                (members.discard if members is self._inside else members.pop)(member)
+        for members in (self._lost, self._slow, self._served):
+            members.pop(member, None)
+        self._inside.discard(member)
         for followers in self._lost.values():
             followers.discard(member)
         if member in self._last:
@@ -4941,13 +4953,9 @@ class Relay(object):
     def _connect(self, now):
         """See whether the connection is there.  Raises Gone."""
         upstream = self._upstream
-        number = upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        try:
-            if not number and upstream.sock.getsockname() == upstream.sock.getpeername():
-                number = errno.ECONNREFUSED             # to ourselves: nobody listens there
-        except OS_ERRORS:
-            if not number:
-                return                  # it is not
+        number = upstream.reached()
+        if number == errno.EINPROGRESS:
+            return
         if number:
             raise Gone(os.strerror(number))
         self._connected, upstream.heard = True, now
@@ -7393,13 +7401,10 @@ class Client(object):
         while number in (errno.EINPROGRESS, errno.EALREADY) and monotonic() < deadline:
             tell.look(monotonic())
             if self._poll([(sock, select.POLLOUT)], min(TICK, deadline - monotonic())):
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                number = self.server.reached()
         if number in (errno.EINPROGRESS, errno.EALREADY):
             number = errno.ETIMEDOUT
-        if not number and sock.getsockname() == sock.getpeername():
-            # Nobody listens there, but the kernel chose the same port for our
-            # end, and has connected us to ourselves.
-            number = errno.ECONNREFUSED
+        number = number or self.server.reached()
         if number:
             raise socket.error(number, os.strerror(number))
         self.server.heard = monotonic()
