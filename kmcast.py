@@ -4427,6 +4427,7 @@ class Chain(object):
         self._last = []                 # members that go behind all others, in their order
         self._lost = {}                 # upstream -> the followers that could not reach it, or lost it
         self._slow = {}                 # member -> rounds in a row
+        self._relieved = set()          # followers that had another upstream as theirs may be slow
         self._next_blame = 0.0          # when one may be put to the end for that
         self._served = {}               # upstream -> the token that it was told last
         self._news = []                 # (member, message without the round's number, or a function of it)
@@ -4469,7 +4470,8 @@ class Chain(object):
         """A member is none any more."""
         for members in (self._lost, self._slow, self._served):
             members.pop(member, None)
-        self._inside.discard(member)
+        for members in (self._inside, self._relieved):
+            members.discard(member)
         for followers in self._lost.values():
             followers.discard(member)
         if member in self._last:
@@ -4520,6 +4522,20 @@ class Chain(object):
             tell('chain_slow', member=member)
             self._to_the_end(member)
             self._wire(now)
+
+    def relieve(self, follower, now):
+        """A client alone holds all up, which may be its upstream's doing: give it another one.
+
+        Returns whether there was one to be replaced; once for each client.
+        """
+        link = self.links.get(follower)
+        if not link or follower in self._relieved:
+            return False
+        self._relieved.add(follower)
+        tell('chain_slow', member=link.upstream)
+        self._to_the_end(link.upstream)
+        self._wire(now)
+        return True
 
     def look(self, now):
         """Time passes."""
@@ -5629,6 +5645,9 @@ class Course(object):
             self._held_by = None
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
+        elif now - self._held_by[1] >= self.ENDURANCE and self._chains and self.chain.relieve(culprit, now):
+            self._held_by = None        # it gets its packets from another one now
+            self._publish_chain()
         elif now - self._held_by[1] >= self.ENDURANCE:
             self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                                 % (bits(self.min_rate), bits(goodput)))

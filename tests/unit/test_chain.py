@@ -314,6 +314,15 @@ def test_who_holds_up_those_behind_it_three_times_goes_to_the_end():
     assert hosts.settle() == [(1, 2), (2, 4), (4, 5), (5, 3)]
 
 
+def test_who_alone_holds_all_up_gets_another_upstream_once():
+    hosts = Hosts(4)
+    hosts.build()
+    assert hosts.chain.relieve(hosts[4], hosts.now)
+    assert hosts.settle() == [(1, 2), (2, 4), (4, 3)]
+    assert not hosts.chain.relieve(hosts[4], hosts.now), "then it is its own doing"
+    assert not hosts.chain.relieve(hosts[1], hosts.now), "which has its packets from the server"
+
+
 def test_nobody_is_blamed_for_what_comes_late_to_himself():
     hosts = Hosts(3)
     hosts.build()
