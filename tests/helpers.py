@@ -326,6 +326,7 @@ class Process(object):
     def wait_begun(self, timeout=30):
         """Wait until it says, asked how far it is, that rounds are under way."""
         deadline = time.time() + timeout
+        self.wait_stderr("\n", timeout)         # before, nobody looks after signals
         while "of the image" not in self.stderr:
             assert self.poll() is None and time.time() < deadline, "%r has not begun. Its stderr:\n%s" % (self, self.stderr)
             self.signal(signal.SIGUSR2)
