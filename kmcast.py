@@ -15,6 +15,7 @@ only those above it:
     Python 2 and 3      all that differs between them
     Outcomes and times  how things end, exit codes, timeouts; and what happens is told
     Wire                structs, signals, frames; two dialects: session and base protocol
+    Ranges              which bytes of an image are held, or lacking
     Queues and links    TcpQueue; SemLink, the zipper between neighbouring threads
     Rounds              one round of packets: fill, put, get, missing, flush
     Coded repair        which lost packets to XOR, and how to solve for them
@@ -80,6 +81,7 @@ if __name__ == '__main__':
 import argparse
 import array
 import binascii
+import bisect
 import collections
 import contextlib
 import ctypes
@@ -840,6 +842,103 @@ def frame_size(head):
     if length > MAX_FRAME:
         raise ProtocolError('a frame of %d bytes' % length)
     return 5 + length
+
+
+# ---------------------------------------------------------------------------
+# Ranges
+# ---------------------------------------------------------------------------
+
+class Held(object):
+    """Which bytes of an image somebody holds, or lacks: ranges, each from its first byte up to, but not with, `stop`.
+
+    Neighbours are joined, so equal sets have equal ranges.
+    """
+
+    MOST = 1000                         # ranges that go on the wire
+
+    def __init__(self, ranges=()):
+        """ranges: (start, stop) of each, in any order."""
+        self._bounds = []               # start, stop, start, stop, ...: ascending, all different
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    @classmethod
+    def from_list(cls, value):
+        """As a frame has them: [[start, stop], ...], ascending, disjoint, and MOST at the most.  Raises ProtocolError."""
+        bounds = []
+        if isinstance(value, list) and len(value) <= cls.MOST:
+            bounds = [bound for pair in value if isinstance(pair, list) and len(pair) == 2 for bound in pair]
+        good = isinstance(value, list) and len(bounds) == 2 * len(value) and all(
+            isinstance(bound, NUMBER) and not isinstance(bound, bool) and 0 <= bound < 1 << 63 for bound in bounds)
+        if not good or any(bounds[i] >= bounds[i + 1] if not i % 2 else bounds[i] > bounds[i + 1]
+                           for i in range(len(bounds) - 1)):
+            raise ProtocolError('a frame without proper ranges')
+        return cls(zip(bounds[::2], bounds[1::2]))
+
+    def to_list(self):
+        """As a frame has them: of more than MOST the largest."""
+        ranges = sorted(self, key=lambda pair: pair[0] - pair[1])[:self.MOST]
+        return [list(pair) for pair in sorted(ranges)]
+
+    def __iter__(self):
+        """(start, stop) of each range, ascending."""
+        return iter(list(zip(self._bounds[::2], self._bounds[1::2])))
+
+    def __len__(self):
+        return len(self._bounds) // 2
+
+    def __eq__(self, other):
+        return isinstance(other, Held) and list(self) == list(other)
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = None                     # it changes
+
+    def __repr__(self):
+        return 'Held(%r)' % (list(self),)
+
+    def add(self, start, stop):
+        """These bytes, too."""
+        self._change(start, stop, 0)
+
+    def remove(self, start, stop):
+        """These bytes no more."""
+        self._change(start, stop, 1)
+
+    def _change(self, start, stop, inside):
+        """inside: whether a bound at an even (0) or an odd (1) place is where the rest would be cut."""
+        if start >= stop:
+            return
+        first, last = bisect.bisect_left(self._bounds, start), bisect.bisect_right(self._bounds, stop)
+        self._bounds[first:last] = [start] * (first % 2 == inside) + [stop] * (last % 2 == inside)
+
+    def covers(self, start, stop):
+        """Whether all of these bytes are there."""
+        place = bisect.bisect_right(self._bounds, start)
+        return start >= stop or place % 2 == 1 and self._bounds[place] >= stop
+
+    def touches(self, start, stop):
+        """Whether any of these bytes is there."""
+        first, last = bisect.bisect_right(self._bounds, start), bisect.bisect_left(self._bounds, stop)
+        return start < stop and (first < last or first % 2 == 1)
+
+    def missing(self, start, stop):
+        """What of these bytes is not there, as Held."""
+        missing = Held([(start, stop)])
+        for pair in self:
+            missing.remove(*pair)
+        return missing
+
+    @property
+    def prefix(self):
+        """Bytes from the start of the image on, up to the first that is not there."""
+        return self._bounds[1] if self._bounds[:1] == [0] else 0
+
+    @property
+    def size(self):
+        """Bytes in all."""
+        return sum(self._bounds[1::2]) - sum(self._bounds[::2])
 
 
 # ---------------------------------------------------------------------------
