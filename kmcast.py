@@ -368,6 +368,7 @@ AGAIN = b'\x40'
 BYE = b'\x80'
 STATE = b'\x13'
 SUMS = b'\x16'
+LACK = b'\x17'
 U32 = struct.Struct('<I')
 PORT = struct.Struct('>H')
 GROUP_INFO = struct.Struct('<H2s4s8s')              # a sockaddr_in of x86 Linux
@@ -462,14 +463,23 @@ def stall_of(fields):
     return value
 
 
+def name_of(fields, key, optional=False):
+    """The 32 hexadecimal digits that a frame has for a key; None for null.  Raises ProtocolError."""
+    text = field(fields, key, TEXT, optional)
+    if text is not None and not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
+        raise ProtocolError('a frame without a proper "%s"' % key)
+    return text
+
+
+def random_name():
+    """32 hexadecimal digits that nobody else has."""
+    return hexadecimal(os.urandom(TOKEN_SIZE))
+
+
 def token_of(fields, optional=False):
     """The token in a frame about the chain, bytes; None for null.  Raises ProtocolError."""
-    text = field(fields, 'token', TEXT, optional)
-    if text is None:
-        return None
-    if not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
-        raise ProtocolError('a frame without a proper "token"')
-    return binascii.unhexlify(text.encode('ascii'))
+    text = name_of(fields, 'token', optional)
+    return text and binascii.unhexlify(text.encode('ascii'))
 
 
 def place_of_upstream(fields):
@@ -686,6 +696,11 @@ class SessionDialect(object):
         return pack_frame(RELAY, dict(fields, token=hexadecimal(token)))
 
     @staticmethod
+    def lack(ranges):
+        """These are not here after all, [[start, stop], ...], though DONE or HELLO said so."""
+        return pack_frame(LACK, {'lacks': ranges})
+
+    @staticmethod
     def ask_for_sums(number):
         """The round's digest differs: which packets are damaged?"""
         return SUMS + U32.pack(number)
@@ -703,7 +718,7 @@ class SessionDialect(object):
             return 1
         if kind in (READY, SUMS):
             return 1 + U32.size
-        if kind in (HELLO, BYE, STATE, RELAY):
+        if kind in (HELLO, BYE, STATE, RELAY, LACK):
             return frame_size(head)
         if kind not in (DONE, REQUEST):
             raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
@@ -6405,7 +6420,7 @@ class Session(object):
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
-            'source': source, 'unicast': self.unicast})
+            'again': False, 'source': source, 'unicast': self.unicast})
 
 
 class Peer(Connection):
@@ -7503,8 +7518,8 @@ class Client(object):
         try:
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
-                'window': SessionDialect.window, 'seek': False, 'relay': True,
-                'stall': STALL if stall is None else stall}))
+                'window': SessionDialect.window, 'relay': True, 'stall': STALL if stall is None else stall,
+                'seek': False, 'image': None, 'have': [], 'who': random_name()}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
         self.dialect = SessionDialect
