@@ -7978,8 +7978,8 @@ class Client(object):
         try:
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
-                'window': SessionDialect.window, 'seek': False, 'relay': True,
-                'stall': STALL if stall is None else stall}))
+                'window': SessionDialect.window, 'relay': True, 'stall': STALL if stall is None else stall,
+                'seek': False, 'image': None, 'have': [], 'who': random_name()}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
         self.dialect = SessionDialect
