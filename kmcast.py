@@ -5321,15 +5321,16 @@ class Roster(object):
         if len(self._refused) < self.MOST_REFUSED:
             self._refused[member.identity] = why
 
-    def why_not(self):
-        """Why somebody who comes now cannot take part; None if he can."""
+    def why_not(self, twin=None):
+        """Why somebody who comes now, in the place of a twin perhaps, cannot take part; None if he can."""
         if self.closed or self.closing:
             return CLOSING if self.again else LATE
         if not self.begun:
             return None
         if not self.again:
             return NO_WAY_BACK
-        return NO_PLACE if not self.more and len(self._here) + self.served >= self.places else None
+        taken = len(self._here) + self.served - bool(twin)
+        return NO_PLACE if not self.more and taken >= self.places else None
 
     def twin(self, member):
         """The client that is here for the same output, or, before the start, from the same host; None without one.
@@ -5341,15 +5342,19 @@ class Roster(object):
             twin = self._identities.get(member.identity)
         return twin if twin in self._here else None
 
-    def admit(self, member, now=0.0):
-        """A client has a place; returns how many are here now."""
+    def admit(self, member, now=0.0, twin=None):
+        """A client has a place, that of its twin if it has one; returns how many are here now."""
+        if twin:
+            self.condemn(twin, 'replaced by a later client of the same host')
         if self.begun:
             member.late = now - (now if self.began is None else self.began)
             self._forget(member)
             self.everyone.append(member)
-        self._here.append(member)
+        self._here.append(member)       # before the twin leaves, lest nobody be here meanwhile
         for name in member.names:
             self._identities[name] = member
+        if twin:
+            self.leave(twin)
         return len(self._here)
 
     def _forget(self, member):
@@ -7179,18 +7184,13 @@ class TcpServer(threading.Thread):
         """Give a place to whoever may become a client, or say why not.  Raises Failure."""
         member = peer.member
         twin = self.roster.twin(member)
-        if twin:                        # its thread may be another one
-            self.roster.condemn(twin, 'replaced by a later client of the same host')
-            self.roster.leave(twin)
-            self._carry_out_sentences()
-            self.link.release_child()
-        if self.session.dialect.greets and not self.roster.why_not():
+        why = self.roster.why_not(twin)
+        if self.session.dialect.greets and not why:
             self._send(peer, self.session.welcome)
             if peer.leaving or not peer.open:
                 return
-        why = self.roster.why_not()
         if not why:
-            here = self.roster.admit(member, monotonic())
+            here = self.roster.admit(member, monotonic(), twin)
             if self.roster.closed:
                 self.roster.turn_away(member)
                 why = CLOSING
@@ -7202,6 +7202,9 @@ class TcpServer(threading.Thread):
             return
         self._pending.remove(peer)
         tell('member_here', member=member, here=here, places=self.roster.places)
+        if twin:                        # its thread may be another one
+            self._carry_out_sentences()
+            self.link.release_child()
         self._take(peer)
         self._bring('here', member)
         self._advance()
