@@ -163,7 +163,8 @@ class Greeter(kmcast.Client):
     def __init__(self, answers):                # pylint: disable=super-init-not-called
         self.options = argparse.Namespace(stall_timeout=None)
         self.answers, self.said, self.server, self.sink = list(answers), [], self, self
-        self.alive_every = None
+        self.alive_every = self.window = self.journal = None
+        self.seeks, self.copy = True, kmcast.Copy(self)
 
     def _next_message(self, size_of):
         message = self.answers.pop(0)
