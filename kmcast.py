@@ -953,6 +953,11 @@ class Held(object):
         place = bisect.bisect_right(self._bounds, start)
         return start >= stop or place % 2 == 1 and self._bounds[place] >= stop
 
+    def gap(self, start):
+        """The first byte from `start` on that is not there."""
+        place = bisect.bisect_right(self._bounds, start)
+        return self._bounds[place] if place % 2 else start
+
     def touches(self, start, stop):
         """Whether any of these bytes is there."""
         first, last = bisect.bisect_right(self._bounds, start), bisect.bisect_left(self._bounds, stop)
@@ -2658,7 +2663,7 @@ class Hasher(threading.Thread):
         threading.Thread.__init__(self, name='hasher')
         self.daemon = True
         self._hash = hashlib.sha256()
-        self._digests = [self._hash.digest()]       # through each part
+        self._digests = bytearray(self._hash.digest())          # through each part, back to back
         self._parts = collections.deque()
         self._given = 0
         self.link = SemLink()
@@ -2672,10 +2677,10 @@ class Hasher(threading.Thread):
 
     def digest(self, parts=None):
         """The digest through so many parts, of all if None; waits until they are hashed."""
-        parts = self._given if parts is None else parts
-        while len(self._digests) <= parts:
+        start = DIGEST_SIZE * (self._given if parts is None else parts)
+        while len(self._digests) <= start:
             self.link.wait_child()
-        return self._digests[parts]
+        return bytes(self._digests[start:start + DIGEST_SIZE])
 
     def close(self):
         """Let it end."""
@@ -2691,7 +2696,7 @@ class Hasher(threading.Thread):
             while True:
                 self._own_link.wait_parent()
                 self._hash.update(self._parts.popleft())
-                self._digests.append(self._hash.digest())
+                self._digests += self._hash.digest()
                 self._own_link.release_parent()
         except LinkClosed:
             pass
@@ -2703,20 +2708,37 @@ class Source(object):
     """Where the server's image comes from: standard input, a file, a command.
 
     name, size (bytes) are None where they are not known.
+    bytes       of the image, as far as it was read
+    again       whether what was read can be read again: of a file, and of what is kept in a spool
     """
 
-    def __init__(self, path=None, command=None, digest=True):
-        """path: of a file; command: for the shell, which start() starts.  Raises Failure."""
+    def __init__(self, path=None, command=None, digest=True, spool=None):
+        """path: of a file; command: for the shell, which start() starts; spool: path of the file
+        where to keep what a pipe or a command gives.  Raises Failure."""
+        self.path = path
         self._text = command
         self._command = None
-        self._file = None
+        self._file = self._spool = None
         self.name = path and os.path.basename(path)
         self.size = None
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
         self._digest, self._hasher = digest, None
-        if command is not None:
-            return
+        self._hashed = 0                # bytes
+        self._at = self._start = 0      # where it reads, in the image; where that begins in the file
+        self._mark = None               # a file's size and time of change
+        self._ended = False             # it was read to its end
+        if command is None:
+            self._open(path)
+        if spool is not None:
+            if self.size:
+                raise Failure('--spool is for an image that comes by a pipe; a file can be read again', USAGE)
+            try:
+                self._spool = io.open(spool, 'w+b', buffering=0)
+            except OS_ERRORS as error:
+                raise Failure('cannot write %s: %s' % (printable(spool), explain(error)), USAGE)
+
+    def _open(self, path):
         called = 'standard input' if path is None else printable(path)
         try:
             # Not blocking: a FIFO that nobody writes to yet is waited for like any other producer.
@@ -2734,7 +2756,15 @@ class Source(object):
             raise Failure('%s is a terminal; give the image as "< FILE", through a pipe, with '
                           '-i FILE or with --pipe COMMAND' % called, USAGE)
         if stat.S_ISREG(status.st_mode):
-            self.size = max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+            self._start = os.lseek(fd, 0, os.SEEK_CUR)
+            self.size = max(0, status.st_size - self._start)
+            self._mark = status.st_size, status.st_mtime
+
+    again = property(lambda self: bool(self._spool or self.size))       # the files of /proc have 0 bytes, and are none
+
+    @property
+    def _reads(self):
+        return self._spool if self._spool and (self._ended or self._at < self.bytes) else self._file
 
     def image(self):
         """32 hex digits that name the image: a file's are the same as long as nobody changes it."""
@@ -2743,6 +2773,14 @@ class Source(object):
             status = os.fstat(self.fileno())
             seed = repr((status.st_dev, status.st_ino, status.st_size, status.st_mtime)).encode('ascii')
         return hashlib.sha256(seed).hexdigest()[:32]
+
+    def replaced(self):
+        """Whether there is another file under its name now."""
+        try:
+            now, ours = os.stat(self.path), os.fstat(self.fileno())
+        except OS_ERRORS:
+            return False                # not yet
+        return (now.st_dev, now.st_ino) != (ours.st_dev, ours.st_ino)
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
@@ -2765,12 +2803,29 @@ class Source(object):
 
     def fileno(self):
         """For select(): readable when read_into() will not wait."""
-        return self._file.fileno()
+        return self._reads.fileno()
 
     def hash(self, view):
-        """Hash the next bytes of the image, which stay where they are until their digest is known."""
-        if self._hasher:
+        """Hash the bytes that were read last, which stay where they are until their digest is known; each only once."""
+        if self._hasher and self._hashed < self._at:
+            self._hashed = self._at
             self._hasher.give(view)
+
+    def seek(self, place):
+        """Read on from a place in the image that is not beyond what was read.  Raises Failure."""
+        if place == self._at:
+            return
+        self._at = place
+        try:
+            if self._spool:
+                self._spool.seek(place)
+                return
+            status = os.fstat(self._file.fileno())
+            if (status.st_size, status.st_mtime) != self._mark:
+                raise Failure('the image was changed since the transfer began')
+            os.lseek(self._file.fileno(), self._start + place, os.SEEK_SET)
+        except OS_ERRORS as error:
+            raise Failure('cannot read the image again: %s' % explain(error))
 
     def read_into(self, view):
         """Read once; returns bytes read, 0 at the image's end, None if there is nothing yet.
@@ -2778,12 +2833,20 @@ class Source(object):
         Raises Failure, also at the end when the command failed, or when a
         file has another size than it had at the beginning.
         """
+        before = self.bytes - self._at  # bytes that were read before
+        if self._ended and not before:
+            return 0
         try:
-            got = uninterrupted(self._file.readinto, view)
+            got = uninterrupted(self._reads.readinto, view[:before] if before else view)
         except OS_ERRORS as error:
             raise Failure('cannot read the image: %s' % explain(error))
         if got is None:                 # whoever gave us the pipe wants it not to block
             return None
+        if before:
+            if not got:
+                raise Failure('the image was changed since the transfer began')
+            self._at += got
+            return got
         if not got:
             self.drained = bool(self._command) and not self._command.succeeded()
             if self.drained:
@@ -2791,8 +2854,21 @@ class Source(object):
             if self.size and self.bytes != self.size:       # the files of /proc say 0
                 raise Failure('the image had %d bytes, and now has %d: is it still being '
                               'written?' % (self.size, self.bytes))
+            self._ended = True
+        if self._spool:
+            self._keep(view[:got])
         self.bytes += got
+        self._at += got
         return got
+
+    def _keep(self, view):
+        """Write to the spool what was read."""
+        try:
+            self._spool.seek(self.bytes)
+            while view:
+                view = view[uninterrupted(self._spool.write, view):]
+        except OS_ERRORS as error:
+            raise Failure('cannot write to the spool: %s' % explain(error))
 
     def look(self):
         """A look at the command while nothing else is to do.  Raises Failure."""
@@ -2812,8 +2888,9 @@ class Source(object):
         """Stop reading."""
         if self._command:
             self._command.close()
-        if self._file:
-            self._file.close()
+        for file in (self._file, self._spool):
+            if file:
+                file.close()
         if self._hasher:
             self._hasher.close()
 
@@ -3930,13 +4007,16 @@ class Round(object):
     """A round as the server's threads know it.
 
     number, place   which it is, and where in the image it begins, bytes
+    part            which one of those in which the image was read
+    audience        the members that it is for, a set; None: all
     digest          of the image through it
     multicast       packets of it that were multicast, from the first on
     head, tail      bit/s at which the packets of these trains were sent; None: not known
     """
 
-    def __init__(self, number, buffer, place):
+    def __init__(self, number, buffer, place, part=0, audience=None):
         self.number, self.buffer, self.place = number, buffer, place
+        self.part, self.audience = part, audience
         self.digest = b''
         self.multicast = 0
         self.speed = None               # Speed at which it was to be sent
@@ -3959,16 +4039,16 @@ class Round(object):
 class Step(object):
     """What a parent wants its TCP servers to do; read-only once published.
 
-    kind: accept (the clients; only TCP server 1), announce (the `round`), sent (the
+    kind: accept (the clients; only TCP server 1), announce (the `round`, to its audience), sent (the
     round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
     being `message`; by TCP for all others that asked), chain (`messages`: member -> what to
-    tell it), finish (when a client has everything; `message` is the last BYE), abort
-    (`message` is the reason).
+    tell it), finish (the members in `audience`, None: all, get no more rounds: when each has
+    those under way, `message` is its last BYE), abort (`message` is the reason).
     """
 
-    def __init__(self, kind, round=None, coded=(), message=b'', messages=()):      # pylint: disable=redefined-builtin
+    def __init__(self, kind, round=None, coded=(), message=b'', messages=(), audience=None):   # pylint: disable=redefined-builtin
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
-        self.messages = messages
+        self.messages, self.audience = messages, audience
 
 
 # Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
@@ -4041,6 +4121,15 @@ class Member(object):
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
+        self.seek = False               # it takes rounds in any order
+        self.have = ()                  # what it held of the image when it came, as ranges
+        self.who = None                 # what tells its output from others, over connections
+        self.late = None                # seconds after the start at which it came
+        self.lacks = None               # bytes of the image that it lacked when it left
+        self.lacked = 0                 # bytes that it had, and lacked after all
+        self.aside = False              # it gets what it lacks when nobody else lacks anything
+        self.waits = False              # for the next pass
+        self.last = None                # the Awaited of its last BYE, once it gets no more rounds
         self.willing = False            # to take part in a chain
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
@@ -4071,7 +4160,17 @@ class Member(object):
         return '%s (%s)' % (self.host, self.address) if self.host else self.address
 
     identity = property(lambda self: (self.host, self.address))
+    names = property(lambda self: (self.identity, self.who) if self.who else (self.identity,))
     loopback = property(lambda self: self.address.startswith('127.'))
+
+    def returns(self, before):
+        """It is the one that was here before, as another Member, and has left."""
+        self.late, self.aside = before.late, before.aside
+        self.lost += before.lost
+        self.by_tcp += before.by_tcp
+        self.lacked += before.lacked
+        for cause, seconds in before.waited.items():
+            self.waited[cause] = self.waited.get(cause, 0) + seconds
 
     @property
     def oldest(self):
@@ -4113,7 +4212,6 @@ class ServerWindow(object):
         self.members = []
         self.awaited = []               # what is not complete, in the order of the steps
         self._rounds = {}               # number -> Round
-        self._last = None               # the finish step, once there is one
 
     # ---- what the parent wants
 
@@ -4131,9 +4229,10 @@ class ServerWindow(object):
             for old in [old for old in self._rounds if old < number and old not in wanted]:
                 del self._rounds[old]
         info = self.dialect.info(number, buffer.size, buffer.base, buffer.count, step.round.place)
-        for member in self.members:
+        audience = self._audience(step.round.audience)
+        for member in audience:
             self._owe(member, number, READINESS, awaited, now)
-        return [('send', member, info) for member in self.members]
+        return [('send', member, info) for member in audience]
 
     def _begin_sent(self, step, awaited, now):
         number = step.round.number
@@ -4160,13 +4259,19 @@ class ServerWindow(object):
         return [('send', member, step.messages[member]) for member in self.members if member in step.messages]
 
     def _begin_finish(self, step, awaited, now):
-        self._last = awaited
-        awaited.owing.update(self.members)
+        audience = self._audience(step.audience)
+        awaited.owing.update(audience)
+        for member in audience:
+            member.last = awaited
         if not self.dialect.ends:
-            return [thing for member in self.members for thing in self._see_off(member, now)]
-        for member in self.members:
+            return [thing for member in audience for thing in self._see_off(member, now)]
+        for member in audience:
             self._owe(member, step.round.number, COMPLETION, awaited, now)
-        return [('send', member, self.dialect.sent(step.round.number, b'')) for member in self.members]
+        return [('send', member, self.dialect.sent(step.round.number, b'')) for member in audience]
+
+    def _audience(self, members):
+        """Those of ours that are among these members; None: all."""
+        return self.members if members is None else [member for member in self.members if member in members]
 
     def _those(self, number, how):
         return [member for member in self.members if member.rounds.get(number, (None,))[0] == how]
@@ -4177,11 +4282,11 @@ class ServerWindow(object):
         member.stands(number, what, awaited, now)
 
     def _see_off(self, member, now):
-        """If all is announced, and a member has it: say the last word."""
-        if not self._last or member.rounds or self.dialect.ends:
+        """If a member gets no more rounds, and has all: say the last word."""
+        if not member.last or member.rounds or self.dialect.ends:
             return []
-        self._owe(member, END, COMPLETION, self._last, now)
-        return [('send', member, self._last.step.message)]
+        self._owe(member, END, COMPLETION, member.last, now)
+        return [('send', member, member.last.step.message)]
 
     def complete(self):
         """The steps that are complete here, each once: Awaited."""
@@ -4252,6 +4357,8 @@ class ServerWindow(object):
             raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
         if kind == RELAY:
             return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
+        if kind == LACK:
+            return [('lacks', member, self._lack(member, unpack_frame(message[5:]), now))]
         if kind not in (ALIVE, STATE):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         member.signs += 1
@@ -4284,6 +4391,15 @@ class ServerWindow(object):
             raise ProtocolError('a frame without a proper "port"')
         said['connected'] = fields.get('connected') is True
         return said
+
+    @staticmethod
+    def _lack(member, fields, now):
+        """What a member had, and lacks after all: then it is not at its end."""
+        if member.last:
+            member.last.owing.discard(member)
+            member.last = None
+        member.stands(END, None, None, now)
+        return Held.from_list(fields.get('lacks'))
 
     def _ready(self, member, number, _message, _awaited, now):
         member.stands(number, LISTENS, None, now)
@@ -4996,7 +5112,8 @@ class Chain(object):
         self.dialect = dialect
         self.order = []                 # members that are in it
         self.links = {}                 # follower -> Link
-        self._inside = set()            # members that it is for
+        self._inside = set()            # members that it is for,
+        self._audience = None           # of whom these take part in the rounds to come; None: all
         self._head = None               # a member that hears multicast, and passes it on
         self._last = []                 # members that go behind all others, in their order
         self._lost = {}                 # upstream -> the followers that could not reach it, or lost it
@@ -5011,10 +5128,10 @@ class Chain(object):
 
     # ---- what happens
 
-    def build(self, members, now):
-        """It is for all of them."""
+    def build(self, members, now, wait=True):
+        """It is for all of them; wait: all others until it is built."""
         self._inside.update(member for member in members if member.willing)
-        self._wire(now, wait=True)
+        self._wire(now, wait)
 
     def learn(self, here, now):
         """A round was answered for: who hears, who does not; here: all members."""
@@ -5035,6 +5152,13 @@ class Chain(object):
             self._head = ([member for member in hearing if self._place(member) < first] or hearing[:1])[-1]
         if self._inside != before or self._head is not head:
             self._wire(now, wait=not self._head)
+
+    def among(self, audience, now):
+        """The rounds to come are for these members, a set; None: all."""
+        if audience is not self._audience:
+            self._audience, before = audience, self._audience
+            if self._inside and audience != before:
+                self._wire(now)
 
     def leave(self, member, now):
         """A member is none any more."""
@@ -5143,9 +5267,10 @@ class Chain(object):
 
     def _wire(self, now, wait=False):
         """Have the links that the order wants."""
-        inside = [member for member in self._inside if member not in self._last]
-        last = [member for member in self._last if member in self._inside]
-        order = ([self._head] if self._head and self._inside else []) + sorted(inside, key=self._place) + last
+        inside = self._inside if self._audience is None else self._inside & self._audience
+        last = [member for member in self._last if member in inside]
+        head = [self._head] if self._head and inside and self._head in (self._audience or (self._head,)) else []
+        order = head + sorted(inside.difference(last), key=self._place) + last
         wanted, before = {}, None       # follower -> upstream
         for member in order:
             if before and self._may_serve(before, member):
@@ -5609,29 +5734,41 @@ class Relay(object):
 # Roster and policy
 # ---------------------------------------------------------------------------
 
-LATE = 'the transfer has begun'         # why a client is refused
+LATE = 'the transfer has begun'         # why a client is refused,
+NO_PLACE = LATE + ', and all places are taken (--more on the server has more)'
+NO_WAY_BACK = LATE + ', and the image comes by a pipe (--spool FILE on the server keeps it for who comes late)'
+CLOSING = LATE + ', and the server is about to end'
 
 
 class Roster(object):
-    """Who takes part: who is here before the start, who was here at it, who was refused.
+    """Who takes part: who is here before the start, who was here at it or came later, who was refused.
 
     All threads look at it.  Each change is one operation on a list or a dict, and a client
     leaves it only through the thread that has it; so it needs no lock.
     """
 
-    MOST_REFUSED = 1000                 # hosts that are remembered
+    MOST_REFUSED = 1000                 # hosts that are remembered,
+    MOST_GONE = 1000                    # and clients that have everything
 
-    def __init__(self, places, enough=1, start_by=None):
+    def __init__(self, places, enough=1, start_by=None, more=False):
         """places: clients that can take part; enough: how many must be here at
-        `start_by`, seconds on the monotonic clock (None: wait for all)."""
-        self.places, self.enough, self.start_by = places, enough, start_by
+        `start_by`, seconds on the monotonic clock (None: wait for all); more: who comes
+        when the transfer has begun needs no place."""
+        self.places, self.enough, self.start_by, self.more = places, enough, start_by, more
         self.begun = False
+        self.began = None               # when, seconds
+        self.again = False              # who comes late can get what was sent before
+        self.closing = self.closed = False          # nobody is to come any more; nobody can
+        self.hurry = False              # begin with those who are here
         self.waiting = None             # for whom else than a client all wait, in words
+        self.passing = (1, None)        # which pass it is, and seconds that it may still take
         self.sentences = 0              # passed on clients so far
-        self.everyone = []              # who was here at the start, whatever became of them
-        self.news = collections.deque()             # (member, what it says of a neighbour; None: it has left)
+        self.served = 0                 # clients that have everything
+        self.everyone = []              # who took part, whatever became of them; of those with everything the last
+        self.news = collections.deque()             # (what, member, more of it): `here`, `left`, what it `lacks`,
+                                                    # what it says of a neighbour (`relay`)
         self._here = []
-        self._identities = {}           # (host, address) -> the last of those who are here
+        self._identities = {}           # (host, address), and `who` -> the last of those who are here
         self._refused = {}              # (host, address) -> why
 
     @property
@@ -5660,21 +5797,61 @@ class Roster(object):
         if len(self._refused) < self.MOST_REFUSED:
             self._refused[member.identity] = why
 
-    def twin(self, member):
-        """The client that is here from the same host; None without one.
-
-        Not of the loopback interface: there several clients are for trying it out.
-        """
-        if member.host is None or member.loopback:
+    def why_not(self, twin=None):
+        """Why somebody who comes now, in the place of a twin perhaps, cannot take part; None if he can."""
+        if self.closed or self.closing:
+            return CLOSING if self.again else LATE
+        if not self.begun:
             return None
-        twin = self._identities.get(member.identity)
+        if not self.again:
+            return NO_WAY_BACK
+        taken = len(self._here) + self.served - bool(twin)
+        return NO_PLACE if not self.more and taken >= self.places else None
+
+    def twin(self, member):
+        """The client that is here for the same output, or, before the start, from the same host; None without one.
+
+        Not from the same host by the loopback interface: there several clients are for trying it out.
+        """
+        twin = self._identities.get(member.who)
+        if not twin and not self.begun and member.host is not None and not member.loopback:
+            twin = self._identities.get(member.identity)
         return twin if twin in self._here else None
 
-    def admit(self, member):
-        """A client has a place; returns how many are here now."""
-        self._here.append(member)
-        self._identities[member.identity] = member
+    def admit(self, member, now=0.0, twin=None):
+        """A client has a place, that of its twin if it has one; returns how many are here now."""
+        if twin:
+            self.condemn(twin, 'replaced by a later client of the same host')
+        if self.begun:
+            member.late = now - (now if self.began is None else self.began)
+            self._forget(member)
+            self.everyone.append(member)
+        self._here.append(member)       # before the twin leaves, lest nobody be here meanwhile
+        for name in member.names:
+            self._identities[name] = member
+        if twin:
+            self.leave(twin)
         return len(self._here)
+
+    def _forget(self, member):
+        """Who is back is one with what it was before; and of very many that have everything, the first is forgotten."""
+        for other in self.everyone:
+            same = other.who == member.who if member.who else False
+            if other.outcome != 'complete' and (other.ended or other.sentence) and (
+                    same or other.identity == member.identity and not member.loopback):
+                member.returns(other)
+                self.everyone.remove(other)
+                break
+        else:
+            gone = [other for other in self.everyone if other.outcome == 'complete']
+            if len(gone) > self.MOST_GONE:
+                self.everyone.remove(gone[0])
+
+    def turn_away(self, member):
+        """A client that was just admitted has no place after all."""
+        self.leave(member)
+        if member in self.everyone:
+            self.everyone.remove(member)
 
     def leave(self, member):
         """A client is not here any more; returns whether it was."""
@@ -5682,31 +5859,62 @@ class Roster(object):
             self._here.remove(member)
         except ValueError:
             return False
-        if self._identities.get(member.identity) is member:
-            del self._identities[member.identity]
+        self.served += member.outcome == 'complete'
+        for name in member.names:
+            if self._identities.get(name) is member:
+                del self._identities[name]
         return True
 
     def begin(self, now):
         """Start if it is time to, with those who are here; returns whether it has begun."""
         here = len(self._here)
         late = self.start_by is not None and now > self.start_by and here >= self.enough
-        if not self.begun and (late or here >= self.places):
+        if not self.begun and (late or here >= self.places or self.hurry and here):
             self.everyone = self.here
-            self.begun = True
+            self.began, self.begun = now, True
         return self.begun
+
+    def close(self):
+        """Nobody can come any more, if nobody is here; returns whether that is so."""
+        self.closed = True              # first: who is admitted meanwhile sees it, or is seen
+        if self._here:
+            self.closed = False
+        return self.closed
 
     def end(self):
         """Nobody can come any more, be it that it has not begun."""
+        self.closed = True
         if not self.begun:
             self.everyone = self.here
             self.begun = True
 
 
+class Cohort(object):
+    """Clients that hold the same of the image: one, or all that were here at the start.
+
+    held        ranges that they hold, or that are under way to them
+    members     a set that is never changed, but replaced
+    seek        whether they take rounds in any order, or only the next one
+    aside       whether they are brought nothing until nobody else lacks anything
+    waits       whether they wait for that, or for the next pass
+    """
+
+    def __init__(self, held, seek, aside):
+        self.held, self.seek, self.aside, self.waits = held, seek, aside, False
+        self.members = frozenset()
+
+    def wants(self, place):
+        """The first byte from a place in the image on that they can take; UNLIMITED if they can take none."""
+        if self.seek:
+            return self.held.gap(place)
+        return self.held.prefix if place <= self.held.prefix else UNLIMITED
+
+
 class Underway(object):
     """A round between its announcement and the last client's DONE, as the Course knows it."""
 
-    def __init__(self, round):          # pylint: disable=redefined-builtin
-        self.round = round
+    def __init__(self, round, image_pass):      # pylint: disable=redefined-builtin
+        self.round, self.image_pass = round, image_pass
         self.ready = False              # all who listen are
         self.sent = False               # by multicast
         self.steps = 1                  # that are not complete
@@ -5732,12 +5940,16 @@ class Course(object):
     asked what to multicast (next), and its `hands` do what it decides:
 
         now()                       seconds on the monotonic clock
-        fill(base, limit)           begin to fill a buffer, then call filled()
-        digest(number) -> bytes     of the image through that round
+        fill(base, limit, place)    begin to fill a buffer from a place in the image, then call filled()
+        digest(part) -> bytes       of the image through that part
         do(Step)                    have the TCP servers do it; complete() is called when they have
         release(Buffer)             it is not needed any more
         leave_room(bytes)           so much goes by TCP on the same line
         trouble() -> text or None   why packets could not be sent since the last call
+
+    It goes through the image in passes: each part of it is brought, as a round, to those who lack it,
+    its audience.  The first pass cuts the image into its parts.  When somebody lacks some at its
+    end there is another pass, through these parts only, and so on.
     """
 
     FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
@@ -5748,7 +5960,9 @@ class Course(object):
     SILENT = 2                          # rounds of which nobody hears anything, until we only probe:
     PROBE = 16                          # with so many packets
     PATIENCE = 1.0                      # seconds without multicast, until it is said
-    ENDURANCE = 10.0                    # seconds below --min-rate
+    ENDURANCE = 1.0                     # seconds below --min-rate, until who alone is the reason is set aside,
+    LAST_ENDURANCE = 10.0               # or dropped, where what it lacks is gone then
+    ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
     SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
@@ -5757,10 +5971,11 @@ class Course(object):
     FIRST_SEQ = 0
 
     def __init__(self, hands, roster, dialect, payload, capacity, rate='auto', min_rate=0,
-                 unicast=False, repair_salt=0, farewell=None, allow_empty=False, chain=None):
+                 unicast=False, repair_salt=0, farewell=None, allow_empty=False, chain=None, linger=0, size=None):
         """payload: bytes in a packet; capacity: packets in a round; rate: bit/s
         or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE;
-        chain: a Chain, where there may be one."""
+        chain: a Chain, where there may be one; linger: seconds to wait for others when all who are here
+        have everything, UNLIMITED: be there how many may; size: bytes of the image, if that is known."""
         self.hands, self.roster, self.dialect = hands, roster, dialect
         self.payload, self.capacity = payload, capacity
         self.control = RateControl() if rate == 'auto' else None
@@ -5769,20 +5984,31 @@ class Course(object):
         self.unicast, self.chain = unicast, chain
         self.window = dialect.window    # rounds under way at the most
         self.multicasting = not unicast
-        self.over = False               # all who are here have everything
+        self.linger = linger
+        self.over = False               # nobody is left to serve, or waited for
+        self.deserted = True            # the last who left lacked something
+        self.size = size
+        self.image_pass = 1             # through the image, from 1,
+        self.pass_size = size           # bytes in it, if that is known,
+        self.delivered = 0              # and of these in rounds that are through
+        self.cuts = []                  # where each part of the image ends that was read, bytes
         self.limit = self.FIRST_ROUND   # packets in the next buffer
         self.rounds = 0
         self.repair_number = 0
-        self.delivered = 0              # bytes of rounds that are through
         self.data = self.sent_packets = self.coded = self.by_tcp = 0        # packets
         self.lost = 0                   # packets, of each round's worst client
         self._base = self.FIRST_SEQ
-        self._place = 0                 # bytes of the image that are announced
+        self._cohorts = []              # of those who lack something
+        self._cohort = {}               # member -> its Cohort
+        self._finished = set()          # members that get no more rounds
+        self._part = 0                  # of the image, that was filled last
+        self._place = 0                 # in the image, from where on to look for what is lacking
+        self._pass_began = self._alone_since = None             # seconds
         self._repair_salt = repair_salt
         self._farewell, self._allow_empty = farewell, allow_empty
         self._underway = collections.deque()
         self._full = None               # a buffer that waits for room in the window
-        self._filling = self._ended = self._finishing = False
+        self._started = self._filling = self._ended = False
         self._passes = collections.deque()          # Sendings of coded repair
         self._work = collections.deque()            # what takes long, as generators
         self._answered = 0              # packets of rounds that all have answered for
@@ -5803,6 +6029,7 @@ class Course(object):
 
     rate = property(lambda self: self.control.rate if self.control else self._rate)
     idle = property(lambda self: not self._underway)
+    brought = property(lambda self: self.delivered if self.image_pass == 1 else self._end)     # bytes of the image
     chained = property(lambda self: bool(self.chain and self.chain.links))
 
     # ---- what happens
@@ -5814,17 +6041,18 @@ class Course(object):
 
     def start(self):
         """All clients are here: announce what there is."""
-        self.window = min([self.dialect.window] + [member.window for member in self.roster.everyone])
-        self._through_at = self.hands.now()
-        if self.chain and self.unicast:
-            self.chain.build([member for member in self.roster.everyone if self.roster.is_here(member)], self._through_at)
-            self._publish_chain()
-        self._announce()
+        self._started, now = True, self.hands.now()
+        self._through_at = self._pass_began = now
+        self._join([member for member in self.roster.everyone if self.roster.is_here(member)], now)
 
     def filled(self, buffer):
         """The buffer is full, or the image has ended with it."""
-        self._filling, self._full, self._ended = False, buffer, buffer.ended
-        if self.roster.begun:
+        self._filling, self._full = False, buffer
+        if self._part == len(self.cuts):
+            self._ended = buffer.ended
+            if buffer.count:
+                self.cuts.append(self._place + buffer.size)
+        if self._started:
             self._announce()
 
     def complete(self, step, answers):
@@ -5832,7 +6060,6 @@ class Course(object):
         self._note_waits(step, answers)
         self.by_tcp += answers.by_tcp
         if step.kind == 'finish':
-            self.over = True
             return
         for underway in self._underway:
             if underway.round is step.round:
@@ -5844,7 +6071,7 @@ class Course(object):
             underway.ready = True
             if not step.round.buffer.count:
                 self._check_empty()
-                self._finish(step.round)
+                self._finish(frozenset(self._cohort), step.round)
             return
         if step.kind == 'sent' and not underway.heard:
             underway.heard = True
@@ -5860,7 +6087,7 @@ class Course(object):
         if sending.buffer is underway.round.buffer:             # else the step was counted with its pass
             underway.steps += 1
             underway.sent, underway.round.multicast = True, sending.last
-            underway.round.digest = self.hands.digest(underway.round.number)
+            underway.round.digest = self.hands.digest(underway.round.part)
             self.sent_packets += sending.last
         self.hands.do(Step('sent', underway.round))
         self._announce()
@@ -5909,85 +6136,282 @@ class Course(object):
     @property
     def _chains(self):
         """Whether there are rounds to come that a chain may be for."""
-        return self.chain and not (self._finishing and all(underway.sent for underway in self._underway))
-
-    def hear(self):
-        """Take the news of the roster: what clients say of their neighbours, and who has left."""
-        now = self.hands.now()
-        while self.roster.news:
-            member, said = self.roster.news.popleft()
-            if not self.chain:
-                continue
-            if said is None and self._chains:
-                self.chain.leave(member, now)
-            elif said:
-                self.chain.heard(member, said, now, self._chains)
-        self._publish_chain()
+        return self.chain and (self._cohorts or not all(underway.sent for underway in self._underway))
 
     def look(self, now):
-        """Time passes; returns whether there may be something to multicast that was not before."""
-        if not self._chains or now < self._next_look:
+        """Time passes; returns whether there may be something to multicast that was not before, or it is over."""
+        if now < self._next_look:
             return False
         self._next_look = now + self.LOOK_EVERY
+        self._look_for_the_end(now)
+        self.roster.passing = self.image_pass, self._left(now)
+        if not self._chains:
+            return self.over
         self.chain.look(now)
         self._publish_chain()
         settling = self.chain.settling(now)
         settled, self._settling = self._settling and not settling, settling
-        return settled
+        return settled or self.over
 
-    def _publish_chain(self):
-        """Tell the clients what is new: it is for the first round of which they were not told that it was sent."""
+    def _publish_chain(self, number=None):
+        """Tell the clients what is new: it is for this round, or for the first of which they were not told that it was sent."""
         if not self.chain:
             return
-        numbers = [underway.round.number for underway in self._underway if not underway.sent]
-        messages = self.chain.changes(min(numbers) if numbers else self.rounds)
+        if number is None:
+            numbers = [underway.round.number for underway in self._underway if not underway.sent]
+            number = min(numbers) if numbers else self.rounds
+        messages = self.chain.changes(number)
         if messages:
             self.hands.do(Step('chain', messages=messages))
+
+    # ---- who lacks what
+
+    def hear(self):
+        """Take the news of the roster: who has come or left, what clients lack, and what they say of their neighbours."""
+        now = self.hands.now()
+        while self.roster.news:
+            what, member, more = self.roster.news.popleft()
+            getattr(self, '_hear_' + what)(member, more, now)
+        self._publish_chain()
+
+    def _hear_here(self, member, _more, now):
+        if self._started and member not in self._cohort and member not in self._finished:
+            self._join([member], now)
+
+    def _hear_left(self, member, _more, now):
+        if self._chains:
+            self.chain.leave(member, now)
+        if member not in self._cohort and member not in self._finished:
+            return
+        self.deserted = member.outcome != 'complete'
+        member.lacks = self.lacking(member) if self.deserted else 0
+        self._finished.discard(member)
+        self._part_from(member)
+        if member.window < self.dialect.window:
+            self.window = min([self.dialect.window] + [other.window for other in self._cohort])
+        self._look_for_the_end(now)
+        if self._started:
+            self._announce()
+
+    def _hear_relay(self, member, said, now):
+        if self.chain:
+            self.chain.heard(member, said, now, self._chains)
+
+    def _hear_lacks(self, member, lacks, now):
+        cohort = self._cohort.get(member)
+        if not cohort and member not in self._finished:
+            return
+        self._finished.discard(member)
+        self._part_from(member)
+        held = Held(cohort.held if cohort else [(0, self._end)])
+        for start, stop in lacks:
+            held.remove(start, stop)
+        member.lacked += lacks.size
+        if not self.roster.again:
+            self.roster.condemn(member, 'it lacks what it had, and that cannot be read again')
+        elif member.lacked > self.ENOUGH_LACKED * max(self._end, self.size or 0):
+            self.roster.condemn(member, 'it lacks what it had, again and again')
+        tell('lacks', member=member, size=lacks.size)
+        self._add([member], held if member.seek else Held([(0, held.prefix)]), member.seek, member.aside)
+        self._announce()
+
+    def lacking(self, member):
+        """Bytes of the image that a member lacks; None if its size is not known."""
+        cohort, size = self._cohort.get(member), self._end if self._ended else self.size
+        if size is None:
+            return None
+        waits = sum(underway.round.buffer.size for underway in self._underway if underway.round.number in member.rounds)
+        return max(0, size - cohort.held.size if cohort else 0) + waits
+
+    def _join(self, members, now):
+        """They take part from the next round on."""
+        alike = {}
+        for member in members:
+            alike.setdefault((tuple(member.have), member.seek, member.aside), []).append(member)
+        for (ranges, seek, aside), those in alike.items():
+            held = Held(ranges)
+            self._add(those, held if seek else Held([(0, held.prefix)]), seek, aside)
+        for member in members:
+            if member.late is not None:
+                tell('member_late', member=member, lacks=self.lacking(member))
+        self.window = min([self.window] + [member.window for member in members])
+        self._alone_since = None
+        if self.chain and self.unicast:
+            self.chain.build(members, now, wait=not self.rounds)
+            self._publish_chain()
+        self._announce()
+
+    def _add(self, members, held, seek, aside):
+        """They are some of the Cohort that holds just that."""
+        for cohort in self._cohorts:
+            if cohort.seek == seek and cohort.aside == aside and cohort.held == held:
+                break
+        else:
+            cohort = Cohort(held, seek, aside)
+            self._cohorts.append(cohort)
+        cohort.members = cohort.members.union(members)
+        cohort.waits = aside or cohort.wants(self._place) == UNLIMITED
+        for member in members:
+            self._cohort[member], member.waits = cohort, cohort.waits
+
+    def _part_from(self, member):
+        """A member is in no Cohort any more."""
+        cohort = self._cohort.pop(member, None)
+        if cohort:
+            cohort.members = cohort.members.difference((member,))
+            if not cohort.members:
+                self._cohorts.remove(cohort)
+
+    @property
+    def _end(self):
+        """Bytes of the image that were read."""
+        return self.cuts[-1] if self.cuts else 0
+
+    def _wanted(self, place):
+        """The first byte from a place on that somebody lacks who is not aside; UNLIMITED if nobody lacks any."""
+        return min([cohort.wants(place) for cohort in self._cohorts if not cohort.aside] or [UNLIMITED])
+
+    def _next_part(self):
+        """Which part to bring next, in ascending order, or in another pass; None if nobody lacks any.
+
+        In the first pass each, as those behind have to be read to be cut.
+        """
+        if self._started and not self._cohorts:
+            return None
+        part = bisect.bisect_right(self.cuts, self._wanted(self._place))
+        if part == len(self.cuts) and self._ended and self._cohorts:
+            self._begin_pass()
+            part = bisect.bisect_right(self.cuts, self._wanted(0))
+        return part if part < len(self.cuts) or not self._ended else None
+
+    def _begin_pass(self):
+        """Go through the image again; those who are aside take part when nobody else lacks anything."""
+        if all(cohort.aside for cohort in self._cohorts):
+            for cohort in self._cohorts:
+                cohort.aside = False
+                for member in cohort.members:
+                    member.aside = False
+            if self.control:
+                self.control = RateControl()
+        lacking = Held()
+        for cohort in self._cohorts:
+            for start, stop in () if cohort.aside else cohort.held.missing(0, self._end):
+                lacking.add(start, stop)
+        self.image_pass += 1
+        self._place, self.delivered, self.pass_size = 0, 0, lacking.size
+        self._pass_began = self.hands.now()
+        tell('pass', number=self.image_pass, size=lacking.size,
+             members=[member for cohort in self._cohorts if not cohort.aside for member in cohort.members])
+
+    def _left(self, now):
+        """Seconds that the pass may still take; None if that cannot be told."""
+        if not self.pass_size or not self.delivered:
+            return None
+        return (self.pass_size - self.delivered) * (now - self._pass_began) / self.delivered
+
+    def _see_off(self):
+        """Who lacks nothing hears the last word when it has what is under way."""
+        if not self._ended or self.dialect.ends:
+            return
+        self._check_empty()
+        for cohort in self._cohorts[:]:
+            if cohort.held.covers(0, self._end):
+                self._finish(cohort.members, None)
+
+    def _finish(self, members, last):
+        """They get no more rounds."""
+        for member in members:
+            del self._cohort[member]
+        self._cohorts = [cohort for cohort in self._cohorts if not cohort.members <= members]
+        self._finished.update(members)
+        self.hands.do(Step('finish', last, message=self._farewell(), audience=members))
+
+    def _look_for_the_end(self, now):
+        """Whether nobody is left to serve, and nobody is waited for."""
+        if self._cohort or self._finished or not self._started or self.over:
+            return
+        if self._alone_since is None:
+            self._alone_since = now
+        served = self.roster.served >= self.roster.places and not self.roster.more and self.linger < UNLIMITED
+        if served or now - self._alone_since >= self.linger:
+            self.over = self.roster.close()
 
     # ---- rounds
 
     def _fill(self):
-        if self._filling or self._full or self._ended:
+        if self._filling or self._full:
             return
+        part = self._next_part()
+        if part is None:
+            return
+        self._part, self._filling = part, True
+        self._place = self.cuts[part - 1] if part else 0
+        if part < len(self.cuts):
+            count = -(-(self.cuts[part] - self._place) // self.payload)
+            if count > self.dialect.seqs + 1 - self._base:
+                self._base = 0
+        else:
+            count = self._grow()
+        self.hands.fill(self._base, count, self._place)
+
+    def _grow(self):
+        """How many packets the next part has, which nobody has read yet."""
         by_chain = self.chain and not self.multicasting         # which has no rate to be found out
         least = self.capacity // 4 if by_chain else self.FIRST_ROUND
-        limit = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
-        self._filling = True
-        self.hands.fill(self._base, limit)
+        count = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
         longest = (self.capacity if by_chain else
                    self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size))
-        self.limit = int(max(self.FIRST_ROUND, min(2 * limit, longest, self.capacity)))
+        self.limit = int(max(self.FIRST_ROUND, min(2 * count, longest, self.capacity)))
+        return count
 
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
         if self._full and len(self._underway) < self.window and not self.over and not self._has_time():
-            buffer = self._full
-            if buffer.count or self.dialect.ends and not self._underway:
-                self._full = None
-                self._begin_round(buffer)
-            elif not self.dialect.ends:
-                self._full = None
-                self.hands.release(buffer)
-        if self._ended and not self._full and not self._finishing and not self.dialect.ends:
-            self._check_empty()
-            self._finish(None)
+            buffer, self._full = self._full, None
+            self._begin_round(buffer)
+        if not self._full:
+            self._see_off()
         self._fill()
 
     def _has_time(self):
         """Whether a round may wait until another one is sent, so that MANY clients are told of both in one piece."""
         unsent = [underway for underway in self._underway if not underway.sent]
-        return len(unsent) > 1 and unsent[0].ready and len(self.roster.everyone) >= MANY
+        return len(unsent) > 1 and unsent[0].ready and len(unsent[0].round.audience) >= MANY
 
     def _begin_round(self, buffer):
-        underway = Underway(Round(self.rounds, buffer, self._place))
+        """Announce it to those who lack it."""
+        start, self._place = self._place, self._place + buffer.size
+        audience = self._audience(start, self._place)
+        if not audience and buffer.count or not buffer.count and not self.dialect.ends:
+            self.delivered += buffer.size
+            self.hands.release(buffer)
+            return
+        underway = Underway(Round(self.rounds, buffer, start, self._part, audience), self.image_pass)
         self._underway.append(underway)
         self.rounds += 1
         self.data += buffer.count
         self._base = (self._base + buffer.count) & self.dialect.seqs
-        self._place += buffer.size
         if self._ended and buffer.count and self.dialect.ends:
             self._full = self._end_of(buffer)
         self.hands.do(Step('announce', underway.round))
+        if self.chain:
+            self.chain.among(audience, self.hands.now())
+            self._publish_chain(underway.round.number)
+
+    def _audience(self, start, stop):
+        """Those who lack some of a part of the image; from now on it is under way to them."""
+        if start == stop:               # the end, for all
+            return frozenset(self._cohort)
+        cohorts = [cohort for cohort in self._cohorts if not cohort.aside and cohort.wants(start) < stop]
+        for cohort in cohorts:
+            cohort.held.add(start, stop)
+            if cohort.waits:
+                cohort.waits = False
+                for member in cohort.members:
+                    member.waits = False
+        if len(cohorts) == 1:
+            return cohorts[0].members
+        return frozenset().union(*[cohort.members for cohort in cohorts])
 
     def _end_of(self, buffer):
         """The round of 0 packets that ends the image in the base protocol."""
@@ -5996,13 +6420,8 @@ class Course(object):
         return end
 
     def _check_empty(self):
-        if not self._place and not self._allow_empty:
+        if not self.cuts and not self._allow_empty:
             raise Failure(EMPTY)
-
-    def _finish(self, last):
-        """From now on a client that has everything hears the last word."""
-        self._finishing = True
-        self.hands.do(Step('finish', last, message=self._farewell()))
 
     def _go_on(self, underway):
         """All have answered: repair what is missing, or be through with the round."""
@@ -6053,7 +6472,8 @@ class Course(object):
         """All who are here have the round."""
         self._underway.remove(underway)
         self.hands.release(underway.round.buffer)
-        self.delivered += underway.round.buffer.size
+        if underway.image_pass == self.image_pass:
+            self.delivered += underway.round.buffer.size
         now = self.hands.now()
         self._look_for_holdup(now)
         if self._chains:
@@ -6091,7 +6511,7 @@ class Course(object):
             return
         now, silent = self.hands.now(), len(answers.deaf)
         if self._chains:
-            self.chain.learn(self.roster.here, now)
+            self.chain.learn([member for member in self.roster.here if member in done.audience], now)
             self._publish_chain()
         self._look_for_the_deaf(answers, now)
         if answers.hearing:
@@ -6173,22 +6593,34 @@ class Course(object):
         self._lately, self._lately_since = {}, now
 
     def _judge(self, goodput, seconds, now):
-        """Drop the client that alone has held the session below --min-rate."""
+        """Set the client aside that alone has held the others below --min-rate."""
         culprit = self._brake
         for member in self._alone:
             if self._alone[member] > seconds / 2:
                 culprit = member
-        here = self.roster.here
-        if goodput >= self.min_rate or culprit not in here or len(here) < 2:
+        cohort = self._cohort.get(culprit)
+        others = [other for other in self._cohorts if not other.aside and (other is not cohort or len(other.members) > 1)]
+        endurance = self.ENDURANCE if self.roster.again else self.LAST_ENDURANCE
+        if goodput >= self.min_rate or not cohort or not others:
             self._held_by = None
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
-        elif now - self._held_by[1] >= self.ENDURANCE:
-            self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
-                                % (bits(self.min_rate), bits(goodput)))
+        elif now - self._held_by[1] >= endurance:
             self._held_by = self._brake = None
+            if self.roster.again:
+                self._set_aside(culprit, cohort, goodput)
+            else:
+                self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
+                                    % (bits(self.min_rate), bits(goodput)))
             if self.control:
                 self.control = RateControl()
+
+    def _set_aside(self, member, cohort, goodput):
+        """It goes on when nobody else lacks anything."""
+        member.aside = True
+        self._part_from(member)
+        self._add([member], Held(cohort.held), cohort.seek, True)
+        tell('aside', member=member, least=self.min_rate, rate=goodput)
 
     # ---- repair
 
@@ -6240,6 +6672,11 @@ WORDS = {
     'stranger': (INFO, '%(member)s: %(reason)s'),
     'refused': (INFO, '%(member)s: refused, %(reason)s'),
     'member_here': (INFO, '%(member)s is here, %(here)d of %(places)d'),
+    'member_late': (INFO, '%(member)s comes late, and lacks %(lacks)s'),
+    'lacks': (WARNING, '%(member)s does not hold %(size)s that it held, and gets it again'),
+    'pass': (INFO, 'pass %(number)d brings %(size)s to %(names)s'),
+    'aside': (WARNING, '%(member)s alone kept the transfer below %(least)s, at %(rate)s, so it gets the rest after the '
+              'others'),
     'member_left': (WARNING, '%(member)s: %(reason)s'),
     'member_lost': (WARNING, '%(member)s: %(reason)s'),
     'member_served': (INFO, '%(member)s has everything'),
@@ -6304,11 +6741,15 @@ def in_words(what, facts):
     words = dict(facts)
     if 'payload' in words:
         words['causes'] = causes(words['payload'])
-    for key in ('rate', 'achieved'):
+    for key in ('rate', 'achieved', 'least'):
         if key in words:
             words[key] = bits(words[key])
     if 'carrier' in words:
         words['carrier'] = CARRIERS[words['carrier']]
+    if 'size' in words and what in ('pass', 'lacks'):
+        words['size'] = amount(words['size'])
+    if 'lacks' in words:
+        words['lacks'] = 'some' if words['lacks'] is None else amount(words['lacks'])
     if 'share' in words:
         words['share'] = 100 * words['share']
     if 'cause' in words:
@@ -6523,7 +6964,7 @@ def server_status(server, now):
     sent = max(1, course.data)
     return Status(
         seconds=now - (server.started or now),
-        begun=roster.begun, bytes=course.delivered, size=server.source.size or server.options.size,
+        begun=roster.begun, bytes=course.delivered, size=course.pass_size, image_pass=course.image_pass,
         here=len(here), places=roster.places, waits=waits, lost=course.lost / sent,
         repaired=(course.coded + course.by_tcp) / sent, rate=course.rate,
         carrier=' and '.join(['multicast'] * course.multicasting + ['chain'] * course.chained) or 'TCP')
@@ -6537,7 +6978,8 @@ def client_status(client, now):
     if not client.receiver:
         waits = 'a server at %s port %d (%s)' % (
             client.options.server_ip, client.options.port, client.reason or 'no answer yet')
-        return Status(begun=False, seconds=0, bytes=client.copy.bytes if client.copy else 0, size=None, here=None, places=None, waits=waits,
+        return Status(begun=False, image_pass=1, seconds=0, bytes=client.copy.bytes if client.copy else 0, size=None,
+                      here=None, places=None, waits=waits,
                       lost=0, repaired=0, carrier='')
     if not window.begun:
         waits = 'the start'
@@ -6549,7 +6991,7 @@ def client_status(client, now):
         waits = 'the server, or its other clients'
     packets = max(1, window.by_multicast + window.by_chain + window.by_tcp + window.coded)
     return Status(
-        seconds=now - (client.started or now),
+        seconds=now - (client.started or now), image_pass=says.get('pass') or 1,
         begun=window.begun, bytes=client.copy.bytes,
         size=client.image.get('size'), waits=waits,
         here=None if window.begun else here, places=None if window.begun else places,
@@ -6851,7 +7293,7 @@ def server_report(server):
     course = server.course
     payload, rows = course.payload if course else 0, server_rows(server)
     return {
-        'bytes': course.delivered if course else 0,
+        'bytes': course.brought if course else 0,
         'sha256': hexadecimal(server.source.digest()) or None,
         'carried': {'multicast': course.sent_packets * payload, 'coded': course.coded * payload,
                     'tcp': course.by_tcp * payload,
@@ -6880,9 +7322,10 @@ def client_report(client):
 class Session(object):
     """What is agreed for a transfer; nobody changes it once clients come."""
 
-    def __init__(self, options, payload, name, size, image, source):
+    def __init__(self, options, payload, name, size, image, again, source):
         """payload: bytes in a full packet; name, size: of the image; image: what tells
-        it from others; source: (address, port) that the multicast comes from."""
+        it from others; again: whether it can be read again; source: (address, port) that
+        the multicast comes from."""
         self.dialect = BaseDialect if options.compat else SessionDialect
         self.group, self.port = options.group, options.port
         self.per_thread = options.clients_per_thread
@@ -6894,6 +7337,7 @@ class Session(object):
         self.payload = payload
         self.salt, self.repair_salt = self.dialect.salts()
         self.digest = self.dialect.talks and not options.no_digest
+        self.image = image
         self.group_info = pack_group_info(self.group, self.port, self.dialect.padding)
         self.welcome = pack_frame(WELCOME, {
             'version': __version__, 'salt': self.salt,
@@ -6901,7 +7345,7 @@ class Session(object):
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
-            'again': False, 'source': source, 'unicast': self.unicast})
+            'again': again, 'source': source, 'unicast': self.unicast})
 
 
 class Peer(Connection):
@@ -6957,6 +7401,7 @@ class TcpServer(threading.Thread):
         self._sentences = 0             # that were looked at
         self._here, self._below = {}, {}        # Step -> Answers: complete here only, or below only
         self._over = False
+        self._news = False              # there is some for the parent
         self._tick = TICK
         self._next_look = 0.0
         self._late = None               # the step whose completion is waited for,
@@ -6977,6 +7422,9 @@ class TcpServer(threading.Thread):
                     self.link.release_child()
                 self._look_at_clocks()
                 self._advance()
+                if self._news:          # after what is complete: that of who has just left, too
+                    self._news = False
+                    self.link.release_parent()
         except Failure as error:
             self.failure = error.reason
         except Exception as error:      # pylint: disable=broad-except
@@ -7016,8 +7464,7 @@ class TcpServer(threading.Thread):
             if not self.roster.begin(monotonic()):
                 return
             self.results.append((self._accepting, Answers()))
-            self.link.release_parent()
-            self._accepting = None
+            self._accepting, self._news = None, True
         alone = self.link.child_fd is None
         for awaited in self.window.complete():
             self._here[awaited.step] = awaited.answers
@@ -7027,11 +7474,7 @@ class TcpServer(threading.Thread):
             if step in self._below:
                 answers.add(self._below.pop(step))
             self.results.append((step, answers))
-        if through:
-            self.link.release_parent()
-        if (self.roster.begun and not self._peers and alone
-                and all(member.placed for member in self.roster.here)):
-            self._over = True           # nobody is left to serve, or on the way here
+        self._news = self._news or bool(through)
 
     def _look_at_clocks(self):
         now = monotonic()
@@ -7042,6 +7485,10 @@ class TcpServer(threading.Thread):
         roster = self.roster
         waiting = dict(waiting=roster.waiting) if roster.begun else dict(
             here=len(roster.here), places=roster.places)
+        image_pass, left = roster.passing
+        if image_pass > 1:
+            waiting['pass'] = image_pass
+        waiting_for_pass = dict(waiting, starts_in=left and round(left), **{'pass': image_pass})
         for peer in self._pending[:]:
             if now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
@@ -7052,7 +7499,7 @@ class TcpServer(threading.Thread):
                 if reason:
                     self._drop(peer, reason)
                     continue
-            self._safely(peer, self._show_life, peer, waiting, now)
+            self._safely(peer, self._show_life, peer, waiting_for_pass if member.waits else waiting, now)
         for peer in self._leaving[:]:
             if now > peer.leaving:
                 self._close(peer)
@@ -7084,7 +7531,9 @@ class TcpServer(threading.Thread):
         except LinkClosed:
             self._unwatch(self.link.parent_fd)
             self.failure = getattr(self.parent, 'failure', None)
-            self._dismiss_all(self.failure or 'the server has stopped')
+            if self.failure or not self.roster.closed:
+                self._dismiss_all(self.failure or 'the server has stopped')
+            self._over = True           # who is not through with the greetings may find another server
             return
         self._take_those_passed_on()
         self._carry_out_sentences()
@@ -7136,8 +7585,8 @@ class TcpServer(threading.Thread):
             if verb == 'packets':
                 peer.asked.append(argument)
                 self._send(peer)
-            elif verb == 'relay':
-                self._bring((member, argument))
+            elif verb in ('relay', 'lacks'):
+                self._bring(verb, member, argument)
             else:
                 tell('member_served', member=member)
                 self._close(peer)
@@ -7154,10 +7603,10 @@ class TcpServer(threading.Thread):
             [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
             [data for start, stop in parts for data in buffer.packets(start, stop)])
 
-    def _bring(self, news):
+    def _bring(self, what, member, more=None):
         """There is something for the roster's reader."""
-        self.roster.news.append(news)
-        self.link.release_parent()
+        self.roster.news.append((what, member, more))
+        self._news = True
 
     def _on_child(self, _event):
         try:
@@ -7171,8 +7620,7 @@ class TcpServer(threading.Thread):
         while self.child.results:
             step, answers = self.child.results.popleft()
             self._below[step] = answers
-        if self.roster.news:
-            self.link.release_parent()
+        self._news = self._news or bool(self.roster.news)
 
     # ---- connections
 
@@ -7217,25 +7665,30 @@ class TcpServer(threading.Thread):
     def _welcome(self, peer):
         """Give a place to whoever may become a client, or say why not.  Raises Failure."""
         member = peer.member
-        twin = None if self.roster.begun else self.roster.twin(member)
-        if twin:                        # its thread may be another one
-            self.roster.condemn(twin, 'replaced by a later client of the same host')
-            self.roster.leave(twin)
-            self._carry_out_sentences()
-            self.link.release_child()
-        if self.roster.begun:
-            if self.session.dialect.greets:         # else it may be anybody
-                self.roster.refuse(member, LATE)
-            tell('refused', member=member, reason=LATE)
-            self._drop(peer, 'refused: ' + LATE)
-            return
-        if self.session.dialect.greets:
+        twin = self.roster.twin(member)
+        why = self.roster.why_not(twin)
+        if self.session.dialect.greets and not why:
             self._send(peer, self.session.welcome)
             if peer.leaving or not peer.open:
                 return
+        if not why:
+            here = self.roster.admit(member, monotonic(), twin)
+            if self.roster.closed:
+                self.roster.turn_away(member)
+                why = CLOSING
+        if why:
+            if self.session.dialect.greets:         # else it may be anybody
+                self.roster.refuse(member, why)
+            tell('refused', member=member, reason=why)
+            self._drop(peer, 'refused: ' + why)
+            return
         self._pending.remove(peer)
-        tell('member_here', member=member, here=self.roster.admit(member), places=self.roster.places)
+        tell('member_here', member=member, here=here, places=self.roster.places)
+        if twin:                        # its thread may be another one
+            self._carry_out_sentences()
+            self.link.release_child()
         self._take(peer)
+        self._bring('here', member)
         self._advance()
 
     def _take(self, peer):
@@ -7320,6 +7773,11 @@ class TcpServer(threading.Thread):
         if not peer.member.window:
             raise ProtocolError('a window of no rounds')
         peer.member.willing = fields.get('relay') is True
+        peer.member.seek = fields.get('seek') is True
+        peer.member.who = name_of(fields, 'who', optional=True) if 'who' in fields else None
+        held = Held.from_list(fields.get('have', []))
+        if fields.get('image') == self.session.image:
+            peer.member.have = held
         peer.alive_every = alive_every(stall_of(fields))
         self._welcome(peer)
 
@@ -7377,7 +7835,7 @@ class TcpServer(threading.Thread):
             return False
         del self._peers[member]
         self.window.leave(member)
-        self._bring((member, None))
+        self._bring('left', member)
         return True
 
     def _close(self, peer):
@@ -7435,7 +7893,7 @@ class Multicaster(object):
         self.options, self.source, self.signals = options, source, signals
         self.sender = self.listener = self.session = self.tcp = self.course = None
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
-        self.roster = Roster(options.clients, options.min_clients, start_by)
+        self.roster = Roster(options.clients, options.min_clients, start_by, options.more or options.forever)
         self.link = SemLink()
         self.pacer = Pacer()
         self.failure = None
@@ -7460,10 +7918,11 @@ class Multicaster(object):
         payload = payload_for(self._mtu(options.mtu))
         self.session = Session(options, payload, options.name or self.source.name,
                                self.source.size or options.size, self.source.image(),
-                               self.sender.sock.getsockname())
+                               self.source.again, self.sender.sock.getsockname())
         self.listener = self._listen(options.port)
         self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
         dialect = self.session.dialect
+        self.roster.again = dialect.greets and self.source.again
         size = (self.LARGE_ROUND if options.clients >= MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
@@ -7473,7 +7932,9 @@ class Multicaster(object):
         self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
-                             Chain(dialect) if dialect.talks and options.chain != 'never' else None)
+                             Chain(dialect) if dialect.talks and options.chain != 'never' else None,
+                             UNLIMITED if options.forever else options.linger,
+                             self.source.size or options.size)
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -7548,8 +8009,10 @@ class Multicaster(object):
                     self._wait(monotonic())
                 else:
                     self._wait()
+            if self.course.deserted and not self.roster.served and not self.options.forever:
+                return 'no client is left'
         except LinkClosed:
-            return None if self.course.over else self.tcp.failure or 'no client is left'
+            return self.tcp.failure or 'the threads for TCP have ended'
         except Failure as error:
             return error.reason
         except Exception as error:      # pylint: disable=broad-except
@@ -7571,14 +8034,14 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        served = [member for member in roster.everyone if member.outcome == 'complete']
-        complete = len(served) == roster.places and not roster.refused
+        failed = [member for member in roster.everyone if member.outcome != 'complete']
+        complete = roster.served >= (0 if self.options.forever else roster.places) and not failed and not roster.refused
         if complete:
             self.failure = None         # it came too late to matter
         if course.data and not course.multicasting and not course.unicast:
             course.warn_of_silence()
-        code = OK if complete else PARTLY if served else FAILED
-        tell('server_ended', server=self, code=code, served=len(served))
+        code = OK if complete else PARTLY if roster.served else FAILED
+        tell('server_ended', server=self, code=code, served=roster.served)
         return code
 
     def close(self):
@@ -7606,16 +8069,17 @@ class Multicaster(object):
             self._news = False
             self.link.release_child()
 
-    def fill(self, base, limit):
-        """Begin to fill a buffer that is not in use."""
+    def fill(self, base, limit, place):
+        """Begin to fill a buffer that is not in use, from a place in the image on."""
+        self.source.seek(place)
         self._upcoming = self._buffers.pop()
         self._upcoming.start(base, 0, 0)
         self._upcoming.limit = limit
         self._fed = None
 
-    def digest(self, number):
-        """The image's digest through a round; b'' without digests."""
-        return self.source.digest(number + 1)
+    def digest(self, part):
+        """The image's digest through a part; b'' without digests."""
+        return self.source.digest(part + 1)
 
     def release(self, buffer):
         """It is not in use any more."""
@@ -8587,7 +9051,15 @@ def command_line():
     server.add_argument('--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
                         help='how many must be there for --start-wait to start (1)')
     server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
-                        help='drop a client that alone keeps the transfer slower for 10 s')
+                        help='a client that alone keeps the transfer slower gets the rest after the others')
+    server.add_argument('--more', action='store_true',
+                        help='who comes late takes part though CLIENTS are here or have the image')
+    server.add_argument('--linger', type=seconds_type, default=0, metavar='SECONDS',
+                        help='wait so long for others, when all who are here have the image (0)')
+    server.add_argument('--forever', action='store_true',
+                        help='serve whoever comes, until SIGTERM; SIGUSR1 starts with those who are here')
+    server.add_argument('--spool', type=file_type, metavar='FILE', help='keep there what comes by a pipe, so that who '
+                        'comes late gets it, too; FILE is overwritten, and has the image at the end')
     server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
                         help='packets in a round at the most; memory is that of some five rounds '
                         '(as many as make 4 MB)')
@@ -8644,7 +9116,7 @@ def server_command(options, signals):
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
     options.interface = '%s (%s)' % names[0] if names else options.local_ip
-    source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
+    source = Source(options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
     return Multicaster(options, source, signals)
 
 
