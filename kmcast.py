@@ -217,7 +217,14 @@ class Failure(Exception):
 
 
 class Refused(Failure):
-    """The peer said BYE; its reason is ours."""
+    """The peer said BYE; its reason is ours.
+
+    again: whether it does not mind if we come back.
+    """
+
+    def __init__(self, reason, again=False):
+        Failure.__init__(self, reason)
+        self.again = again
 
 
 class Lost(Failure):
@@ -455,6 +462,11 @@ def field(fields, key, kinds, optional=False):
     return printable(value) if kinds is TEXT else value
 
 
+def refusal(fields):
+    """What a server's BYE that is not ok makes of the client: Refused.  Raises ProtocolError."""
+    return Refused('the server says: %s' % field(fields, 'reason', TEXT), fields.get('again') is True)
+
+
 def stall_of(fields):
     """The stall timeout in seconds that a HELLO or WELCOME tells; 0: none.  Raises ProtocolError."""
     value = fields.get('stall', 0)
@@ -469,6 +481,14 @@ def name_of(fields, key, optional=False):
     if text is not None and not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
         raise ProtocolError('a frame without a proper "%s"' % key)
     return text
+
+
+def digest_in(fields, key):
+    """The 64 hexadecimal digits of a SHA-256 that a frame has for a key.  Raises ProtocolError."""
+    text = field(fields, key, TEXT)
+    if not re.match('[0-9a-f]{%d}$' % (2 * DIGEST_SIZE), text):
+        raise ProtocolError('a frame without a proper "%s"' % key)
+    return text.encode('ascii')
 
 
 def random_name():
@@ -959,6 +979,98 @@ class Held(object):
     def size(self):
         """Bytes in all."""
         return sum(self._bounds[1::2]) - sum(self._bounds[::2])
+
+
+class Journal(object):
+    """What a run tells the next one of a file that holds part of an image: a file beside it.
+
+    Each line has a CRC-32, and from the first on that is wrong all counts for nothing: it was
+    being written when the host went down.  The first line names the image, each other one says what was
+    written, with SHA-256 of the image through it, or what of that is in doubt.  A line is added once what it
+    says is true, so when this program dies it claims nothing that is not there.  When the host does,
+    it may; so nothing of it is believed that has not been hashed again.
+
+    image, who  names, of the image and of the output; None where the journal says nothing
+    held        the bytes that were written
+    digests     of the image through some of them: through which byte -> SHA-256
+    """
+
+    def __init__(self, path, new=False):
+        """path: of the file; new: it must not be there yet.  Raises OS_ERRORS."""
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+                           | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
+        self.image = self.who = None
+        self.held, self.digests = Held(), {}
+        good = 0
+        if not is_ours(self._fd):
+            self.close()
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        with io.open(self._fd, 'rb', closefd=False) as lines:
+            for line in lines:
+                try:
+                    self._take(line)
+                except ProtocolError:
+                    break
+                good += len(line)
+        os.lseek(self._fd, good, os.SEEK_SET)
+        os.ftruncate(self._fd, good)
+
+    def _take(self, line):
+        """A line of it.  Raises ProtocolError."""
+        if line[-1:] != b'\n' or line[:9] != b'%08x ' % (zlib.crc32(line[9:]) & MASK):
+            raise ProtocolError('a line of a journal that is damaged')
+        fields = unpack_frame(line[9:])
+        if self.image is None:
+            self.image, self.who = name_of(fields, 'image'), name_of(fields, 'who')
+            return
+        for start, stop in Held.from_list(fields.get('doubted', [])):
+            self.held.remove(start, stop)
+        for start, stop in Held.from_list(fields.get('wrote', [])):
+            self.held.add(start, stop)
+            if fields.get('sha256') is not None:
+                self.digests[stop] = binascii.unhexlify(digest_in(fields, 'sha256'))
+
+    def _add(self, **fields):
+        """A line more; one that the disk does not take costs a later run what it would have told."""
+        text = json.dumps(fields, sort_keys=True).encode('ascii') + b'\n'
+        line = b'%08x %s' % (zlib.crc32(text) & MASK, text)
+        try:
+            if self._fd is not None and os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OS_ERRORS as error:
+            tell('unjournaled', path=printable(self.path), reason=explain(error))
+            self.close()
+
+    def begin(self, image, who):
+        """Forget all: from now on it is about that image."""
+        self.held = Held()
+        if self._fd is not None:
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.ftruncate(self._fd, 0)
+        self._add(image=image, who=who)
+
+    def wrote(self, start, stop, digest):
+        """These bytes were written; digest: SHA-256 of the image through them, b'' if nobody says."""
+        self.held.add(start, stop)
+        self._add(wrote=[[start, stop]], sha256=hexadecimal(digest) if digest else None)
+
+    def doubted(self, start, stop):
+        """These are not what was written."""
+        self.held.remove(start, stop)
+        self._add(doubted=[[start, stop]])
+
+    def close(self):
+        """Add no more; may be done twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def is_ours(fd):
+    """Whether an open file is a regular one that nobody else has a name for, or the right to change."""
+    status = os.fstat(fd)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
 
 
 # ---------------------------------------------------------------------------
@@ -2796,28 +2908,62 @@ def is_mount_point(path):
                       for name in mounted]
 
 
-def remove_dead(folder, prefix):
-    """Remove the temporary files of runs that are dead: their locks are free."""
+def beside(folder, prefix, ending):
+    """The paths of the files in a folder that runs have made beside their targets."""
     try:
         names = os.listdir(folder)
     except OS_ERRORS:
-        return
-    for name in names:
-        if not re.match(re.escape(prefix) + r'[0-9a-f]{12}\.part$', name):
-            continue
-        path = os.path.join(folder, name)
+        return []
+    return [os.path.join(folder, name) for name in names
+            if re.match(re.escape(prefix) + r'[0-9a-f]{12}\.%s$' % ending, name)]
+
+
+def journal_of(path):
+    """The path of the journal of a temporary file."""
+    return path[:-len('part')] + 'journal'
+
+
+def dead_parts(folder, prefix):
+    """The temporary files of runs that are dead, as (path, descriptor that has their lock, to be closed)."""
+    for path in beside(folder, prefix, 'part'):
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OS_ERRORS:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-            tell('removed', path=printable(path))
-        except OS_ERRORS:
-            pass                        # somebody writes it, or it is not ours to remove
-        finally:
+        except OS_ERRORS:               # somebody writes it
             os.close(fd)
+            continue
+        yield path, fd
+
+
+def remove_dead(folder, prefix):
+    """Remove what runs that are dead have left."""
+    for path, fd in dead_parts(folder, prefix):
+        if remove(path):
+            tell('removed', path=printable(path))
+        os.close(fd)
+    for path in beside(folder, prefix, 'journal'):
+        if not os.path.lexists(path[:-len('journal')] + 'part'):
+            remove(path)
+
+
+def remove(path):
+    """Remove a file, if it is there and ours to remove; returns whether it was."""
+    try:
+        os.unlink(path)
+    except OS_ERRORS:
+        return False
+    return True
+
+
+# What makes a file system keep room for a file, fallocate(2); not posix_fallocate(3), which writes zeros where it cannot.
+fallocate = getattr(LIBC, 'fallocate64', None) or getattr(LIBC, 'fallocate', None)
+if fallocate:
+    fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong
+KEEP_SIZE = 1                           # FALLOC_FL_KEEP_SIZE: the file's size tells how far it was written
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class Sink(object):
@@ -2827,15 +2973,21 @@ class Sink(object):
     place at commit(); what is not a regular file is written in place.  Who has
     the temporary file open holds its lock, flock(2), so that of a dead run can
     be told from that of a living one.
+
+    seeks       whether it takes the image in any order, and gives it back: a file, a disk
+    journal     the Journal of the temporary file, where one is kept
     """
 
     LAST_WORDS = 1.0                    # seconds for a command that reads no more to end
 
-    def __init__(self, path=None, command=None):
-        """path: of the target; command: for the shell."""
-        self._path, self._text = path, command
+    def __init__(self, path=None, command=None, resume=False):
+        """path: of the target; command: for the shell; resume: go on where a run broke off, and
+        leave what there is for the next one."""
+        self._path, self._text, self._resume = path, command, resume
         self._target = self._temporary = self._command = self._fifo = None
-        self._fd = None
+        self._fd = self._reader = None
+        self._place = 0                 # where in the file the next byte goes
+        self.seeks, self.journal = False, None
         self._fate = {}                 # 'is': 'commit' or 'discard', whichever came first
         self.written = 0                # bytes
         self._chunk = 1 << 20           # bytes in a write
@@ -2858,8 +3010,9 @@ class Sink(object):
                     self._fifo = path
                     self._open_fifo()
                 else:
-                    flags = os.O_EXCL if stat.S_ISBLK(kind) else 0  # not a disk that is mounted
-                    self._fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | flags)
+                    self.seeks = stat.S_ISBLK(kind)
+                    flags = os.O_EXCL | os.O_RDWR if self.seeks else os.O_WRONLY    # not a disk that is mounted
+                    self._fd = os.open(path, os.O_NOCTTY | flags)
                     if os.isatty(self._fd):
                         raise OSError(errno.EINVAL, 'it is a terminal')
             else:
@@ -2873,6 +3026,9 @@ class Sink(object):
                     raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
                                   'use "> FILE", or another FILE')
                 self._open_temporary(folder, '.%s.' % name[:60])
+                self.seeks = True
+            if self._resume and not self._target:
+                raise OSError(errno.EINVAL, '--resume is for a file, which can have a journal beside it')
         except OS_ERRORS as error:
             reason = explain(error)
             if errno_of(error) == errno.EBUSY and not self._target:
@@ -2882,13 +3038,13 @@ class Sink(object):
         return self
 
     def _open_temporary(self, folder, prefix):
-        """Open a new file, and remove those that dead runs have left."""
+        """Open a new file, or the one to go on with, and remove all others that dead runs have left."""
+        ours = self._resume and self._take_up(folder, prefix)
         remove_dead(folder, prefix)
-        ours = False
         while not ours:
             # Its name is kept before there is such a file: a signal may come at any moment.
             self._temporary = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 ours = os.fstat(self._fd).st_nlink > 0
@@ -2896,6 +3052,28 @@ class Sink(object):
                 ours = errno_of(error) not in TRY_AGAIN
             if not ours:
                 os.close(self._fd)
+        if self._resume and not self.journal:
+            self.journal = Journal(journal_of(self._temporary), new=True)
+
+    def _take_up(self, folder, prefix):
+        """Open what a run that is dead has left, of several the one that holds most; returns whether there is any."""
+        for path, fd in dead_parts(folder, prefix):
+            try:
+                journal = Journal(journal_of(path))
+            except OS_ERRORS:
+                os.close(fd)
+                continue
+            journal.held.remove(os.fstat(fd).st_size, 1 << 63)      # a part may be shorter than its journal says
+            most = self.journal.held.size if self.journal else 0
+            if not journal.image or journal.held.size <= most or not is_ours(fd):
+                journal.close()
+                os.close(fd)
+                continue
+            if self.journal:
+                self.journal.close()
+                os.close(self._fd)
+            self._temporary, self._fd, self.journal = path, fd, journal
+        return self.journal is not None
 
     def _open_fifo(self):
         """Open it if somebody reads from it; returns whether it is open."""
@@ -2913,6 +3091,7 @@ class Sink(object):
             space = os.fstatvfs(self._fd)
             if space.f_blocks:          # else one without a limit, such as ramfs, says 0 of all
                 room = (space.f_bavail if os.geteuid() else space.f_bfree) * space.f_frsize
+                room += os.fstat(self._fd).st_blocks * 512          # what it has from an earlier run: stat(2)
         elif self._path is not None and self._fd is not None:
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
@@ -2920,6 +3099,22 @@ class Sink(object):
         if room is not None and size > room:
             raise Failure('no room for the image at %s: it has %d bytes, and there is room for %d'
                           % (printable(self._path), size, room), NOT_STARTED)
+        if self._target and fallocate:
+            # A signal that comes too early ends it with EINTR; where it is not known, room is what is there when it is needed.
+            while size and fallocate(self._fd, KEEP_SIZE, 0, min(size, (1 << 63) - 1)):
+                if ctypes.get_errno() in NO_ROOM:
+                    raise Failure('no room for the image at %s: it has %d bytes: %s' % (
+                        printable(self._path), size, os.strerror(ctypes.get_errno())), NOT_STARTED)
+                if ctypes.get_errno() != errno.EINTR:
+                    break
+
+    def start_over(self):
+        """Nothing that was written counts.  Raises Failure."""
+        if self._target:
+            try:
+                os.ftruncate(self._fd, 0)
+            except OS_ERRORS as error:
+                raise Failure('cannot write the image: %s' % explain(error))
 
     def start(self):
         """The first data is coming: start the command.  Raises Failure."""
@@ -2933,11 +3128,12 @@ class Sink(object):
         except OS_ERRORS as error:
             raise Failure('cannot start the command: %s' % explain(error))
 
-    def write(self, data):
-        """Write all of a memoryview.  Raises Failure."""
+    def write(self, data, place):
+        """Write all of a memoryview, at a place in the image; that is the next one, unless it `seeks`.  Raises Failure."""
         try:
             while self._fd is None and not self._open_fifo():
                 self._wait_a_moment()
+            self._go_to(place)
             while len(data):
                 try:
                     count = uninterrupted(os.write, self._fd, data[:self._chunk])
@@ -2947,6 +3143,7 @@ class Sink(object):
                     self._wait_a_moment()           # a pipe that we were given so
                     continue
                 self.written += count
+                self._place += count
                 data = data[count:]
         except OS_ERRORS as error:
             if errno_of(error) == errno.EPIPE and self._command:
@@ -2955,6 +3152,22 @@ class Sink(object):
             if errno_of(error) == errno.EPIPE:
                 raise Failure('what reads the image has ended')
             raise Failure('cannot write the image: %s' % explain(error))
+
+    def _go_to(self, place):
+        if place != self._place and self.seeks:
+            os.lseek(self._fd, place, os.SEEK_SET)
+        self._place = place
+
+    def read_into(self, view, place):
+        """Read back what was written at a place; returns bytes, 0 where nothing was.  Raises Failure."""
+        try:
+            self._reader = self._reader or io.open(self._fd, 'rb', buffering=0, closefd=False)
+            self._go_to(place)
+            got = uninterrupted(self._reader.readinto, view)
+        except OS_ERRORS as error:
+            raise Failure('cannot read back the image: %s' % explain(error))
+        self._place += got
+        return got
 
     def _wait_a_moment(self):
         """Wait until the output takes more, or for a while."""
@@ -2981,8 +3194,8 @@ class Sink(object):
         if self._fate.setdefault('is', 'commit') != 'commit':
             raise Failure('stopped')
 
-    def commit(self):
-        """The image is complete and verified: make it so.  Raises Failure."""
+    def commit(self, size):
+        """The image is complete and verified, and has so many bytes: make it so.  Raises Failure."""
         try:
             if self._command:
                 self._command.pipe.close()
@@ -2991,6 +3204,8 @@ class Sink(object):
                 return
             while self._fd is None and not self._open_fifo():
                 self._wait_a_moment()
+            if self._target:
+                os.ftruncate(self._fd, size)            # one in which another image began may be longer
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._sync(self._fd)
             if self._target:
@@ -2998,6 +3213,8 @@ class Sink(object):
             self._decide()
             if self._target:
                 os.rename(self._temporary, self._target)
+                if self.journal:
+                    remove(self.journal.path)
                 self._temporary = None
             os.close(self._fd)          # not before: it has the lock
         except OS_ERRORS as error:
@@ -3041,39 +3258,234 @@ class Sink(object):
             self._command.end()
 
     def close(self):
-        """Unless it was committed, leave nothing behind."""
+        """Unless it was committed, leave nothing behind but what the next run can go on with."""
         self.end()
         if self._command:
             self._command.close()
-        if self._temporary:
-            try:
-                os.unlink(self._temporary)
-            except OS_ERRORS:
-                pass
-            self._temporary = None
+        if self.journal:
+            self.journal.close()
+        if self._temporary and not (self.journal and len(self.journal.held)):
+            remove(self._temporary)
+            if self.journal:
+                remove(self.journal.path)
+        self._temporary = None
+
+
+class Copy(object):
+    """An image as it comes together in a Sink, and how much of it is verified.
+
+    A round that begins where all before it is verified is hashed before a byte of it is written.  One
+    that comes before its turn can only be written; when the gap before it has closed it is hashed as
+    the disk has it, and compared where the server, or the journal of an earlier run, told the digest.
+
+    image, who  names, of the image (None: it has none) and of the output
+    held        which bytes are there
+    bytes       how many that are
+    digest      whether rounds have one
+    verified    so many from the start on are what the server sent; without digests: are there
+    hash        of those
+    doubted     what was held, and then was not what the server sent
+    resumed     bytes of an earlier run
+    checked     bytes that were hashed as the disk has them, in `check_seconds`
+    """
+
+    CHUNK = 1 << 20                     # bytes to read back at once
+
+    DIFFERS = 'the digest differs: what was received is not the image; nothing of this round was written'
+
+    def __init__(self, sink):
+        """sink: a Sink that is open."""
+        self.sink, self._journal = sink, sink.journal
+        self.image, self.who = None, random_name()
+        self.held, self._digests = Held(), {}       # of the image through what is not verified yet
+        if self._journal and self._journal.image:
+            self.image, self.who = self._journal.image, self._journal.who
+            self.held, self._digests = Held(self._journal.held), dict(self._journal.digests)
+        self.resumed = self.bytes = self.held.size
+        self.digest = None              # not known yet
+        self.verified, self.hash, self.doubted = 0, None, Held()
+        self.checked, self.check_seconds = 0, 0.0
+        self._told = set()              # those of _digests that this session's server told
+        self._trusted = 0               # bytes that agreed with what it told
+        self._ahead = None              # (hash, bytes) of what is read back, where that is beyond `verified`
+        self._trial = None              # the hash through a round that is right
+        self._again = False             # all was doubted once
+        self._area = None
+
+    def begin(self, image, digest):
+        """A session has begun: it brings the image of that name, with digests or without.
+
+        Returns what counts no more of what was held, though it is of that image: (start, stop) of each.
+        Raises Failure where that cannot be taken back.
+        """
+        same = image is not None and image == self.image
+        self._told, self._trusted = set(), 0
+        if same and digest and self.digest is None:             # of an earlier run, all to be hashed
+            self.digest, self.hash = digest, hashlib.sha256()
+        if same and digest == self.digest:
+            return []
+        if self.bytes and not self.sink.seeks:
+            raise Failure('the server has another image now')
+        lost = list(self.held) if same else []
+        self.image, self.digest = image, digest
+        self._start_over()
+        if self.bytes:
+            self.sink.start_over()
+        self.bytes = self.resumed = 0
+        return lost
+
+    def _start_over(self):
+        self.held, self._digests, self._ahead = Held(), {}, None
+        self.verified, self.hash = 0, hashlib.sha256() if self.digest else None
+        if self._journal:
+            self._journal.begin(self.image, self.who)
+
+    # ---- a round
+
+    def verify(self, incoming, pieces):
+        """Whether a round, which is there as memoryviews, is what its digest says, as far as that can be told by now."""
+        self._trial = None
+        if self.digest and incoming.place <= self.verified < incoming.place + incoming.size:
+            self._trial = self.hash.copy()
+            for piece in self._fresh(incoming, pieces):
+                self._trial.update(piece)
+            return self._trial.digest() == incoming.digest
+        return True
+
+    def _fresh(self, incoming, pieces):
+        """What of a round is not verified.  One that begins before that is of a session, so it is in one piece."""
+        known = self.verified - incoming.place
+        return [pieces[0][known:]] + pieces[1:] if known > 0 else pieces
+
+    def write(self, incoming, pieces):
+        """Write a round, of which verify() had nothing to say against.  Raises Failure."""
+        start, stop = max(incoming.place, self.verified), incoming.place + incoming.size
+        if start >= stop:
+            return
+        if self._trial or self._ahead and self._ahead[1] > start:
+            self._ahead = None
+        place = start
+        for piece in self._fresh(incoming, pieces):
+            self.sink.write(piece, place)
+            place += len(piece)
+        self.held.add(start, stop)
+        self.bytes = self.held.size
+        if self._trial:
+            self.hash = self._trial
+            self._reached(stop)
+            self._trusted = stop
+        elif self.digest:
+            self._digests[stop] = incoming.digest
+            self._told.add(stop)
+        else:
+            self.verified = self.held.prefix
+        if self._journal:
+            self._journal.wrote(start, stop, incoming.digest)
+
+    def _reached(self, stop):
+        """All through that byte is verified."""
+        self.verified = stop
+        for known in [known for known in self._digests if known <= stop]:
+            del self._digests[known]
+            self._told.discard(known)
+
+    # ---- what the disk has
+
+    @property
+    def unchecked(self):
+        """Through which byte there is something to be read back and compared; None: there is nothing."""
+        stop = min(self._digests) if self._digests else None
+        return stop if stop is not None and self.held.covers(self.verified, stop) else None
+
+    def check(self):
+        """Read some of it back; returns what is in doubt now: (start, stop) of each.  Raises Failure."""
+        stop, since = self.unchecked, monotonic()
+        so_far, place = self._ahead or (self.hash.copy(), self.verified)
+        self._area = self._area or bytearray(self.CHUNK)
+        view = memoryview(self._area)[:stop - place]
+        got = self.sink.read_into(view, place)
+        so_far.update(view[:got])
+        self._ahead = so_far, place + got
+        self.checked += got
+        self.check_seconds += monotonic() - since
+        if got and place + got < stop:
+            return []
+        self._ahead = None
+        told = stop in self._told
+        if place + got == stop and so_far.digest() == self._digests[stop]:
+            self.hash = so_far
+            self._reached(stop)
+            if told:
+                self._trusted = stop
+            return []
+        del self._digests[stop]
+        return [self._doubt(self.verified, stop)]
+
+    def _doubt(self, start, stop):
+        if self.doubted.touches(start, stop):
+            raise Failure('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
+        self.doubted.add(start, stop)
+        self.held.remove(start, stop)
+        self.bytes = self.held.size
+        if self._journal:
+            self._journal.doubted(start, stop)
+        return start, stop
+
+    def doubt_all(self):
+        """What this session's server tells does not fit what is verified; returns what is in doubt now: all.
+
+        Raises Failure where it was this server that told so, or it happens again.
+        """
+        if self._trusted >= self.verified or self._again or not self.sink.seeks:
+            raise Failure(self.DIFFERS)
+        self._again = True
+        lost = list(self.held)
+        for pair in lost:
+            self.doubted.add(*pair)
+        self._start_over()
+        self.bytes = 0
+        return lost
+
+    def end(self, size, digest):
+        """The server says what the whole image is; returns what is in doubt now.  Raises Failure."""
+        if self.verified < size:
+            if self.digest:
+                self._digests[size] = digest
+                self._told.add(size)
+            return []
+        if self.verified > size:
+            raise Failure('the image has %d bytes, not %d' % (self.verified, size))
+        if self.digest and self.hash.digest() != digest:
+            if self._trusted >= self.verified:
+                raise Failure('the digest of the image differs')
+            return self.doubt_all()
+        return []
 
 
 class Writer(threading.Thread):
-    """Verifies complete rounds and writes them, while the next are received.
+    """Verifies complete rounds and writes them, while the next are received; hashes what it wrote before its turn.
 
     The main thread is its parent: a release means "look at what I gave you", the other
     way "look at `results`".  When it fails it ends, which its parent sees.
     """
 
-    # What there is to say of a round; `damaged`: its digest differs, and it waits to be given again.
+    # What there is to say: (one of these, what about).  Of a round; `damaged`: its digest differs, and it waits to be given again.
     VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
+    DOUBTED = 'doubted'                 # (start, stop) of each: not there after all
+    THROUGH = 'through'                 # with what else it had to do
 
-    def __init__(self, sink, digest):
-        """sink: a Sink; digest: whether rounds come with a digest."""
+    def __init__(self, copy):
+        """copy: a Copy."""
         threading.Thread.__init__(self, name='writer')
         self.daemon = True
-        self.sink = sink
+        self.copy = copy
         self.failure = None
-        self.bytes = 0
-        self.hash = hashlib.sha256() if digest else None
-        self.results = collections.deque()          # (what, round)
-        self._jobs = collections.deque()
+        self.results = collections.deque()
+        self.checking = False           # there is something to be read back
+        self._given = self._done = 0    # jobs, counted by the parent and by us
+        self._jobs = collections.deque()            # (method, arguments)
         self._again = None              # the round without which it does not go on
+        self._paused = self._over = False
         self.link = SemLink()
         self._own_link = self.link.spawn()
 
@@ -3082,16 +3494,38 @@ class Writer(threading.Thread):
 
         It has a `buffer`, a `size` in bytes, and the image's `digest` through it.
         """
-        if incoming is self._again:
-            self._jobs.appendleft(incoming)
-        else:
-            self._jobs.append(incoming)
+        self._give((self._write, incoming), incoming is self._again)
+
+    def doubt(self, incoming):
+        """A damaged round is as the server has it: so it is what was before that is not.  Then it is its turn."""
+        self._give((self._doubt, incoming), True)
+
+    def end(self, size, digest):
+        """After all rounds: the bytes and the digest of the image."""
+        self._give((self._end, size, digest))
+
+    def pause(self):
+        """Finish the rounds that can be, forget the others, and do nothing until go_on()."""
+        self._give((self._pause,))
+
+    def go_on(self):
+        """Rounds come again."""
+        self._paused = False
         self.link.release_child()
 
     def commit(self):
-        """After all rounds: make the image final, and end."""
-        self._jobs.append(None)
+        """After all: make the image final, and end."""
+        self._give((self._commit,))
+
+    def _give(self, job, first=False):
+        self._given += 1
+        (self._jobs.appendleft if first else self._jobs.append)(job)
         self.link.release_child()
+
+    @property
+    def through(self):
+        """Whether it has done all that it was given; there may be something to be checked."""
+        return self._given == self._done
 
     def close(self):
         """Let it end, whatever it does."""
@@ -3105,15 +3539,21 @@ class Writer(threading.Thread):
         """The thread."""
         try:
             os.nice(10)                 # what is not received in time is lost
-            while True:
+            while not self._over:
+                self._check()
                 self._own_link.wait_parent()
-                while self._jobs and self._again in (None, self._jobs[0]):
-                    incoming = self._jobs.popleft()
-                    if incoming is None:
-                        self.sink.commit()
-                        return
-                    self._again = None
-                    self._write(incoming)
+                while self._jobs:
+                    job = self._jobs[0]
+                    if self._again not in (None, job[-1]) and (self._pause,) not in self._jobs:
+                        break
+                    self._jobs.popleft()
+                    if self._again in (None, job[-1]) or job == (self._pause,):
+                        self._again = None
+                        job[0](*job[1:])
+                    self.checking = self.copy.unchecked is not None
+                    self._done += 1
+                    if job[0] not in (self._write, self._commit):
+                        self._say(self.THROUGH)
         except LinkClosed:
             pass
         except Failure as error:
@@ -3123,27 +3563,50 @@ class Writer(threading.Thread):
         finally:
             self._own_link.close()
 
-    def _say(self, what, incoming):
-        self.results.append((what, incoming))
+    def _say(self, what, about=None):
+        self.results.append((what, about))
         self._own_link.release_parent()
+
+    def _check(self):
+        """While there is nothing else to do: check what was written before its turn."""
+        if self._over or self._paused or self.copy.unchecked is None:
+            return
+        poller = select.poll()
+        poller.register(self._own_link.parent_fd, select.POLLIN)
+        while self.copy.unchecked is not None and not ready(poller, 0):
+            self._tell_doubts(self.copy.check())
+        self.checking = self.copy.unchecked is not None
+        self._say(self.THROUGH)
+
+    def _tell_doubts(self, ranges):
+        if ranges:
+            self._say(self.DOUBTED, ranges)
+
+    def _doubt(self, incoming):
+        self._tell_doubts(self.copy.doubt_all())
+        self._write(incoming)
+
+    def _end(self, size, digest):
+        self._tell_doubts(self.copy.end(size, digest))
+
+    def _pause(self):
+        self._paused = True
+
+    def _commit(self):
+        self.copy.sink.commit(self.copy.verified)
+        self._over = True
 
     def _write(self, incoming):
         pieces = list(incoming.buffer.flush())
         if sum(map(len, pieces)) != incoming.size:  # without digests, all that tells
             raise Failure('a round of %d bytes instead of %d' % (sum(map(len, pieces)), incoming.size))
-        if self.hash:
-            trial = self.hash.copy()
-            for piece in pieces:
-                trial.update(piece)
-            if trial.digest() != incoming.digest:
-                self._again = incoming
-                return self._say(self.DAMAGED, incoming)
-            self.hash = trial
+        if not self.copy.verify(incoming, pieces):
+            self._again = incoming
+            return self._say(self.DAMAGED, incoming)
+        if self.copy.digest:            # else all there was to find out is known
             self._say(self.VERIFIED, incoming)
-        for piece in pieces:
-            self.sink.write(piece)
-        self.bytes += incoming.size
-        self._say(self.WRITTEN, incoming)
+        self.copy.write(incoming, pieces)
+        return self._say(self.WRITTEN, incoming)
 
 
 # ---------------------------------------------------------------------------
@@ -4124,8 +4587,8 @@ class ClientWindow(object):
     """The rounds in flight as a client sees them.
 
     What to do is a list of (verb, argument): `send` bytes, give a round (Incoming) to the
-    writer (`write`), `begin` to write, keep the server's words on its `state`, or `end`, with the
-    fields of the last BYE.
+    writer (`write`), tell that of one that `differs` though every packet is as the server has it,
+    `begin` to write, keep the server's words on its `state`, or `end`, with the fields of the last BYE.
     """
 
     SETTLE = 0.005                      # seconds for stragglers after SENT,
@@ -4134,9 +4597,10 @@ class ClientWindow(object):
     EARLY = 64                          # batches that may come before their announcement
     AHEAD = 1 << 31                     # rounds: numbers wrap
 
-    def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None):
+    def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None, place=0):
         """payload: bytes in a full packet; salts: for packets, and for repairs;
-        digest: whether rounds come with one; checks: as Buffer takes them."""
+        digest: whether rounds come with one; checks: as Buffer takes them; place: in the image,
+        where the first round begins; None: rounds may come in any order."""
         self.dialect, self.payload, self.digest = dialect, payload, digest
         self._salt, self._repair_salt = salts
         self._checks = checks or list(dialect.checks)
@@ -4144,13 +4608,13 @@ class ClientWindow(object):
         self.wants = None               # a memoryview to be filled from TCP
         self.begun = False              # a round was announced
         self.over = False
-        self.announced = 0              # rounds
+        self.announced = 0              # one more than the last round's number
         self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
         self.upstream_from = None       # the first round that an upstream brings, while there is one
         self.forwarding = None          # what a follower is to get, while there is one
         self._kept = []                 # rounds that are written, and that the follower does not have
         self.rounds = collections.deque()           # those that are not DONE, the oldest first
-        self._base = self._place = None # of the next round
+        self._base, self._place = None, place       # of the next round
         self._last = None               # the round of 0 packets that ends the image
         self._reading = None            # the round whose packets come by TCP
         self._left = collections.deque()            # their places: (start, stop) of each run
@@ -4236,19 +4700,23 @@ class ClientWindow(object):
     def _on_bye(self, fields):
         if fields.get('ok') is not True:
             self.begun = self.begun or fields.get('empty') is True
-            raise Refused('the server says: %s' % field(fields, 'reason', TEXT))
+            raise refusal(fields)
         if self.rounds:
             raise ProtocolError('the end before the end')
         self.over = self.begun = True
         return [('end', fields)]
 
     def _on_info(self, number, size, base, count, place):
-        if base != (base if self._base is None else self._base):
+        # Rounds that others lack are left out.
+        skipped = (number - self.announced) & MASK if self.dialect.sizes else 0
+        packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
+        if packets and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
-        if self.dialect.sizes and (number != self.announced & MASK or place != (self._place or 0)):
+        if skipped >= self.AHEAD or place is not None and place != (place if self._place is None else self._place):
             raise ProtocolError('round %d, at byte %d, out of turn' % (number, place))
         self._base = (base + count) & self.dialect.seqs
-        self._place = (place or 0) + size
+        place = self._place if place is None else place
+        self._place = None if self._place is None else place + size
         first, self.begun = not self.begun, True
         incoming = Incoming(number, size, base, count, place)
         if not count and self.dialect.ends:
@@ -4262,7 +4730,7 @@ class ClientWindow(object):
             raise ProtocolError('a round of repair packets')
         if len(self.rounds) >= 2 * self.dialect.window:
             raise ProtocolError('more rounds under way than agreed')
-        self.announced += 1
+        self.announced = number + 1 if self.dialect.sizes else self.announced + 1
         self.rounds.append(incoming)
         return ([('begin', None)] if first else []) + self._make_room()
 
@@ -4325,8 +4793,8 @@ class ClientWindow(object):
         if not gaps and incoming.chained:       # whom another client believed we need not believe
             gaps, incoming.chained = (1 << incoming.count) - 1, False
         if not gaps:
-            raise Failure('the digest differs: what was received is not the image; nothing of this '
-                          'round was written')
+            incoming.how, incoming.given = Incoming.COMPLETE, True
+            return [('differs', incoming)]
         tell('damaged', round=incoming.number, count=how_many(gaps))
         incoming.buffer.forget(gaps)
         incoming.buffer.damaged += how_many(gaps)
@@ -4529,6 +4997,15 @@ class ClientWindow(object):
         incoming.given, incoming.how = False, Incoming.SUSPECT
         return [('send', self.dialect.ask_for_sums(incoming.number))]
 
+    def go_on(self):
+        """The last BYE counts for nothing: more is lacking."""
+        self.over = False
+
+    def take_over(self, other):
+        """It comes after another window, of an earlier connection: count on."""
+        self.by_multicast, self.by_chain, self.by_tcp, self.coded = (
+            other.by_multicast, other.by_chain, other.by_tcp, other.coded)
+
     def written(self):
         """The writer is through with a round; returns what to do."""
         incoming = self._lent.popleft()
@@ -4548,15 +5025,13 @@ class ClientWindow(object):
     def area_for(self, number, first, size):
         """Where to put a piece that an upstream sends: (round, memoryview, index after its last packet).
 
-        (None, None, None): the round is not waited for any more.  Raises ProtocolError.
+        (None, None, None): the round is not waited for.  Raises ProtocolError.
         """
         for incoming in self.rounds:
             if incoming.number == number:
                 break
         else:
-            if not 0 < (self.announced - number) & MASK < self.AHEAD:
-                raise ProtocolError('a piece of a round that is not announced')
-            return None, None, None
+            return None, None, None     # it is through with it, or never had a part in it
         last = first + -(-size // self.payload)
         if last > incoming.count or size != (last - first) * self.payload and (
                 last != incoming.count or size != incoming.size - first * self.payload):
@@ -4592,10 +5067,11 @@ class ClientWindow(object):
         self.forwarding = forwarding
         if forwarding:
             rounds = self._kept + list(self._lent) + [each for each in self.rounds if each not in self._lent]
-            for incoming in sorted(rounds, key=lambda each: each.place):
+            rounds.sort(key=lambda each: (each.number - self.announced) & MASK)
+            for incoming in rounds:
                 if incoming.buffer:
                     forwarding.add(incoming)
-            oldest = min(rounds, key=lambda each: each.place).number if rounds else self.announced & MASK
+            oldest = rounds[0].number if rounds else self.announced & MASK
             forwarding.skip(oldest)
         return self.relayed()
 
@@ -6260,6 +6736,11 @@ WORDS = {
     'connected': (INFO, 'connected to %(address)s, multicast of group %(group)s to %(local_ip)s'),
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
+    'broken': (WARNING, '%(reason)s; trying for %(seconds).0f s to get on with it'),
+    'back': (INFO, 'the server is there again; going on with the %(count)d bytes that are here'),
+    'resumed': (INFO, 'going on with %(count)d bytes that an earlier run has left'),
+    'doubted': (WARNING, '%(count)d bytes that were here are not as the server has them, and are asked for again'),
+    'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
@@ -6278,7 +6759,7 @@ def causes(payload):
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
 CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 'nothing was heard of it',
           'writing': 'its disk or command', 'receiving': 'its network',
-          'following': 'the client before it', 'relaying': 'the client behind it'}
+          'verifying': 'reading back what it wrote', 'following': 'the client before it', 'relaying': 'the client behind it'}
 
 
 # What brings the image where multicast does not, in words.
@@ -6536,7 +7017,8 @@ def client_status(client, now):
     if not client.receiver:
         waits = 'a server at %s port %d (%s)' % (
             client.options.server_ip, client.options.port, client.reason or 'no answer yet')
-        return Status(begun=False, seconds=0, bytes=0, size=None, here=None, places=None, waits=waits,
+        return Status(begun=False, image_pass=1, seconds=0, bytes=client.copy.bytes if client.copy else 0, size=None,
+                      here=None, places=None, waits=waits,
                       lost=0, repaired=0, carrier='')
     if not window.begun:
         waits = 'the start'
@@ -6548,8 +7030,8 @@ def client_status(client, now):
         waits = 'the server, or its other clients'
     packets = max(1, window.by_multicast + window.by_chain + window.by_tcp + window.coded)
     return Status(
-        seconds=now - (client.started or now),
-        begun=window.begun, bytes=client.writer.bytes if client.writer else 0,
+        seconds=now - (client.started or now), image_pass=says.get('pass') or 1,
+        begun=window.begun, bytes=client.copy.bytes,
         size=client.image.get('size'), waits=waits,
         here=None if window.begun else here, places=None if window.begun else places,
         lost=(window.by_tcp + window.coded) / packets, repaired=(window.by_tcp + window.coded) / packets,
@@ -6768,7 +7250,7 @@ def server_summary(server, rows, most):
 def client_summary(client):
     """(level, line) of how a client's transfer went well."""
     window, seconds = client.window, client.ended - client.started
-    size = client.writer.bytes
+    size = client.copy.bytes
     if size and not window.by_multicast and not client.unicast and not client.deaf:
         carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
         yield WARNING, 'multicast does not reach this host, everything came %s; %s' % (carrier, causes(window.payload))
@@ -6780,7 +7262,7 @@ def client_summary(client):
     yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s; %s' % (
         counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
         counted(window.coded, 'packet'), window.by_tcp, by_chain,
-        'SHA-256 %s' % client.writer.hash.hexdigest() if window.digest else 'without a digest')
+        'SHA-256 %s' % client.copy.hash.hexdigest() if window.digest else 'without a digest')
 
 
 class Summary(object):
@@ -6875,11 +7357,11 @@ def server_report(server):
 
 def client_report(client):
     """The keys of a client's report."""
-    window, writer = client.window, client.writer
+    window, copy = client.window, client.copy
     payload = window.payload if window else 0
-    digest = writer.hash.hexdigest() if writer and writer.hash else None
+    digest = copy.hash.hexdigest() if copy and copy.hash else None
     return {
-        'bytes': writer.bytes if writer else 0, 'sha256': digest,
+        'bytes': copy.bytes if copy else 0, 'sha256': digest,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
                     'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
@@ -7892,7 +8374,8 @@ class Client(object):
     def __init__(self, options, signals):
         """options: of the command line; signals: a StopInOrder."""
         self.options, self.signals = options, signals
-        self.sink = Sink(options.output, options.pipe)
+        self.sink = Sink(options.output, options.pipe, options.resume)
+        self.copy = None                # Copy, once the sink is open
         self.server = None              # Connection
         self.dialect = None             # until the server's is known
         self.receiver = None            # DatagramReceiver
@@ -7909,6 +8392,9 @@ class Client(object):
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.says = {}                  # what the server said of its state
+        self._again = False             # the server can bring what was missed, if the connection breaks
+        self._give_up_at = None         # when to try no more to come back, seconds
+        self._back_at = self._had = 0   # when we last came back, and the bytes that we had
         self._group = self._source = None           # (address, port) of the multicast, and of its sender
         self._stall_timeout = 0
         self._flowing = False           # data has come, so the sink has been started
@@ -7926,9 +8412,15 @@ class Client(object):
         """Receive the image; returns an exit code.  Raises Failure."""
         try:
             try:
-                self.sink.open()
+                self.copy = Copy(self.sink.open())
                 self._connect()
-                self._transfer()
+                while True:
+                    try:
+                        self._transfer()
+                        if self._complete():
+                            break
+                    except (Lost, Refused) as error:
+                        self._come_again(error)
                 self._finish()
                 self.signals.over()     # from here on the verdict stands
             except ProtocolError as error:
@@ -7943,7 +8435,7 @@ class Client(object):
             self.ended = monotonic()
             self.sink.end()
             self._say_bye(error)
-            if not (self.window and self.window.begun) and error.code == FAILED:
+            if not (self._flowing or self.window and self.window.begun) and error.code == FAILED:
                 error.code = NOT_STARTED
             self.failure, self.refused = error.reason, isinstance(error, Refused)
             tell('client_ended', client=self, code=error.code)
@@ -7960,12 +8452,16 @@ class Client(object):
         self.sink.close()
         if self.writer:
             self.writer.close()
+        self._disconnect()
+
+    def _disconnect(self):
         if self.relay:
             self.relay.close()
         if self.server:
             self.server.close()
         if self.receiver:
             self.receiver.close()
+            self.receiver = None
 
     def _say_bye(self, failure):
         """Tell the server why; if it does not listen, it learns it from the connection's end."""
@@ -8007,7 +8503,7 @@ class Client(object):
     def _connect(self):
         """Reach the server and agree on a session.  Raises Failure."""
         options = self.options
-        deadline = monotonic() + options.wait
+        deadline = self._give_up_at or monotonic() + options.wait
         tell('connecting', address=options.server_ip, port=options.port)
         said = None
         while True:
@@ -8044,9 +8540,45 @@ class Client(object):
         self.server.begin(self._stall_timeout)
         self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
         self._join()
+        if self.writer:
+            self.writer.go_on()
+            return
         with uninterruptible:
-            self.writer = Writer(self.sink, self.window.digest)
+            self.writer = Writer(self.copy)
             start_thread(self.writer)
+
+    def _come_again(self, error):
+        """The connection broke, of which `error` tells: connect again, and go on.  Raises Failure, LinkClosed."""
+        if not self._again or isinstance(error, Refused) and not error.again:
+            raise error
+        now, wait = monotonic(), self.options.wait
+        if self._give_up_at is None or self.copy.bytes > self._had or now - self._back_at > wait:
+            self._give_up_at = now + wait
+        if now > self._give_up_at:      # it came back all the time, for nothing
+            raise error
+        tell('broken', reason=error.reason, seconds=self._give_up_at - now)
+        self._disconnect()
+        self.says, self._fields = {}, None
+        self._pause()
+        time.sleep(self.RETRY)
+        try:
+            self._connect()
+        except Refused:
+            raise
+        except Failure as failure:
+            raise error if failure.code == NOT_STARTED else failure
+        self._back_at, self._had = monotonic(), self.copy.bytes
+        tell('back', count=self.copy.bytes)
+
+    def _pause(self):
+        """Let the writer finish what it has, and stop.  Raises Failure, LinkClosed."""
+        writer, since = self.writer, monotonic()
+        writer.pause()
+        while not writer.through:
+            if self._poll([(writer.link.child_fd, select.POLLIN)], TICK):
+                writer.link.wait_child()
+            self._look_at_output(since)
+        writer.results.clear()          # of the rounds of the old connection
 
     def _reach(self, seconds):
         """Connect, in at most so many seconds.  Raises OS_ERRORS."""
@@ -8086,7 +8618,7 @@ class Client(object):
         self._group = group, port
         if version is None:
             self.dialect = BaseDialect
-            self.window = ClientWindow(BaseDialect, payload_for(1500), checks=[plain_crc, c_sum])
+            self._begin(None, payload_for(1500), checks=[plain_crc, c_sum])
             return
         if version != SESSION_VERSION:
             raise ProtocolError('it speaks version %d, and this kmcast version %d; run the same file '
@@ -8096,7 +8628,8 @@ class Client(object):
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
                 'window': SessionDialect.window, 'relay': True, 'stall': STALL if stall is None else stall,
-                'seek': False, 'image': None, 'have': [], 'who': random_name()}))
+                'seek': self.copy.sink.seeks, 'image': self.copy.image, 'have': self.copy.held.to_list(),
+                'who': self.copy.who}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
         self.dialect = SessionDialect
@@ -8105,7 +8638,7 @@ class Client(object):
             message = self._next_message(lambda head: self.dialect.server_message_size(head, 0))
             kind = message[:1]
         if kind == BYE:
-            raise Refused('the server says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+            raise refusal(unpack_frame(message[5:]))
         if kind != WELCOME:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         self._on_welcome(unpack_frame(message[5:]))
@@ -8130,10 +8663,26 @@ class Client(object):
             raise ProtocolError('a frame without a proper "source"')
         self._source = str(source[0]), source[1]
         self.unicast = fields.get('unicast') is True
+        self._again = fields.get('again') is True
         self.server.alive_every = alive_every(stall_of(fields))
-        self.window = ClientWindow(SessionDialect, payload, salts, digest is not None)
+        self._say_lack(self._begin(name_of(fields, 'image'), payload, salts, digest is not None))
         if self.image['size'] is not None:
             self.sink.expect(self.image['size'])
+
+    def _begin(self, image, payload, salts=(0, 0), digest=False, checks=None):      # pylint: disable=too-many-arguments
+        """A session begins; returns what we said that we hold, and do not: (start, stop) of each.  Raises Failure.
+
+        image: its name, None in the base protocol; else as ClientWindow has it.
+        """
+        lost = self.copy.begin(image, digest)
+        place = None if self.sink.seeks and image else self.copy.verified
+        window = ClientWindow(self.dialect, payload, salts, digest, checks, place)
+        if self.window:
+            window.take_over(self.window)
+        elif self.copy.resumed:
+            tell('resumed', count=self.copy.resumed)
+        self.window = window
+        return lost
 
     def _join(self):
         """Join the group.  Raises Failure."""
@@ -8162,7 +8711,8 @@ class Client(object):
         everything = select.poll()
         for fd in (tcp, link, udp):
             everything.register(fd, select.POLLIN)
-        self._output = self.sink.written, monotonic()
+        self._output = self._put, monotonic()
+        self._heard_at = self.started and monotonic()
         relay, fds = self.relay, []
         relay.poll_with(control, everything)
         self._hear()                    # what came with the greetings
@@ -8191,19 +8741,33 @@ class Client(object):
         self.started = self.started or monotonic()  # an empty image has no rounds
 
     def _look_at_writer(self):
-        """Hear what has become of the rounds that the writer has.  Raises LinkClosed."""
-        window, writer = self.window, self.writer
+        """The writer may have something to say.  Raises LinkClosed."""
         try:
-            writer.link.wait_child()
+            self.writer.link.wait_child()
         finally:
-            while writer.results:
-                what, incoming = writer.results.popleft()
-                if what == writer.WRITTEN:
-                    self._carry_out(window.written())
-                elif what == writer.VERIFIED:
-                    self._carry_out(window.verified(incoming))
-                else:
-                    self._carry_out(window.damaged(incoming))
+            self._hear_writer()
+
+    def _hear_writer(self):
+        """Hear what has become of what the writer has."""
+        window, writer = self.window, self.writer
+        while writer.results:
+            what, about = writer.results.popleft()
+            if what == writer.WRITTEN:
+                self._carry_out(window.written())
+            elif what == writer.VERIFIED:
+                self._carry_out(window.verified(about))
+            elif what == writer.DAMAGED:
+                self._carry_out(window.damaged(about))
+            elif what == writer.DOUBTED:
+                tell('doubted', count=sum(stop - start for start, stop in about))
+                self._say_lack(about)
+
+    def _say_lack(self, ranges):
+        """Tell the server of what is not here after all."""
+        for first in range(0, len(ranges), Held.MOST):
+            self.server.outgoing.put_tail(self.dialect.lack([list(pair) for pair in ranges[first:first + Held.MOST]]))
+        if ranges:
+            self._flush()
 
     def _listen(self):
         """Take the datagrams that have arrived."""
@@ -8253,17 +8817,20 @@ class Client(object):
                 self._flush()
             elif verb == 'write':
                 self.writer.give(argument)
+            elif verb == 'differs':
+                self.writer.doubt(argument)
             elif verb == 'begin':
-                self._flowing = True
-                self.sink.start()
+                self._start()
             elif verb == 'upstream':
                 self.relay.follow(*argument)
             elif verb == 'follower':
                 self.relay.serve(argument)
             elif verb == 'state':
-                self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places')
+                self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places', 'pass')
                                  if key in argument)
                 self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
+                seconds = argument.get('starts_in')
+                self.says['starts_in'] = seconds if isinstance(seconds, NUMBER + (float,)) else None
             else:
                 self._fields = argument
 
@@ -8283,8 +8850,8 @@ class Client(object):
             self.started = self._heard_at = now
         tell.look(now)
         self.sink.look()
-        if self.sink.written != self._output[0] or not window.writing:
-            self._output = self.sink.written, now
+        if self._put != self._output[0] or not window.writing:
+            self._output = self._put, now
         owing = window.owing
         if self.dialect.talks or owing != 'writing':        # a server of the base protocol may be silent then
             self._check_stall()
@@ -8299,7 +8866,7 @@ class Client(object):
         elif owing in ('following', 'relaying'):        # that is for the server to judge
             moved = True
         else:
-            moved = self.sink.written != self._shown
+            moved = self._put != self._shown
             if self._stall_timeout and now - self._output[1] > self._stall_timeout:
                 raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
         if moved:
@@ -8317,7 +8884,12 @@ class Client(object):
             except Gone:
                 pass                    # reading will tell why
         if self.server.told != told:
-            self._shown = self.sink.written
+            self._shown = self._put
+
+    @property
+    def _put(self):
+        """Bytes that the output has taken, or given back."""
+        return self.sink.written + self.copy.checked
 
     def _say_state(self, busy):
         """Tell the server what we do while it waits for us, and figures for its report."""
@@ -8354,35 +8926,67 @@ class Client(object):
 
     # ---- the end
 
-    def _finish(self):
-        """All has come: verify it, and make it final.  Raises Failure, LinkClosed."""
-        window, began = self.window, monotonic()
+    def _complete(self):
+        """Whether the server's last word has come, and all is here and verified.  Raises Failure, LinkClosed."""
+        window, writer, copy, since = self.window, self.writer, self.copy, monotonic()
+        if not window.over:
+            return False
         self.relay.follow(0, None, None)
         while window.unwritten:
-            tell.look(monotonic())
-            self.sink.look()
-            if self.writer.link.child_fd in self._serve_while([(self.writer.link.child_fd, select.POLLIN)]):
-                self._look_at_writer()
-            if self.sink.written != self._output[0]:
-                self._output = self.sink.written, monotonic()
-            if self.sink.written != self._shown:
-                self._show_life()
-            if self._stall_timeout and monotonic() - max(began, self._output[1]) > self._stall_timeout:
-                raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
-        if self._fields is not None:
-            expected = field(self._fields, 'bytes', NUMBER)
-            if expected != self.writer.bytes:
-                raise Failure('the image has %d bytes, not %d' % (self.writer.bytes, expected))
-            digest = field(self._fields, 'sha256', TEXT, optional=True)
-            if window.digest and digest != self.writer.hash.hexdigest():
-                raise Failure('the digest of the image differs')
-        elif not self.writer.bytes and not self.options.allow_empty:
-            raise Failure(EMPTY)
-        if not self._flowing:
-            self.sink.start()
+            self._wait_for_writer(since)
+        if self._fields is None:
+            if not copy.bytes and not self.options.allow_empty:
+                raise Failure(EMPTY)
+            return True
+        size = field(self._fields, 'bytes', NUMBER)
+        digest = window.digest and binascii.unhexlify(digest_in(self._fields, 'sha256'))
+        writer.end(size, digest)
+        since, state_at = monotonic(), monotonic() + self.STATE_EVERY
+        while not writer.through or writer.checking:
+            self._wait_for_writer(since)
+            if monotonic() > state_at:
+                state_at = monotonic() + 5 * self.STATE_EVERY
+                self._say_state('verifying')
+        self._hear_writer()
+        if copy.verified == size:
+            return True
+        if copy.bytes >= size or any(not copy.doubted.covers(*pair) for pair in copy.held.missing(0, size)):
+            raise Failure('the image has %d bytes, not %d' % (copy.bytes, size))
+        window.go_on()                  # what was in doubt is still to come
+        return False
+
+    def _finish(self):
+        """All is here and verified: make it final.  Raises Failure."""
+        self._start()
         self.overflows = self.receiver.overflows()
         self.writer.commit()
         self._await_end()
+
+    def _start(self):
+        """The first data has come, or will never."""
+        if not self._flowing:
+            self._flowing = True
+            self.sink.start()
+
+    def _wait_for_writer(self, since):
+        """Wait until the writer has something to say, or for a while; it began to be waited for at `since`.
+
+        Raises Failure where its output takes nothing, LinkClosed.
+        """
+        if self.writer.link.child_fd in self._serve_while([(self.writer.link.child_fd, select.POLLIN)]):
+            self._look_at_writer()
+        self._look_at_output(since)
+        if self._put != self._shown:
+            self._show_life()
+
+    def _look_at_output(self, since):
+        """Raises Failure when the output, which is waited for since then, has taken nothing for too long."""
+        tell.look(monotonic())
+        self.sink.look()
+        if self._put != self._output[0]:
+            self._output = self._put, monotonic()
+        if self._stall_timeout and monotonic() - max(since, self._output[1]) > self._stall_timeout:
+            raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
 
     def _await_end(self):
         """Wait until the image is final, however long it takes.  Raises Failure."""
@@ -8592,7 +9196,9 @@ def command_line():
     client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
                         'success only if COMMAND exits with 0')
     client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
-                        help='how long to try to reach the server (60)')
+                        help='how long to try to reach the server, at the start and when the connection breaks (60)')
+    client.add_argument('--resume', action='store_true',
+                        help='with -o FILE: go on where an earlier run broke off, and leave what there is for a later one')
 
     demo = commands.add_parser('demo', help='a server and some clients on this host, to see it work',
                                description='Send FILE, or 64 MiB of random data, to some clients '
@@ -8637,6 +9243,8 @@ def client_command(options, signals):
     """`kmcast client`: what will do it.  Raises Failure."""
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
+    if options.resume and not options.output:
+        raise Failure('--resume needs --output FILE', USAGE)
     if re.match(r'[0-9.]*$', options.server_ip) and not is_address(options.server_ip):
         raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
     # `auto` is the address of the connection to the server, once there is one.

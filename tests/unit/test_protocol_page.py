@@ -163,7 +163,8 @@ class Greeter(kmcast.Client):
     def __init__(self, answers):                # pylint: disable=super-init-not-called
         self.options = argparse.Namespace(stall_timeout=None)
         self.answers, self.said, self.server, self.sink = list(answers), [], self, self
-        self.alive_every = None
+        self.alive_every = self.window = self.journal = None
+        self.seeks, self.copy = True, kmcast.Copy(self)
 
     def _next_message(self, size_of):
         message = self.answers.pop(0)
@@ -186,7 +187,7 @@ def session():
     WIRE.salts, kmcast.__version__ = staticmethod(lambda: (SALT, REPAIR_SALT)), "1.0.0"
     try:
         return kmcast.Session(options, PAYLOAD, "fox.txt", len(IMAGE), "00112233445566778899aabbccddeeff",
-                              ("10.0.0.1", 40000))
+                              True, ("10.0.0.1", 40000))
     finally:
         WIRE.salts, kmcast.__version__ = staticmethod(known[0]), known[1]
 
