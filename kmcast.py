@@ -6412,6 +6412,8 @@ class Course(object):
         audience = self._audience(start, self._place)
         if not audience and buffer.count or not buffer.count and not self.dialect.ends:
             self.delivered += buffer.size
+            if buffer.count:
+                self.hands.digest(self._part)       # until then it must stay as it is
             self.hands.release(buffer)
             return
         underway = Underway(Round(self.rounds, buffer, start, self._part, audience), self.image_pass)
