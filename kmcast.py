@@ -3422,7 +3422,7 @@ class Copy(object):
 
     def _doubt(self, start, stop):
         if self.doubted.touches(start, stop):
-            raise Failure('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
+            raise self._verdict('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
         self.doubted.add(start, stop)
         self.held.remove(start, stop)
         self.bytes = self.held.size
@@ -3436,7 +3436,7 @@ class Copy(object):
         Raises Failure where it was this server that told so, or it happens again.
         """
         if self._trusted >= self.verified or self._again or not self.sink.seeks:
-            raise Failure(self.DIFFERS)
+            raise self._verdict(self.DIFFERS)
         self._again = True
         lost = list(self.held)
         for pair in lost:
@@ -3456,9 +3456,15 @@ class Copy(object):
             raise Failure('the image has %d bytes, not %d' % (self.verified, size))
         if self.digest and self.hash.digest() != digest:
             if self._trusted >= self.verified:
-                raise Failure('the digest of the image differs')
+                raise self._verdict('the digest of the image differs')
             return self.doubt_all()
         return []
+
+    def _verdict(self, reason):
+        """A Failure after which a later run had better not go on with what is here."""
+        if self._journal:
+            self._journal.begin(self.image, self.who)
+        return Failure(reason)
 
 
 class Writer(threading.Thread):
@@ -7307,7 +7313,8 @@ def client_report(client):
     payload = window.payload if window else 0
     digest = copy.hash.hexdigest() if copy and copy.hash else None
     return {
-        'bytes': copy.bytes if copy else 0, 'sha256': digest,
+        'bytes': copy.bytes if copy else 0, 'sha256': digest, 'resumed': copy.resumed if copy else 0,
+        'verified': {'bytes': copy.checked, 'seconds': round(copy.check_seconds, 3)} if copy else None,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
                     'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
