@@ -2732,6 +2732,7 @@ class Source(object):
             self._open(path)
         if spool is not None:
             if self.size:
+                self._file.close()
                 raise Failure('--spool is for an image that comes by a pipe; a file can be read again', USAGE)
             try:
                 self._spool = io.open(spool, 'w+b', buffering=0)
@@ -3728,13 +3729,15 @@ class StopInOrder(object):
     In between, another means the same: timeout(1) sends two at once, and a
     terminal that is closed as well.  A signal that our parent had us ignore
     stays ignored, for nohup(1).  SIGUSR1 asks how it stands, SIGUSR2 for each host, too.
+    Who serves for ever hears of the first SIGTERM by `wind_up`, and of SIGUSR1 by `hurry`.
     """
 
     SIGNALS = {signal.SIGINT: 'SIGINT', signal.SIGTERM: 'SIGTERM', signal.SIGHUP: 'SIGHUP'}
 
     def __init__(self):
         self.state = None               # a function: whether of all hosts -> lines on how it stands
-        self._first = None              # when the first came
+        self.wind_up = self.hurry = None            # functions
+        self._first = self._wound_up = None         # when the first came
         # An ignored SIGCHLD survives exec, and takes the exit codes of commands away: wait(2).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)   # we take the terminal back from commands
@@ -3745,6 +3748,12 @@ class StopInOrder(object):
             signal.signal(number, self._say_state)
 
     def __call__(self, number, _frame):
+        if number == signal.SIGTERM and self.wind_up:
+            if self._wound_up is None:
+                self._wound_up = monotonic()
+                self.wind_up()
+            if monotonic() - self._wound_up <= 1:
+                return None
         if self._first is None:
             self._first = monotonic()
             return uninterruptible.interrupt(self.SIGNALS[number])
@@ -3757,6 +3766,8 @@ class StopInOrder(object):
     def _say_state(self, number, _frame):
         for line in self.state(number == signal.SIGUSR2) if self.state else ():
             tell('state', text=line)
+        if self.hurry and number == signal.SIGUSR1:
+            self.hurry()
 
     def over(self):
         """The verdict stands: no signal changes the exit code any more.
@@ -4130,7 +4141,8 @@ class Member(object):
         self.seek = False               # it takes rounds in any order
         self.have = ()                  # what it held of the image when it came, as ranges
         self.who = None                 # what tells its output from others, over connections
-        self.late = None                # seconds after the start at which it came
+        self.late = None                # seconds after the start at which it came,
+        self.back = False               # or whether it was here before
         self.lacks = None               # bytes of the image that it lacked when it left
         self.lacked = 0                 # bytes that it had, and lacked after all
         self.aside = False              # it gets what it lacks when nobody else lacks anything
@@ -4171,7 +4183,7 @@ class Member(object):
 
     def returns(self, before):
         """It is the one that was here before, as another Member, and has left."""
-        self.late, self.aside = before.late, before.aside
+        self.back, self.late, self.aside = True, before.late, before.aside
         self.lost += before.lost
         self.by_tcp += before.by_tcp
         self.lacked += before.lacked
@@ -5754,23 +5766,26 @@ class Roster(object):
     """
 
     MOST_REFUSED = 1000                 # hosts that are remembered,
-    MOST_GONE = 1000                    # and clients that have everything
+    MOST_GONE = 1000                    # and clients that have left
 
-    def __init__(self, places, enough=1, start_by=None, more=False):
+    def __init__(self, places, enough=1, start_by=None, more=False, forever=False):
         """places: clients that can take part; enough: how many must be here at
         `start_by`, seconds on the monotonic clock (None: wait for all); more: who comes
-        when the transfer has begun needs no place."""
-        self.places, self.enough, self.start_by, self.more = places, enough, start_by, more
+        when the transfer has begun needs no place; forever: nor is anybody missed who does not."""
+        self.places, self.enough, self.start_by = places, enough, start_by
+        self.more, self.forever = more or forever, forever
         self.begun = False
         self.began = None               # when, seconds
         self.again = False              # who comes late can get what was sent before
         self.closing = self.closed = False          # nobody is to come any more; nobody can
         self.hurry = False              # begin with those who are here
+        self.renewing = False           # who comes now waits for another image
         self.waiting = None             # for whom else than a client all wait, in words
         self.passing = (1, None)        # which pass it is, and seconds that it may still take
         self.sentences = 0              # passed on clients so far
         self.served = 0                 # clients that have everything
-        self.everyone = []              # who took part, whatever became of them; of those with everything the last
+        self.everyone = []              # who took part, whatever became of them; of very many the last
+        self.forgotten = 0              # how many more there were
         self.news = collections.deque()             # (what, member, more of it): `here`, `left`, what it `lacks`,
                                                     # what it says of a neighbour (`relay`)
         self._here = []
@@ -5830,7 +5845,8 @@ class Roster(object):
             self.condemn(twin, 'replaced by a later client of the same host')
         if self.begun:
             member.late = now - (now if self.began is None else self.began)
-            self._forget(member)
+            self._take_back(member)
+            self._forget()
             self.everyone.append(member)
         self._here.append(member)       # before the twin leaves, lest nobody be here meanwhile
         for name in member.names:
@@ -5839,19 +5855,26 @@ class Roster(object):
             self.leave(twin)
         return len(self._here)
 
-    def _forget(self, member):
-        """Who is back is one with what it was before; and of very many that have everything, the first is forgotten."""
+    def _take_back(self, member):
+        """Who is back is one with what it was before."""
         for other in self.everyone:
-            same = other.who == member.who if member.who else False
-            if other.outcome != 'complete' and (other.ended or other.sentence) and (
-                    same or other.identity == member.identity and not member.loopback):
+            known = member.who and other.who == member.who or other.identity == member.identity and not member.loopback
+            if known and other.outcome != 'complete' and (other.ended or other.sentence):
                 member.returns(other)
                 self.everyone.remove(other)
-                break
-        else:
-            gone = [other for other in self.everyone if other.outcome == 'complete']
-            if len(gone) > self.MOST_GONE:
-                self.everyone.remove(gone[0])
+                return
+
+    def _forget(self):
+        """Of very many who have left, forget the first."""
+        gone = [member for member in self.everyone if member.ended] if len(self.everyone) > self.MOST_GONE else []
+        for member in gone[:len(self.everyone) - self.MOST_GONE]:
+            self.everyone.remove(member)
+            self.forgotten += 1
+
+    @property
+    def missing(self):
+        """How many never came."""
+        return 0 if self.forever else max(0, self.places - len(self.everyone) - self.forgotten)
 
     def turn_away(self, member):
         """A client that was just admitted has no place after all."""
@@ -5875,7 +5898,7 @@ class Roster(object):
         """Start if it is time to, with those who are here; returns whether it has begun."""
         here = len(self._here)
         late = self.start_by is not None and now > self.start_by and here >= self.enough
-        if not self.begun and (late or here >= self.places or self.hurry and here):
+        if not self.begun and (late or here >= self.places or here and (self.hurry or self.renewing)):
             self.everyone = self.here
             self.began, self.begun = now, True
         return self.begun
@@ -6009,7 +6032,7 @@ class Course(object):
         self._finished = set()          # members that get no more rounds
         self._part = 0                  # of the image, that was filled last
         self._place = 0                 # in the image, from where on to look for what is lacking
-        self._pass_began = self._alone_since = None             # seconds
+        self.pass_began = self._alone_since = None             # seconds
         self._repair_salt = repair_salt
         self._farewell, self._allow_empty = farewell, allow_empty
         self._underway = collections.deque()
@@ -6048,7 +6071,7 @@ class Course(object):
     def start(self):
         """All clients are here: announce what there is."""
         self._started, now = True, self.hands.now()
-        self._through_at = self._pass_began = now
+        self._through_at = self.pass_began = now
         self._join([member for member in self.roster.everyone if self.roster.is_here(member)], now)
 
     def filled(self, buffer):
@@ -6151,7 +6174,7 @@ class Course(object):
         self._next_look = now + self.LOOK_EVERY
         self._look_for_the_end(now)
         self.roster.passing = self.image_pass, self._left(now)
-        if not self._chains:
+        if not self._chains or not self._started:
             return self.over
         self.chain.look(now)
         self._publish_chain()
@@ -6238,7 +6261,9 @@ class Course(object):
             held = Held(ranges)
             self._add(those, held if seek else Held([(0, held.prefix)]), seek, aside)
         for member in members:
-            if member.late is not None:
+            if member.back:
+                tell('member_back', member=member, lacks=self.lacking(member))
+            elif member.late is not None:
                 tell('member_late', member=member, lacks=self.lacking(member))
         self.window = min([self.window] + [member.window for member in members])
         self._alone_since = None
@@ -6305,7 +6330,7 @@ class Course(object):
                 lacking.add(start, stop)
         self.image_pass += 1
         self._place, self.delivered, self.pass_size = 0, 0, lacking.size
-        self._pass_began = self.hands.now()
+        self.pass_began = self.hands.now()
         tell('pass', number=self.image_pass, size=lacking.size,
              members=[member for cohort in self._cohorts if not cohort.aside for member in cohort.members])
 
@@ -6313,7 +6338,7 @@ class Course(object):
         """Seconds that the pass may still take; None if that cannot be told."""
         if not self.pass_size or not self.delivered:
             return None
-        return (self.pass_size - self.delivered) * (now - self._pass_began) / self.delivered
+        return (self.pass_size - self.delivered) * (now - self.pass_began) / self.delivered
 
     def _see_off(self):
         """Who lacks nothing hears the last word when it has what is under way."""
@@ -6334,13 +6359,15 @@ class Course(object):
 
     def _look_for_the_end(self, now):
         """Whether nobody is left to serve, and nobody is waited for."""
-        if self._cohort or self._finished or not self._started or self.over:
+        roster = self.roster
+        if self._cohort or self._finished or self.over:
             return
         if self._alone_since is None:
             self._alone_since = now
-        served = self.roster.served >= self.roster.places and not self.roster.more and self.linger < UNLIMITED
-        if served or now - self._alone_since >= self.linger:
-            self.over = self.roster.close()
+        waited = self._started and (now - self._alone_since >= self.linger
+                                    or roster.served >= roster.places and not roster.more)
+        if waited or roster.closing or roster.renewing:
+            self.over = roster.close()
 
     # ---- rounds
 
@@ -6674,11 +6701,14 @@ WORDS = {
     'only_here': (WARNING, 'only this host hears what is multicast from %(address)s'),
     'transfer_started': (DEBUG, 'sending from the interface with MTU %(mtu)d, %(payload)d bytes a packet, '
                          'by %(way)s'),
+    'renewed': (INFO, 'there is another image now: %(name)s, %(size)s'),
+    'wind_up': (INFO, 'ending when %(here)s served'),
     'started_without': (INFO, 'starting with %(here)d of %(places)s'),
     'stranger': (INFO, '%(member)s: %(reason)s'),
     'refused': (INFO, '%(member)s: refused, %(reason)s'),
     'member_here': (INFO, '%(member)s is here, %(here)d of %(places)d'),
-    'member_late': (INFO, '%(member)s comes late, and lacks %(lacks)s'),
+    'member_late': (INFO, '%(member)s is here, late, and lacks %(lacks)s'),
+    'member_back': (INFO, '%(member)s is back, and lacks %(lacks)s'),
     'lacks': (WARNING, '%(member)s does not hold %(size)s that it held, and gets it again'),
     'pass': (INFO, 'pass %(number)d brings %(size)s to %(names)s'),
     'aside': (WARNING, '%(member)s alone kept the transfer below %(least)s, at %(rate)s, so it gets the rest after the '
@@ -6752,7 +6782,9 @@ def in_words(what, facts):
             words[key] = bits(words[key])
     if 'carrier' in words:
         words['carrier'] = CARRIERS[words['carrier']]
-    if 'size' in words and what in ('pass', 'lacks'):
+    if what == 'wind_up':
+        words['here'] = 'those %d who are here are' % words['here'] if words['here'] else 'all are'
+    if what in ('pass', 'lacks', 'renewed'):
         words['size'] = amount(words['size'])
     if 'lacks' in words:
         words['lacks'] = 'some' if words['lacks'] is None else amount(words['lacks'])
@@ -6914,6 +6946,8 @@ def state_lines(job, now, all_hosts):
         text += ', which has %d' % status.size
     if status.places is not None:
         text += ', %s of %s here' % (status.here, counted(status.places, 'client'))
+    if status.image_pass > 1:
+        text = 'pass %d, %s' % (status.image_pass, text)
     lines = [text + (', waiting for ' + status.waits if status.waits else '')]
     if all_hosts:
         lines += job.hosts()
@@ -6926,13 +6960,16 @@ class Status(object):
     """How a transfer stands, at either end.
 
     begun       whether rounds are under way
-    bytes, size of the image, as far as it got and in all (None: not known)
+    image_pass  through the image, from 1
+    bytes, size of the pass, as far as it got and in all (None: not known)
     here, places    clients
     waits       who or what it waits for, in words; at the server's start, until when
-    seconds     since the first round
+    seconds     since the first round, of the pass
     lost, repaired  shares of the packets
     carrier     what brings the packets
     """
+
+    image_pass = 1
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
@@ -6944,7 +6981,7 @@ def member_in_words(member):
         return 'has everything' if member.outcome == 'complete' else member.outcome
     owes = member.owes
     if not owes:
-        return 'waits for the others'
+        return 'waits for the next pass' if member.waits else 'waits for the others'
     if member.busy:
         return CAUSES.get(member.busy, member.busy)
     return 'no ' + owes
@@ -6960,6 +6997,8 @@ def server_status(server, now):
             left = max(0, roster.start_by - now)
             waits += ', at most for %s' % duration(left) if left else ', at least %d of them' % (
                 roster.enough - len(here)) if roster.enough > len(here) else ''
+    elif not here:
+        waits = 'somebody to come'
     elif roster.waiting:
         waits = 'what makes the image'
     else:
@@ -6969,9 +7008,9 @@ def server_status(server, now):
                                                      if len(late) > 3 else '')
     sent = max(1, course.data)
     return Status(
-        seconds=now - (server.started or now),
+        seconds=now - (course.pass_began or now),
         begun=roster.begun, bytes=course.delivered, size=course.pass_size, image_pass=course.image_pass,
-        here=len(here), places=roster.places, waits=waits, lost=course.lost / sent,
+        here=len(here), places=max(len(here), roster.places), waits=waits, lost=course.lost / sent,
         repaired=(course.coded + course.by_tcp) / sent, rate=course.rate,
         carrier=' and '.join(['multicast'] * course.multicasting + ['chain'] * course.chained) or 'TCP')
 
@@ -7052,6 +7091,8 @@ class Progress(object):
         self._next = now + self._every
         if self._first is None:
             self._first = now
+        if self._samples and self._samples[-1][1] > status.bytes:       # another pass
+            self._samples.clear()
         if not self._samples or self._samples[-1][1] != status.bytes:
             self._samples.append((now, status.bytes))
         while len(self._samples) > 2 and now - self._samples[0][0] > self.RECENT:
@@ -7075,6 +7116,8 @@ class Progress(object):
         parts = [amount(status.bytes)]
         if status.size:
             parts = ['%d %%' % (100 * status.bytes / status.size)]
+        if status.image_pass > 1:
+            parts[0] = 'pass %d, %s' % (status.image_pass, parts[0])
         if stuck and status.waits:
             parts.append('waiting for ' + status.waits)
         else:
@@ -7115,23 +7158,30 @@ def server_rows(server):
             'by_chain': member.figures.get('by_chain', 0),
             'waited_for': dict((cause, round(seconds, 3)) for cause, seconds in member.waited.items()),
             'overflows': member.figures.get('overflows'),
-            'seconds': member.ended and server.started and round(max(0, member.ended - server.started), 3)})
+            'late': member.late and round(member.late, 3), 'lacks': 0 if complete else lacks_of(server, member),
+            'seconds': member.ended and server.started and round(
+                max(0, member.ended - server.started - (member.late or 0)), 3)})
     for (host, address), why in server.roster.refused:
         rows.append({'host': host, 'address': address, 'result': 'refused', 'reason': why,
                      'exit_code': NOT_STARTED})
-    for _ in range(server.roster.places - len(server.roster.everyone)):
+    for _ in range(server.roster.missing):
         rows.append({'host': None, 'address': None, 'result': 'missing', 'reason': 'it never came',
                      'exit_code': None})
     worst = ['failed', 'missing', 'refused', 'complete']
     rows.sort(key=lambda row: (worst.index(row['result']), -sum(row.get('waited_for', {}).values()),
                                -row.get('lost', 0)))
     for row in rows:
-        for key in ('lost', 'seconds', 'overflows'):
+        for key in ('lost', 'seconds', 'overflows', 'late', 'lacks'):
             row.setdefault(key, None)
         row.setdefault('repaired', {'multicast': 0, 'tcp': 0})
         row.setdefault('by_chain', 0)
         row.setdefault('waited_for', {})
     return rows
+
+
+def lacks_of(server, member):
+    """Bytes of the image that a member lacks, or lacked when it left; None if nobody knows."""
+    return server.course.lacking(member) if member.lacks is None and server.course else member.lacks
 
 
 def whose(failure):
@@ -7148,15 +7198,18 @@ def named(row):
 def host_table(rows, most):
     """Lines of a table of hosts, `most` at the most."""
     head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'chain', 'held up', 'seconds')
-    lines = [head]
+    passes = any(row['late'] is not None or row['lacks'] for row in rows)      # else nobody came late, or lacks any
+    lines = [head + ('late', 'lacks')[:2 * passes]]
     for row in rows[:most]:
         waited = sorted(row['waited_for'].items(), key=lambda item: -item[1])
         held = '%.1f s, %s' % waited[0][::-1] if waited and waited[0][1] >= 0.1 else '-'
         lines.append((row['host'] or '?', row['address'] or '?', row['result'],
                       '-' if row['lost'] is None else str(row['lost']), str(row['repaired']['multicast']),
                       str(row['repaired']['tcp']), str(row['by_chain']), held,
-                      '-' if not row['seconds'] else '%.1f' % row['seconds']))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+                      '-' if not row['seconds'] else '%.1f' % row['seconds'])
+                     + ('-' if row['late'] is None else '%.1f' % row['late'],
+                        amount(row['lacks']) if row['lacks'] else '-')[:2 * passes])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield '  '.join(part.ljust(width) for part, width in zip(line, widths)).rstrip()
     if len(rows) > most:
@@ -7191,12 +7244,13 @@ def server_summary(server, rows, most):
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
-    absent = roster.places - len(roster.everyone)
+    absent = roster.missing
     if absent and not server.failure:
         yield ERROR, '%s never came' % counted(absent, 'client')
     served = len([row for row in rows if row['result'] == 'complete'])
-    yield INFO, '%d of %s %s the image' % (served, counted(roster.places, 'client'),
-                                           'has' if roster.places == 1 else 'have')
+    count = roster.served if roster.more else roster.places
+    yield INFO, '%s%s %s the image' % ('' if roster.more else '%d of ' % served, counted(count, 'client'),
+                                       'has' if count == 1 else 'have')
 
 
 def client_summary(client):
@@ -7262,11 +7316,11 @@ class JsonReport(object):
         status = self._job.status(now)
         if status is None or not status.begun:
             return
-        before = self._steps[-1] if self._steps else {'seconds': 0, 'bytes': 0}
+        before = self._steps[-1] if self._steps else {'seconds': 0, 'bytes': 0, 'pass': 1}
         seconds = round(now - (self._job.started or now), 3)
-        moved = status.bytes - before['bytes']
+        moved = status.bytes - (before['bytes'] if before['pass'] == status.image_pass else 0)
         self._steps.append({
-            'seconds': seconds, 'bytes': status.bytes,
+            'seconds': seconds, 'bytes': status.bytes, 'pass': status.image_pass,
             'rate': round(8 * moved / max(1e-3, seconds - before['seconds'])),
             'loss': round(status.lost, 6), 'waited_for': None if moved else status.waits or None})
         if len(self._steps) > self.MOST_STEPS:
@@ -7329,10 +7383,10 @@ def client_report(client):
 class Session(object):
     """What is agreed for a transfer; nobody changes it once clients come."""
 
-    def __init__(self, options, payload, name, size, image, again, source):
+    def __init__(self, options, payload, name, size, image, source, again=False, outdated=None):
         """payload: bytes in a full packet; name, size: of the image; image: what tells
-        it from others; again: whether it can be read again; source: (address, port) that
-        the multicast comes from."""
+        it from others; source: (address, port) that the multicast comes from; again: whether the
+        image can be read again; outdated(): whether there is another one for those who come now."""
         self.dialect = BaseDialect if options.compat else SessionDialect
         self.group, self.port = options.group, options.port
         self.per_thread = options.clients_per_thread
@@ -7344,7 +7398,7 @@ class Session(object):
         self.payload = payload
         self.salt, self.repair_salt = self.dialect.salts()
         self.digest = self.dialect.talks and not options.no_digest
-        self.image = image
+        self.image, self.outdated = image, outdated
         self.group_info = pack_group_info(self.group, self.port, self.dialect.padding)
         self.welcome = pack_frame(WELCOME, {
             'version': __version__, 'salt': self.salt,
@@ -7364,6 +7418,7 @@ class Peer(Connection):
         # (Round, Request) whose packets wait until those before are out: short messages overtake them.
         self.asked = collections.deque()
         self.waiting = dict(waiting=None)           # what it was told that it waits for
+        self.hello = None               # of who waits for another image
 
     def __str__(self):
         return str(self.member)
@@ -7386,9 +7441,10 @@ class TcpServer(threading.Thread):
     AT_ONCE = 64                        # connections to accept in a turn
     NEWS = 1.0                          # seconds between two words to a client that waits
 
-    def __init__(self, session, roster, parent, link, listener=None, number=1):
+    def __init__(self, session, roster, parent, link, listener=None, number=1, held=()):
         """parent: the thread above, whose `failure` is ours, too; link: ours; listener: a
-        socket that listens, for the first; number: in the chain, from 1."""
+        socket that listens, for the first; number: in the chain, from 1; held: connections
+        that another first one had, of those who are no clients yet."""
         threading.Thread.__init__(self, name='tcp-server-%d' % number)
         self.daemon = True
         self.session, self.roster = session, roster
@@ -7397,6 +7453,7 @@ class TcpServer(threading.Thread):
         self.number = number
         self.child = None
         self.window = ServerWindow(session.dialect, session.stall_timeout)
+        self.held = list(held)          # connections that are there at the beginning, or left at the end
         self.inbox = collections.deque()        # Steps from the parent
         self.results = collections.deque()      # (Step, Answers) of what is complete here and below
         self.passed_on = collections.deque()    # clients for the child
@@ -7445,6 +7502,8 @@ class TcpServer(threading.Thread):
             if self.listener:
                 self._unwatch(self.listener.fileno())
             self.link.close()
+            if self.roster.renewing and not self.failure:
+                self.held, self._pending = self._pending, []
             self._farewell()
 
     def _watch(self, fd, handler, *args):
@@ -7497,7 +7556,9 @@ class TcpServer(threading.Thread):
             waiting['pass'] = image_pass
         waiting_for_pass = dict(waiting, starts_in=left and round(left), **{'pass': image_pass})
         for peer in self._pending[:]:
-            if now - peer.since > GREETING_TIME:
+            if peer.hello:
+                self._safely(peer, peer.show_life, ALIVE)
+            elif now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
         for member, peer in list(self._peers.items()):
             if peer.outgoing.size or member.owes:
@@ -7561,6 +7622,12 @@ class TcpServer(threading.Thread):
         if step.kind == 'accept':
             self._accepting = step
             self._watch(self.listener.fileno(), self._on_connection)
+            held, self.held = self.held, []
+            for peer in held:
+                self._pending.append(peer)
+                self._watch(peer.fileno(), self._on_peer, peer)
+                if peer.hello:
+                    self._safely(peer, self._on_hello, peer, peer.hello)
             return []
         if self.link.child_fd is not None:
             self.child.inbox.append(step)
@@ -7690,7 +7757,8 @@ class TcpServer(threading.Thread):
             self._drop(peer, 'refused: ' + why)
             return
         self._pending.remove(peer)
-        tell('member_here', member=member, here=here, places=self.roster.places)
+        if not self.roster.begun:       # else there is more to say of it
+            tell('member_here', member=member, here=here, places=self.roster.places)
         if twin:                        # its thread may be another one
             self._carry_out_sentences()
             self.link.release_child()
@@ -7785,6 +7853,10 @@ class TcpServer(threading.Thread):
         held = Held.from_list(fields.get('have', []))
         if fields.get('image') == self.session.image:
             peer.member.have = held
+        peer.hello = None
+        if self.session.outdated and self.session.outdated():
+            self.roster.renewing, peer.hello = True, message
+            return
         peer.alive_every = alive_every(stall_of(fields))
         self._welcome(peer)
 
@@ -7900,7 +7972,7 @@ class Multicaster(object):
         self.options, self.source, self.signals = options, source, signals
         self.sender = self.listener = self.session = self.tcp = self.course = None
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
-        self.roster = Roster(options.clients, options.min_clients, start_by, options.more or options.forever)
+        self.roster = Roster(options.clients, options.min_clients, start_by, options.more, options.forever)
         self.link = SemLink()
         self.pacer = Pacer()
         self.failure = None
@@ -7922,14 +7994,19 @@ class Multicaster(object):
         except OS_ERRORS as error:
             raise Failure('cannot multicast to %s from %s: %s' % (
                 options.group, options.local_ip, explain(error)), USAGE)
-        payload = payload_for(self._mtu(options.mtu))
-        self.session = Session(options, payload, options.name or self.source.name,
-                               self.source.size or options.size, self.source.image(),
-                               self.source.again, self.sender.sock.getsockname())
         self.listener = self._listen(options.port)
-        self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
+        self._prepare()
+
+    def _prepare(self, held=()):
+        """Make all that serves the image of the source; held: connections of clients that have waited for it."""
+        options, source = self.options, self.source
+        payload = payload_for(self._mtu(options.mtu))
+        self.session = Session(options, payload, options.name or source.name, source.size or options.size, source.image(),
+                               self.sender.sock.getsockname(), source.again,
+                               source.replaced if options.forever and source.path is not None else None)
+        self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener, held=held)
         dialect = self.session.dialect
-        self.roster.again = dialect.greets and self.source.again
+        self.roster.again = dialect.greets and source.again
         size = (self.LARGE_ROUND if options.clients >= MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
@@ -7940,8 +8017,7 @@ class Multicaster(object):
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
                              Chain(dialect) if dialect.talks and options.chain != 'never' else None,
-                             UNLIMITED if options.forever else options.linger,
-                             self.source.size or options.size)
+                             UNLIMITED if options.forever else options.linger, source.size or options.size)
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -7972,6 +8048,8 @@ class Multicaster(object):
         """Serve the image; returns an exit code.  Raises Failure if it cannot begin."""
         with uninterruptible:
             self._open()
+        if self.options.forever:
+            self.signals.wind_up, self.signals.hurry = self._wind_up, self._hurry
         try:
             self.failure = self._serve()
             self.signals.over()         # from here on the verdict stands
@@ -7991,32 +8069,15 @@ class Multicaster(object):
     def _serve(self):
         """Serve the image; returns None, or why not."""
         try:
-            with uninterruptible:
-                start_thread(self.tcp)
-            self.source.start()
             tell('server_started', interface=self.options.interface, address=self.options.local_ip,
                  group=self.session.group, port=self.session.port, places=self.roster.places)
             if self.options.local_ip.startswith('127.'):
                 tell('only_here', address=self.options.local_ip)
-            self.course.begin()
-            self._accepting = Step('accept')
-            self.do(self._accepting)
-            while self._accepting:
-                self._wait()
-            self.started = monotonic()
-            if len(self.roster.everyone) < self.roster.places:
-                tell('started_without', here=len(self.roster.everyone), places=self.roster.places)
-            tell('transfer_started', mtu=self.sender.mtu, payload=self.session.payload,
-                 way=self.sender.way)
-            self.course.start()
-            while not self.course.over:
-                sending = self.course.next()
-                if sending:
-                    self._multicast(sending)
-                    self._wait(monotonic())
-                else:
-                    self._wait()
-            if self.course.deserted and not self.roster.served and not self.options.forever:
+            self._serve_image()
+            while self.roster.renewing and not self.roster.closing:
+                self._renew()
+                self._serve_image()
+            if self.course.deserted and not self.roster.served and not self.roster.forever:
                 return 'no client is left'
         except LinkClosed:
             return self.tcp.failure or 'the threads for TCP have ended'
@@ -8025,6 +8086,55 @@ class Multicaster(object):
         except Exception as error:      # pylint: disable=broad-except
             return internal_error(error)
         return None
+
+    def _serve_image(self):
+        """Serve one image until nobody is left who came for it.  Raises LinkClosed, Failure."""
+        with uninterruptible:
+            start_thread(self.tcp)
+        self.source.start()
+        self.course.begin()
+        self._accepting = Step('accept')
+        self.do(self._accepting)
+        while self._accepting and not self.course.over:
+            self._wait()
+        if not self.started and not self.course.over:
+            self.started = monotonic()
+            if len(self.roster.everyone) < self.roster.places:
+                tell('started_without', here=len(self.roster.everyone), places=self.roster.places)
+            tell('transfer_started', mtu=self.sender.mtu, payload=self.session.payload,
+                 way=self.sender.way)
+        if not self.course.over:
+            self.course.start()
+        while not self.course.over:
+            sending = self.course.next()
+            if sending:
+                self._multicast(sending)
+                self._wait(monotonic())
+            else:
+                self._wait()
+
+    def _renew(self):
+        """Another image is there for those who came last.  Raises Failure."""
+        self.link.close()
+        for thread in self._threads():
+            thread.join(2 * FAREWELL_TIME)
+        self.source.close()
+        options, held = self.options, self.tcp.held
+        with uninterruptible:
+            self.source = Source(options.input, None, not options.no_digest)
+            self.link, self._upcoming, self._accepting = SemLink(), None, None
+            self.roster.renewing = self.roster.closed = False
+            self._prepare(held)
+        tell('renewed', name=self.source.name, size=self.source.size)
+
+    def _wind_up(self):
+        """Serve those who are here, and nobody else."""
+        self.roster.hurry = self.roster.closing = True
+        tell('wind_up', here=len(self.roster.here))
+
+    def _hurry(self):
+        """Begin with those who are here."""
+        self.roster.hurry = bool(self.roster.here)
 
     def _last_word(self):
         """The BYE that ends a good session."""
@@ -8042,7 +8152,7 @@ class Multicaster(object):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
         failed = [member for member in roster.everyone if member.outcome != 'complete']
-        complete = roster.served >= (0 if self.options.forever else roster.places) and not failed and not roster.refused
+        complete = roster.served >= (0 if roster.forever else roster.places) and not failed and not roster.refused
         if complete:
             self.failure = None         # it came too late to matter
         if course.data and not course.multicasting and not course.unicast:
@@ -8057,7 +8167,7 @@ class Multicaster(object):
         self.link.close()
         if self.tcp and not self.tcp.ident:
             self.tcp.link.close()
-        for end in (self.listener, self.sender, self.source):
+        for end in [self.listener, self.sender, self.source] + (self.tcp.held if self.tcp else []):
             if end:
                 end.close()
 
@@ -8236,8 +8346,12 @@ class Multicaster(object):
 
     def hosts(self):
         """A line on each client."""
-        return ['%s: %s, lost %s' % (member, member_in_words(member), counted(member.lost, 'packet'))
-                for member in self.roster.here]
+        lines = []
+        for member in self.roster.here:
+            lacks = lacks_of(self, member)
+            lines.append('%s: %s, lost %s%s' % (member, member_in_words(member), counted(member.lost, 'packet'),
+                                                ', lacks ' + amount(lacks) if lacks else ''))
+        return lines
 
     def debtors(self):
         """The clients for whom the oldest steps of the threads wait."""
@@ -9119,11 +9233,16 @@ def server_command(options, signals):
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     if options.clients_per_thread is None:
         options.clients_per_thread = CLIENTS_PER_THREAD if options.clients < MANY else options.clients
+    if options.compat and (options.more or options.linger or options.forever or options.spool):
+        raise Failure('nobody can come late with --compat: it takes no --more, --linger, --forever or --spool', USAGE)
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
     options.interface = '%s (%s)' % names[0] if names else options.local_ip
     source = Source(options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
+    if options.forever and not source.again:
+        source.close()
+        raise Failure('--forever needs an image that can be read again: -i FILE, or --spool FILE', USAGE)
     return Multicaster(options, source, signals)
 
 

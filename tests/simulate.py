@@ -1501,9 +1501,9 @@ class Sender(File):
 class Source(File):
     """A kmcast.Source: what makes the image, with pauses; it is hashed by the real Hasher, if there is one."""
 
-    name, drained = "image", False
+    name, drained, again = "image", False, False
 
-    def __init__(self, _path=None, _command=None, digest=True):
+    def __init__(self, _path=None, _command=None, digest=True, _spool=None):
         File.__init__(self)
         self.plan = world.process.plan
         self.size = len(self.plan.image) if self.plan.size_known else None
@@ -1524,6 +1524,10 @@ class Source(File):
         if self._digest:
             self._hasher = kmcast.Hasher()
             kmcast.start_thread(self._hasher)
+
+    def seek(self, place):
+        """It never goes back."""
+        assert place == self.bytes
 
     def read_into(self, view):
         """Some bytes of the image; None while it pauses."""

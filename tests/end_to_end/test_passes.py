@@ -4,6 +4,9 @@ A client of ours says and hears no more than a test tells it to; where it is to 
 """
 
 import hashlib
+import os
+import signal
+import time
 
 import pytest
 
@@ -111,7 +114,7 @@ def begun(here, *args, **options):
 def test_who_comes_late_takes_part_from_the_next_round_and_gets_the_beginning_afterwards(here, python):
     made, first = begun(here)
     late = made.come(host="late")
-    assert made.server.wait_stderr("late (127.0.0.1) comes late") is None
+    made.server.wait_stderr("late (127.0.0.1) is here, late, and lacks")
     assert made.take(first) == [2]
     for part in (3, 4, 5):
         made.take_together(part, first, late)
@@ -315,3 +318,173 @@ def test_it_does_not_linger_for_ever(here, python):
     made.take(first, PARTS)
     made.end(first)
     assert made.server.finish(20)[0] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For ever
+
+def forever(here, *args, **options):
+    return here(["--forever", "--start-wait", "0.1"] + list(args), **options)
+
+
+def whole(made, client):
+    """Have a client take all of the image, and go."""
+    parts = made.take(client, PARTS)
+    assert sorted(parts) == list(range(PARTS))
+    made.end(client)
+
+
+@BOTH
+def test_for_ever_whoever_comes_is_served_until_it_is_told_to_end(here, python):
+    made = forever(here, places=1)
+    for _ in range(3):
+        whole(made, made.come())
+    made.server.signal(signal.SIGTERM)
+    code, stderr, _ = made.server.finish(10)
+    assert code == 0 and "3 clients have the image" in stderr, stderr
+
+
+@BOTH
+def test_a_server_that_is_to_end_serves_those_who_are_here_and_nobody_else(here, python):
+    made = forever(here, places=3)
+    client = made.come()
+    made.take(client)
+    made.server.signal(signal.SIGTERM)
+    made.server.wait_stderr("ending when those 1 who are here are served")
+    assert "about to end" in made.refused()
+    assert made.take(client, PARTS - 1) == list(range(1, PARTS))
+    made.end(client)
+    assert made.server.finish(10)[0] == 3, "somebody was refused"
+
+
+@BOTH
+def test_a_second_signal_ends_it_at_once(here, python):
+    made = forever(here, places=3)
+    client = made.come()
+    made.take(client)
+    made.server.signal(signal.SIGTERM)
+    time.sleep(1.1)
+    made.server.signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in client.reason(passing=(INFO, SENT))
+    assert made.server.finish(10)[0] == 1
+
+
+@BOTH
+def test_one_that_nobody_has_come_to_ends_at_once(here, python):
+    made = here(["--forever"], places=3)
+    made.server.wait_stderr("waiting for")
+    made.server.signal(signal.SIGTERM)
+    assert made.server.finish(10)[0] == 0
+
+
+@BOTH
+def test_a_signal_starts_it_with_those_who_are_here(here, python):
+    made = here(["--forever"], places=3)
+    made.server.wait_stderr("waiting for")
+    made.server.signal(signal.SIGUSR1)
+    client = made.come()
+    made.server.signal(signal.SIGUSR1)
+    whole(made, client)
+    whole(made, made.come())
+    made.server.signal(signal.SIGTERM)
+    assert made.server.finish(10)[0] == 0
+
+
+@BOTH
+def test_a_file_that_was_replaced_is_a_new_image_for_those_who_come_from_then_on(here, python, tmp_path):
+    made = forever(here, places=3)
+    old, first = made.data, made.come()
+    made.take(first, 2)
+    new = helpers.random_bytes(SIZE, seed=15)
+    (tmp_path / "new").write_bytes(new)
+    os.rename(str(tmp_path / "new"), made.path)
+    later = [wire.Client(made.port).hello(host="late", seek=seek) for seek in (True, False)]
+    made.clients += later
+    assert made.take(first, PARTS - 2) == list(range(2, PARTS)), "what was begun goes on"
+    made.end(first)
+    made.data = new
+    for client in later:
+        client.take_welcome()
+        assert client.welcome["image"] != first.welcome["image"]
+    for part in range(PARTS):
+        made.take_together(part, *later)
+    for client in later:
+        made.end(client)
+    made.server.signal(signal.SIGTERM)
+    code, stderr, _ = made.server.finish(10)
+    assert code == 0 and "another image" in stderr and old != new, stderr
+
+
+@BOTH
+def test_who_waits_for_a_new_image_may_go(here, python, tmp_path):
+    made = forever(here, places=3)
+    first = made.come()
+    made.take(first, 2)
+    (tmp_path / "new").write_bytes(made.data)
+    os.rename(str(tmp_path / "new"), made.path)
+    for _ in range(3):
+        wire.Client(made.port).hello().close()
+    made.take(first, PARTS - 2)
+    made.end(first)
+    whole(made, made.come())
+    made.server.signal(signal.SIGTERM)
+    assert made.server.finish(10)[0] == 0
+
+
+@BOTH
+def test_an_image_that_was_replaced_while_nobody_was_here_is_the_new_one(here, python, tmp_path):
+    made = forever(here, places=3)
+    whole(made, made.come())
+    made.data = helpers.random_bytes(SIZE, seed=16)
+    (tmp_path / "new").write_bytes(made.data)
+    os.rename(str(tmp_path / "new"), made.path)
+    whole(made, made.come())
+    made.server.signal(signal.SIGTERM)
+    assert made.server.finish(10)[0] == 0
+
+
+def used(pid):
+    """Descriptors, threads, and memory in MiB of a process."""
+    with open("/proc/%d/statm" % pid) as sizes:
+        resident = int(sizes.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return len(os.listdir("/proc/%d/fd" % pid)), len(os.listdir("/proc/%d/task" % pid)), resident >> 20
+
+
+@BOTH
+def test_fifty_passes_use_no_more_than_three(here, python, tmp_path):
+    made = forever(here, places=1)
+    for number in range(50):
+        if number % 10 == 5:            # and images
+            made.data = helpers.random_bytes(SIZE, seed=number)
+            (tmp_path / "new").write_bytes(made.data)
+            os.rename(str(tmp_path / "new"), made.path)
+        client = made.come(seek=number % 3 > 0)
+        whole(made, client)
+        client.close()
+        if number == 6:
+            time.sleep(0.5)             # until it is at rest
+            early = used(made.server.pid)
+    time.sleep(0.5)
+    late = used(made.server.pid)
+    assert late[:2] == early[:2] and late[2] <= early[2] + 1, (early, late)
+    made.server.signal(signal.SIGTERM)
+    assert made.server.finish(10)[0] == 0
+
+
+@pytest.mark.parametrize("args, reason", [
+    (["--forever"], "read again"), (["--forever", "--pipe", "echo"], "read again"),
+    (["--compat", "--more"], "--compat"), (["--compat", "--linger", "3"], "--compat")], ids=" ".join)
+def test_what_cannot_be_is_wrong_usage(args, reason):
+    server = helpers.start_kmcast(["server"] + args + [LOOPBACK, 1, helpers.free_port()], stdin=helpers.random_bytes(10))
+    code, stderr, _ = server.finish(10)
+    assert code == 2 and reason in stderr, stderr
+
+
+def test_a_spool_is_for_what_comes_by_a_pipe(tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(b"data")
+    server = helpers.start_kmcast(["server", "-i", str(image), "--spool", str(tmp_path / "spool"), LOOPBACK, 1,
+                                   helpers.free_port()])
+    code, stderr, _ = server.finish(10)
+    assert code == 2 and "--spool" in stderr, stderr
+    assert not (tmp_path / "spool").exists()

@@ -187,7 +187,7 @@ def session():
     WIRE.salts, kmcast.__version__ = staticmethod(lambda: (SALT, REPAIR_SALT)), "1.0.0"
     try:
         return kmcast.Session(options, PAYLOAD, "fox.txt", len(IMAGE), "00112233445566778899aabbccddeeff",
-                              True, ("10.0.0.1", 40000))
+                              ("10.0.0.1", 40000), True)
     finally:
         WIRE.salts, kmcast.__version__ = staticmethod(known[0]), known[1]
 

@@ -1216,7 +1216,7 @@ def test_nobody_can_lack_the_same_again_and_again():
 
 def test_it_is_over_when_all_places_are_served_or_nobody_has_come_for_as_long_as_it_lingers():
     for places, linger, over in ((1, 5.0, True), (2, 0, True), (2, 5.0, False), (1, kmcast.UNLIMITED, False)):
-        drive = passes(places=places, linger=linger).start()
+        drive = passes(places=places, linger=linger, more=linger == kmcast.UNLIMITED).start()
         drive.bring()
         drive.serve(0)
         assert drive.course.over == over, (places, linger)
