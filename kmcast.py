@@ -7565,7 +7565,7 @@ class TcpServer(threading.Thread):
                 peer.look_at_kernel()
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
-                    self._drop(peer, reason)
+                    self._drop(peer, reason, again=roster.again)
                     continue
             self._safely(peer, self._show_life, peer, waiting_for_pass if member.waits else waiting, now)
         for peer in self._leaving[:]:
@@ -7881,10 +7881,10 @@ class TcpServer(threading.Thread):
 
     # ---- farewells
 
-    def _drop(self, peer, reason, told=True):
+    def _drop(self, peer, reason, told=True, again=False):
         """End with one client; the others do not notice.
 
-        told: whether it can be told why.
+        told: whether it can be told why; again: whether it may come again.
         """
         member = peer.member
         if self._forget(member):
@@ -7900,7 +7900,8 @@ class TcpServer(threading.Thread):
         if told and not peer.leaving and self.session.dialect.talks:
             self._leaving.append(peer)
             try:
-                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY))
+                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY,
+                                                     again=again))
                 self._send(peer)
             except Gone:
                 self._close(peer)
