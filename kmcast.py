@@ -4718,7 +4718,8 @@ class ClientWindow(object):
         packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
         if packets and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
-        if skipped >= self.AHEAD or place is not None and place != (place if self._place is None else self._place):
+        in_turn = place is None or self._place is None or place <= self._place < place + size
+        if skipped >= self.AHEAD or not in_turn:
             raise ProtocolError('round %d, at byte %d, out of turn' % (number, place))
         self._base = (base + count) & self.dialect.seqs
         place = self._place if place is None else place
@@ -6417,6 +6418,8 @@ class Course(object):
         audience = self._audience(start, self._place)
         if not audience and buffer.count or not buffer.count and not self.dialect.ends:
             self.delivered += buffer.size
+            if buffer.count:
+                self.hands.digest(self._part)       # until then it must stay as it is
             self.hands.release(buffer)
             return
         underway = Underway(Round(self.rounds, buffer, start, self._part, audience), self.image_pass)
