@@ -3371,7 +3371,7 @@ class Copy(object):
         self.held.add(start, stop)
         self.bytes = self.held.size
         if self._trial:
-            self.hash = self._trial
+            self.hash, self._trial = self._trial, None
             self._reached(stop)
             self._trusted = stop
         elif self.digest:
