@@ -3371,7 +3371,7 @@ class Copy(object):
         self.held.add(start, stop)
         self.bytes = self.held.size
         if self._trial:
-            self.hash = self._trial
+            self.hash, self._trial = self._trial, None
             self._reached(stop)
             self._trusted = stop
         elif self.digest:
@@ -3423,7 +3423,7 @@ class Copy(object):
 
     def _doubt(self, start, stop):
         if self.doubted.touches(start, stop):
-            raise Failure('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
+            raise self._verdict('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
         self.doubted.add(start, stop)
         self.held.remove(start, stop)
         self.bytes = self.held.size
@@ -3437,7 +3437,7 @@ class Copy(object):
         Raises Failure where it was this server that told so, or it happens again.
         """
         if self._trusted >= self.verified or self._again or not self.sink.seeks:
-            raise Failure(self.DIFFERS)
+            raise self._verdict(self.DIFFERS)
         self._again = True
         lost = list(self.held)
         for pair in lost:
@@ -3457,9 +3457,15 @@ class Copy(object):
             raise Failure('the image has %d bytes, not %d' % (self.verified, size))
         if self.digest and self.hash.digest() != digest:
             if self._trusted >= self.verified:
-                raise Failure('the digest of the image differs')
+                raise self._verdict('the digest of the image differs')
             return self.doubt_all()
         return []
+
+    def _verdict(self, reason):
+        """A Failure after which a later run had better not go on with what is here."""
+        if self._journal:
+            self._journal.begin(self.image, self.who)
+        return Failure(reason)
 
 
 class Writer(threading.Thread):
@@ -7364,7 +7370,8 @@ def client_report(client):
     payload = window.payload if window else 0
     digest = copy.hash.hexdigest() if copy and copy.hash else None
     return {
-        'bytes': copy.bytes if copy else 0, 'sha256': digest,
+        'bytes': copy.bytes if copy else 0, 'sha256': digest, 'resumed': copy.resumed if copy else 0,
+        'verified': {'bytes': copy.checked, 'seconds': round(copy.check_seconds, 3)} if copy else None,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
                     'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
@@ -7561,7 +7568,7 @@ class TcpServer(threading.Thread):
                 peer.look_at_kernel()
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
-                    self._drop(peer, reason)
+                    self._drop(peer, reason, again=roster.again)
                     continue
             self._safely(peer, self._show_life, peer, waiting_for_pass if member.waits else waiting, now)
         for peer in self._leaving[:]:
@@ -7877,10 +7884,10 @@ class TcpServer(threading.Thread):
 
     # ---- farewells
 
-    def _drop(self, peer, reason, told=True):
+    def _drop(self, peer, reason, told=True, again=False):
         """End with one client; the others do not notice.
 
-        told: whether it can be told why.
+        told: whether it can be told why; again: whether it may come again.
         """
         member = peer.member
         if self._forget(member):
@@ -7896,7 +7903,8 @@ class TcpServer(threading.Thread):
         if told and not peer.leaving and self.session.dialect.talks:
             self._leaving.append(peer)
             try:
-                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY))
+                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY,
+                                                     again=again))
                 self._send(peer)
             except Gone:
                 self._close(peer)

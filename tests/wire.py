@@ -774,6 +774,28 @@ class Server(End):
         self.say(self.dialect.info(what._replace(**changes)))
         return what
 
+    def announce_part(self, image, start, stop):
+        """Say a buffer info for a part of an image, wherever that is. Returns the Round."""
+        before, data = self.round, image[start:stop]
+        what = Round.of(data, self.payload, before.number + 1, (before.base + before.count) % self.dialect.seqs, start)
+        self.note(what)
+        self._data[what.number] = data, hashlib.sha256(image[:stop]).digest()
+        self.say(self.dialect.info(what))
+        return what
+
+    def bring(self, image, start, stop):
+        """A round of a part of an image, of which nothing is lost. Returns the Round."""
+        what = self.announce_part(image, start, stop)
+        self.take_ready(what)
+        self.multicast(what)
+        self.say(self.sent(what))
+        self.done(what)
+        return what
+
+    def has_all(self, image):
+        """The last words about an image."""
+        self.last_words(bytes=len(image), sha256=hashlib.sha256(image).hexdigest())
+
     def _expect_for(self, kind, what):
         message, what = self.expect(kind), what or self.round
         if message.round != what:
