@@ -232,6 +232,32 @@ def test_who_lacks_again_and_again_is_dropped(here, python):
     assert made.server.finish(10)[0] == 1
 
 
+@BOTH
+def test_who_has_stalled_may_come_back_and_gets_what_it_lacks(here, python):
+    made = here(["--stall-timeout", 1])
+    first, second = made.come(), made.come()
+    made.take_together(0, first, second)
+    assert made.part(first.ready()) == made.part(second.ready()) == 1
+    first.sent()
+    first.done()
+    bye = second.expect(wire.BYE, SENT)
+    while bye.kind == SENT:
+        bye = second.expect(wire.BYE)
+    assert "stalled" in bye.fields["reason"] and bye.fields["again"] is True
+    assert made.part(first.announced()) == 2
+    back = made.come(image=first.welcome["image"], have=[[0, ROUND]])
+    first.say(wire.SESSION.ready(first.round))
+    first.sent()
+    first.done()
+    for part in (3, 4, 5):
+        made.take_together(part, first, back)
+    made.end(first)
+    assert made.take(back, 2) == [1, 2]
+    made.end(back)
+    code, stderr, _ = made.server.finish(10)
+    assert code == 3 and "stalled" in stderr, "on loopback nobody is the same host\n" + stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Who may come
 

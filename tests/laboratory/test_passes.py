@@ -150,6 +150,7 @@ def test_the_chain_is_of_those_who_lack_what_is_brought(begin, laboratory, tmp_p
     lab = laboratory(clients=6)
     for host in lab.clients:
         host.block_multicast()
+        host.limit(100, both=True)
     run = begin(6, 3, lab=lab)
     run.wait_received(len(IMAGE) // 4, run.clients[:3])
     for number in (3, 4):
@@ -158,5 +159,5 @@ def test_the_chain_is_of_those_who_lack_what_is_brought(begin, laboratory, tmp_p
     run.finish()
     run.check_complete()
     assert all(client.chained() for client in run.clients[3:]), str(run)
-    assert sum(client.chained() for client in run.clients) > 4 * len(IMAGE) // 1460, str(run)
+    assert sum(client.chained() for client in run.clients) > 3 * len(IMAGE) // 1460, str(run)
     assert pipe.consumer.size == len(IMAGE)
