@@ -3694,6 +3694,7 @@ def open_standard_files():
 
 
 MANY = 200                              # clients that make a large session
+MOST_CLIENTS = 10000                    # of one server
 # Between threads the interpreter's lock changes hands at each system call, which costs more than the call; so a
 # large session has one for all.
 CLIENTS_PER_THREAD = 64
@@ -3701,18 +3702,20 @@ MOST_PENDING = 256                      # connections of one address that are no
 
 
 def allow_descriptors(options):
-    """Make sure of enough file descriptors; sets `options.strangers`, how many
-    connections of others there may be.  Raises Failure."""
+    """Make sure of enough file descriptors; sets `options.strangers`, how many connections of others
+    there may be, and `options.most`, how many clients at once.  Raises Failure."""
     # Each client, both ends of each thread's link, a few strangers, our own.
     needed = options.clients + 2 * (1 + options.clients // options.clients_per_thread) + 48
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(1 << 20 if hard == resource.RLIM_INFINITY else hard, needed + MOST_PENDING)
+    more = MOST_CLIENTS - options.clients if options.more or options.forever else 0
+    limit = min(1 << 20 if hard == resource.RLIM_INFINITY else hard, needed + MOST_PENDING + more)
     if limit < needed:
         raise Failure('%d clients need %d file descriptors, and the limit is %d; raise it '
                       'with "ulimit -n"' % (options.clients, needed, hard), USAGE)
     if soft != resource.RLIM_INFINITY and soft < limit:     # commands inherit it, so never lower
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    options.strangers = 16 + limit - needed
+    options.strangers = 16 + min(limit - needed, MOST_PENDING)
+    options.most = options.clients + max(0, limit - needed - MOST_PENDING)
 
 
 def end_with(parent):
@@ -5769,12 +5772,13 @@ class Roster(object):
     MOST_REFUSED = 1000                 # hosts that are remembered,
     MOST_GONE = 1000                    # and clients that have left
 
-    def __init__(self, places, enough=1, start_by=None, more=False, forever=False):
+    def __init__(self, places, enough=1, start_by=None, more=False, forever=False, most=None):
         """places: clients that can take part; enough: how many must be here at
         `start_by`, seconds on the monotonic clock (None: wait for all); more: who comes
-        when the transfer has begun needs no place; forever: nor is anybody missed who does not."""
+        when the transfer has begun needs no place; forever: nor is anybody missed who does not;
+        most: how many can be here at once then."""
         self.places, self.enough, self.start_by = places, enough, start_by
-        self.more, self.forever = more or forever, forever
+        self.more, self.forever, self.most = more or forever, forever, most or places
         self.begun = False
         self.began = None               # when, seconds
         self.again = False              # who comes late can get what was sent before
@@ -5827,8 +5831,9 @@ class Roster(object):
             return None
         if not self.again:
             return NO_WAY_BACK
-        taken = len(self._here) + self.served - bool(twin)
-        return NO_PLACE if not self.more and taken >= self.places else None
+        here = len(self._here) - bool(twin)
+        full = here >= self.most if self.more else here + self.served >= self.places
+        return NO_PLACE if full else None
 
     def twin(self, member):
         """The client that is here for the same output, or, before the start, from the same host; None without one.
@@ -7976,7 +7981,8 @@ class Multicaster(object):
         self.options, self.source, self.signals = options, source, signals
         self.sender = self.listener = self.session = self.tcp = self.course = None
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
-        self.roster = Roster(options.clients, options.min_clients, start_by, options.more, options.forever)
+        self.roster = Roster(options.clients, options.min_clients, start_by, options.more, options.forever,
+                             options.most)
         self.link = SemLink()
         self.pacer = Pacer()
         self.failure = None
@@ -9052,7 +9058,6 @@ class Client(object):
 # ---------------------------------------------------------------------------
 
 GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
-MOST_CLIENTS = 10000                    # of one server
 
 
 def whole_number(least, most):
