@@ -4721,7 +4721,8 @@ class ClientWindow(object):
         packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
         if packets and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
-        in_turn = place is None or self._place is None or place <= self._place < place + size
+        in_turn = place is None or place + size < 1 << 63 and (
+            self._place is None or place <= self._place < place + size)
         if skipped >= self.AHEAD or not in_turn:
             raise ProtocolError('round %d, at byte %d, out of turn' % (number, place))
         self._base = (base + count) & self.dialect.seqs
