@@ -5783,7 +5783,7 @@ class Roster(object):
         self.begun = False
         self.began = None               # when, seconds
         self.again = False              # who comes late can get what was sent before
-        self.closing = self.closed = False          # nobody is to come any more; nobody can
+        self.closing = self.closed = False          # nobody is to come any more; and nobody is here
         self.hurry = False              # begin with those who are here
         self.renewing = False           # who comes now waits for another image
         self.waiting = None             # for whom else than a client all wait, in words
@@ -5911,7 +5911,7 @@ class Roster(object):
         return self.begun
 
     def close(self):
-        """Nobody can come any more, if nobody is here; returns whether that is so."""
+        """If nobody is here, nobody can come any more; returns whether that is so."""
         self.closed = True              # first: who is admitted meanwhile sees it, or is seen
         if self._here:
             self.closed = False
@@ -5919,7 +5919,7 @@ class Roster(object):
 
     def end(self):
         """Nobody can come any more, be it that it has not begun."""
-        self.closed = True
+        self.closing = True
         if not self.begun:
             self.everyone = self.here
             self.begun = True
