@@ -197,6 +197,9 @@ class ClientPlan:
         if plan.again and r.random() < 0.4:
             self.start = 10 ** r.uniform(-1, 1)                  # perhaps late
         self.seeks = r.random() < 0.6                            # its output takes rounds in any order
+        # When its connection breaks, and whether the server sees it at once.
+        self.breaks = [(self.start + 10 ** r.uniform(-1.5, 1), r.random() < 0.6) for _ in range(
+            r.choice([1, 1, 2, 5]) if plan.again and r.random() < 0.3 else 0)]
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
@@ -1720,6 +1723,8 @@ class Run:
             stranger.where, stranger.says = (client.address, PORT), bytes(world.random.choice([0, 5, 20, 300]))
             world.at(start, stranger.start)
         for client in self.clients:
+            for when, seen in client.plan.breaks:
+                world.at(when, self._break, client, seen)
             world.at(client.plan.start, client.start)
             if client.plan.fault == "threads":
                 client.most_threads = 1
@@ -1745,6 +1750,18 @@ class Run:
             self.server = Process("server-2", "server", SERVER, self.plan, self.plan.arguments())
             self.server.start()
             world.at(PATIENCE, self._operator)
+
+    @staticmethod
+    def _break(client, seen):
+        """Its connection to the server breaks, of which the server's kernel may learn only by and by."""
+        for sock in client.connections() if not client.dead else ():
+            if sock.remote[0] == SERVER:
+                world.say("BREAK: %s", client)
+                sock.input._end("broken")
+                if seen:
+                    sock.output.reset()
+                else:
+                    sock.output.sink.doubt(world.now)
 
     @staticmethod
     def _fault(process, fault, seconds):
@@ -1823,9 +1840,10 @@ class Run:
         roster = server.job.roster if server.job else None
         members = {}                            # address -> Member
         for member in roster.everyone if roster else ():
-            if member.address in members:
+            if member.address in members and len(self.hosts[member.address]) == 1:
                 raise Finding("%s takes part twice" % member)
-            members[member.address] = member
+            if member.address not in members or member.outcome == "complete":
+                members[member.address] = member
         said = dict((address, member.outcome) for address, member in members.items())
         refused = [address for (_, address), _ in roster.refused] if roster else []
         for client in self.clients:
@@ -1838,10 +1856,10 @@ class Run:
             if address in said:
                 self._judge_host(processes, said[address])
         if server.code is not None and not server.fault:
-            served = list(said.values()).count("complete")
+            served = [member.outcome for member in roster.everyone].count("complete")
             refused = roster.refused or [client for client in self.clients if said.get(client.address) != "complete"
                                          and (client.reason or "").startswith("the server says: refused: " + kmcast.LATE)]
-            whole = served >= self.plan.places and served == len(said) and not refused
+            whole = served >= self.plan.places and served == len(roster.everyone) and not refused
             code = kmcast.OK if whole else kmcast.PARTLY if served else kmcast.FAILED
             if server.code != code:
                 raise Finding("the server exits with %d instead of %d" % (server.code, code))
@@ -1872,7 +1890,7 @@ class Run:
         liar = any(client.fault == "babble" for client in processes)
         if said == "complete" and not good and not liar:
             raise Finding("the server says that it has the image, and it has not: %s" % reasons)
-        innocent = not any(client.plan.fatal for client in processes) and not server.fault
+        innocent = not any(client.plan.fatal or client.plan.breaks for client in processes) and not server.fault
         if plan.min_rate and said and said.startswith("alone it kept"):
             innocent = False
         if not plan.image and not plan.allow_empty:
