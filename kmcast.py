@@ -8859,7 +8859,8 @@ class Client(object):
                 self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
                 if 'starts_in' in argument:         # a client that waits for the next pass
                     seconds = argument['starts_in']
-                    self.says['starts_in'] = seconds if isinstance(seconds, NUMBER + (float,)) else None
+                    good = isinstance(seconds, NUMBER + (float,)) and 0 <= seconds < 1 << 32
+                    self.says['starts_in'] = seconds if good else None
             else:
                 self._fields = argument
 
