@@ -7483,6 +7483,7 @@ class TcpServer(threading.Thread):
         self._accepting = None          # the accept step, until it is complete
         self._sentences = 0             # that were looked at
         self._here, self._below = {}, {}        # Step -> Answers: complete here only, or below only
+        self._left_below = set()        # Steps that the child was left, too: it may be younger than others
         self._over = False
         self._news = False              # there is some for the parent
         self._tick = TICK
@@ -7553,9 +7554,11 @@ class TcpServer(threading.Thread):
         alone = self.link.child_fd is None
         for awaited in self.window.complete():
             self._here[awaited.step] = awaited.answers
-        through = [step for step in self._here if alone or step in self._below]
+        through = [step for step in self._here
+                   if alone or step in self._below or step not in self._left_below]
         for step in through:
             answers = self._here.pop(step)
+            self._left_below.discard(step)
             if step in self._below:
                 answers.add(self._below.pop(step))
             self.results.append((step, answers))
@@ -7650,6 +7653,7 @@ class TcpServer(threading.Thread):
             return []
         if self.link.child_fd is not None:
             self.child.inbox.append(step)
+            self._left_below.add(step)
         if step.kind == 'abort':
             self._dismiss_all(step.message)
             return []

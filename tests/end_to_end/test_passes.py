@@ -111,8 +111,9 @@ def begun(here, *args, **options):
 
 
 @BOTH
-def test_who_comes_late_takes_part_from_the_next_round_and_gets_the_beginning_afterwards(here, python):
-    made, first = begun(here)
+@pytest.mark.parametrize("a_thread", [1, 64])
+def test_who_comes_late_takes_part_from_the_next_round_and_gets_the_beginning_afterwards(here, python, a_thread):
+    made, first = begun(here, more=["--clients-per-thread", a_thread])
     late = made.come(host="late")
     made.server.wait_stderr("late (127.0.0.1) is here, late, and lacks")
     assert made.take(first) == [2]
