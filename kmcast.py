@@ -6972,6 +6972,7 @@ class Status(object):
     begun       whether rounds are under way
     image_pass  through the image, from 1
     bytes, size of the pass, as far as it got and in all (None: not known)
+    before      bytes of these that were there at the start
     here, places    clients
     waits       who or what it waits for, in words; at the server's start, until when
     seconds     since the first round, of the pass
@@ -6979,7 +6980,7 @@ class Status(object):
     carrier     what brings the packets
     """
 
-    image_pass = 1
+    image_pass, before = 1, 0
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
@@ -7036,8 +7037,12 @@ def client_status(client, now):
         return Status(begun=False, image_pass=1, seconds=0, bytes=client.copy.bytes if client.copy else 0, size=None,
                       here=None, places=None, waits=waits,
                       lost=0, repaired=0, carrier='')
-    if not window.begun:
+    if 'starts_in' in says:
+        waits = 'the next pass' + (', in about %s' % duration(says['starts_in']) if says['starts_in'] else '')
+    elif not window.begun:
         waits = 'the start'
+    elif window.over and client.writer.checking:
+        waits = CAUSES['verifying']
     elif window.owing == 'writing':
         waits = 'the output'
     elif says.get('waiting'):
@@ -7047,7 +7052,7 @@ def client_status(client, now):
     packets = max(1, window.by_multicast + window.by_chain + window.by_tcp + window.coded)
     return Status(
         seconds=now - (client.started or now), image_pass=says.get('pass') or 1,
-        begun=window.begun, bytes=client.copy.bytes,
+        begun=window.begun, bytes=client.copy.bytes, before=client.copy.resumed,
         size=client.image.get('size'), waits=waits,
         here=None if window.begun else here, places=None if window.begun else places,
         lost=(window.by_tcp + window.coded) / packets, repaired=(window.by_tcp + window.coded) / packets,
@@ -7121,7 +7126,7 @@ class Progress(object):
             return self._fit(['waiting for ' + status.waits] + parts, width)
         first, last = self._samples[0], self._samples[-1]
         stuck = now - last[0] > self.STUCK
-        average = 8 * status.bytes / max(1e-3, status.seconds)
+        average = 8 * (status.bytes - status.before) / max(1e-3, status.seconds)
         recent = 8 * (last[1] - first[1]) / max(1e-6, now - first[0])
         parts = [amount(status.bytes)]
         if status.size:
@@ -7275,8 +7280,13 @@ def client_summary(client):
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
     by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
+    copy = client.copy
+    if copy.resumed:
+        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
+    if copy.checked:
+        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s; %s' % (
-        counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
+        counted(size, 'byte'), seconds, bits(max(0, size - copy.resumed) * 8 / max(1e-6, seconds)),
         counted(window.coded, 'packet'), window.by_tcp, by_chain,
         'SHA-256 %s' % client.copy.hash.hexdigest() if window.digest else 'without a digest')
 
@@ -8852,8 +8862,10 @@ class Client(object):
                 self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places', 'pass')
                                  if key in argument)
                 self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
-                seconds = argument.get('starts_in')
-                self.says['starts_in'] = seconds if isinstance(seconds, NUMBER + (float,)) else None
+                if 'starts_in' in argument:         # a client that waits for the next pass
+                    seconds = argument['starts_in']
+                    good = isinstance(seconds, NUMBER + (float,)) and 0 <= seconds < 1 << 32
+                    self.says['starts_in'] = seconds if good else None
             else:
                 self._fields = argument
 
