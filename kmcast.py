@@ -1003,7 +1003,7 @@ class Journal(object):
         self.image = self.who = None
         self.held, self.digests = Held(), {}
         good = 0
-        if not is_ours(self._fd):
+        if not new and not is_ours(self._fd):
             self.close()
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         with io.open(self._fd, 'rb', closefd=False) as lines:
@@ -3095,7 +3095,7 @@ class Sink(object):
         elif self._path is not None and self._fd is not None:
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
-                os.lseek(self._fd, 0, os.SEEK_SET)
+                self._place = None      # so the next write goes to its own
         if room is not None and size > room:
             raise Failure('no room for the image at %s: it has %d bytes, and there is room for %d'
                           % (printable(self._path), size, room), NOT_STARTED)
@@ -4716,10 +4716,10 @@ class ClientWindow(object):
         return [('end', fields)]
 
     def _on_info(self, number, size, base, count, place):
-        # Rounds that others lack are left out.
+        # Rounds that others lack are left out; and one that is cut as before may be too long for what is left of the seqs.
         skipped = (number - self.announced) & MASK if self.dialect.sizes else 0
         packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
-        if packets and not skipped or packets > self.dialect.seqs // 2:
+        if packets and base and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
         in_turn = place is None or place + size < 1 << 63 and (
             self._place is None or place <= self._place < place + size)
@@ -6389,8 +6389,7 @@ class Course(object):
         if part < len(self.cuts):
             count = -(-(self.cuts[part] - self._place) // self.payload)
             if count > self.dialect.seqs + 1 - self._base:
-                self._base = 0          # as if there had been another round before
-                self.rounds += 1
+                self._base = 0
         else:
             count = self._grow()
         self.hands.fill(self._base, count, self._place)
@@ -8540,8 +8539,8 @@ class Client(object):
 
     # ---- the greetings
 
-    def _connect(self):
-        """Reach the server and agree on a session.  Raises Failure."""
+    def _connect(self, broken=None):
+        """Reach the server and agree on a session; broken: how the connection before this one ended.  Raises Failure."""
         options = self.options
         deadline = self._give_up_at or monotonic() + options.wait
         tell('connecting', address=options.server_ip, port=options.port)
@@ -8565,7 +8564,7 @@ class Client(object):
                 self.reason = error.reason
             self.server.close()
             if monotonic() > deadline:
-                raise Failure('no kmcast server at %s port %d: %s' % (
+                raise broken or Failure('no kmcast server at %s port %d: %s' % (
                     options.server_ip, options.port, self.reason), NOT_STARTED)
             if self.reason != said:
                 said = self.reason
@@ -8601,12 +8600,7 @@ class Client(object):
         self.says, self._fields = {}, None
         self._pause()
         time.sleep(self.RETRY)
-        try:
-            self._connect()
-        except Refused:
-            raise
-        except Failure as failure:
-            raise error if failure.code == NOT_STARTED else failure
+        self._connect(error)
         self._back_at, self._had = monotonic(), self.copy.bytes
         tell('back', count=self.copy.bytes)
 

@@ -47,10 +47,12 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import struct
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -105,7 +107,7 @@ class Torn(BaseException):
 # What may go wrong with a server, and with a client, besides that it stands still for a while. Some are events at a time,
 # the others wait where the image comes from or goes to.
 SERVER_FAULTS = ["crash", "power", "hang", "stop", "freeze", "source", "threads"]
-FAULTS = ["fin", "reset", "power", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
+FAULTS = ["fin", "reset", "power", "break", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
 NO_EVENTS = ["full", "stuck", "room", "forged", "threads", "source"]
 
 
@@ -233,6 +235,12 @@ class ClientPlan:
         stalls = [stall for stall in (plan.server_stall, plan.client_stall, 8) if stall]
         self.freeze = min(10 ** r.uniform(-3, 0.4), 0.3 * min(stalls))              # seconds
         self.full_at = r.randrange(len(plan.image) + 1)
+        if plan.again and not self.fault and r.random() < 0.3:
+            self.fault = self.fatal = r.choice(["fin", "reset", "power", "break", "break"])
+        self.resume = self.seeks and not plan.compat and r.random() < 0.6
+        # Once it has ended, whatever of, it is started again; a host that lost power has lost some of what was written last.
+        self.restart = self.resume and r.random() < 0.8 and 10 ** r.uniform(-1, 0.7)
+        self.harm = self.resume and r.random() < 0.3
 
     def hears_all(self, plan):
         """Whether all that is multicast comes to it, in order, and before SENT by TCP does, or soon after.
@@ -246,7 +254,7 @@ class ClientPlan:
     def arguments(self):
         """The client's command line."""
         texts = ["client", "auto", SERVER, str(PORT), "-o", "/image", "--wait", "10", "--stall-timeout", str(self.stall)]
-        return texts + ["--allow-empty"] * self.allow_empty
+        return texts + ["--allow-empty"] * self.allow_empty + ["--resume"] * self.resume
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,6 +374,8 @@ class World:
         self.damage_goes_round = False          # from client to client, in a chain
         self.powerless = set()                  # addresses of hosts without power
         self.firewalls = {}                     # address -> what becomes of who connects to it
+        self.disks = {}                         # address -> Disk
+        self.journals, self._folder = [], None  # that were opened, and where they are
         self.turns = 0
         self.began = time.process_time(), time.monotonic()      # on the real clocks
         self.happening = False                  # what is done now is done by nobody
@@ -375,6 +385,18 @@ class World:
         self.ends = Until(lambda: False)        # what the harness waits for, where processes end
 
     process = property(lambda self: self.current.process)
+
+    def folder(self):
+        """Where real files may be made."""
+        self._folder = self._folder or tempfile.mkdtemp()
+        return self._folder
+
+    def clear(self):
+        """Leave no real file behind."""
+        for journal in self.journals:
+            journal.close()
+        if self._folder:
+            shutil.rmtree(self._folder)
 
     # ---- what happens
 
@@ -580,6 +602,7 @@ class Process:
         self.far = None                         # the other end of its last connection
         self.ended_at = None
         self.output, self.opened, self.committed = bytearray(), False, False
+        self.wrote = False
         self.looks = 0                          # at how it stands
         self.in_output = False                  # its writer is in a system call, or in one that never ends
 
@@ -1590,20 +1613,56 @@ class Source(File):
             self._hasher.close()
 
 
+class Disk:
+    """What a host keeps of an image when its kmcast has ended: a part, and the journal, which is a real file."""
+
+    def __init__(self):
+        self.part, self.path, self.owner = bytearray(), os.path.join(world.folder(), "%d.journal" % id(self)), None
+
+    def take(self, process):
+        """A run with --resume begins; returns (part, Journal)."""
+        self.owner = process
+        if os.path.exists(self.path):
+            journal = kmcast.Journal(self.path)
+            journal.held.remove(len(self.part), 1 << 63)
+            if journal.image and len(journal.held):
+                return self.part, journal
+            journal.close()
+            os.unlink(self.path)
+        self.part = bytearray()
+        return self.part, kmcast.Journal(self.path, new=True)
+
+    def harm(self, r):
+        """The host went down: some of what was written last is not there, or somebody has changed it."""
+        for _ in range(r.choice([0, 1, 3]) if self.part else 0):
+            start = r.randrange(len(self.part))
+            stop = min(len(self.part), start + r.randrange(1, 500))
+            self.part[start:stop] = bytes(stop - start)
+        if r.random() < 0.3:
+            del self.part[r.randrange(len(self.part) + 1):]
+        if os.path.exists(self.path) and r.random() < 0.5:
+            os.truncate(self.path, r.randrange(os.path.getsize(self.path) + 1))
+
+
 class Sink:
     """A kmcast.Sink: a disk of some speed, which may be full, or never end to write; or what takes it in order only."""
 
     journal = None
 
-    def __init__(self, *_args):
+    def __init__(self, _path, _command, resume):
         self.process = world.process
         self.plan = self.process.plan
         self.seeks = self.plan.seeks
+        self.resume = resume
         self.written = 0
         self._fate = None                       # as of the real one
 
     def open(self):
         """It can be written to."""
+        disk = world.disks.setdefault(self.process.address, Disk())
+        if self.resume and (disk.owner is None or disk.owner.dead):
+            self.process.output, self.journal = disk.take(self.process)
+            world.journals.append(self.journal)
         return self
 
     def expect(self, _size):
@@ -1622,6 +1681,7 @@ class Sink:
         process, plan = self.process, self.plan
         if not self.seeks and place != len(process.output):
             raise Finding("%s writes byte %d behind byte %d" % (process, place, len(process.output)))
+        process.wrote = True
         while len(data):
             if plan.fault == "stuck" and world.now > plan.at:
                 process.fault = "stuck"
@@ -1669,12 +1729,19 @@ class Sink:
         if self._fate != "commit":
             raise kmcast.Failure("stopped")
         self.process.committed = True
+        self.process.output = bytes(self.process.output)
+        if self.journal:
+            os.unlink(self.journal.path)
 
     def end(self):
         """Unless it was committed, it will not be."""
         self.abandon()
 
-    close = end
+    def close(self):
+        """The same, and nothing is held open any more."""
+        self.abandon()
+        if self.journal:
+            self.journal.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1726,6 +1793,8 @@ class Run:
             for when, seen in client.plan.breaks:
                 world.at(when, self._break, client, seen)
             world.at(client.plan.start, client.start)
+            if client.plan.restart:
+                world.at(client.plan.start + client.plan.restart, self._look_for_the_ended, client, 2)
             if client.plan.fault == "threads":
                 client.most_threads = 1
             elif client.plan.fault and client.plan.fault not in NO_EVENTS:
@@ -1736,7 +1805,22 @@ class Run:
             self.watch()
         finally:
             world.tear_down()
+            world.clear()
         self.verdict()
+
+    def _look_for_the_ended(self, client, left):
+        """A client with --resume is started again when it has ended without the image."""
+        if client.ended and not client.hung and not client.committed and not self.server.ended and left:
+            if client.plan.harm:
+                world.disks[client.address].harm(world.random) if client.address in world.disks else None
+            world.powerless.discard(client.address)
+            again = Process(client.name + "+", client.host, client.address, client.plan, client.arguments)
+            self.clients.append(again)
+            self.hosts[client.address].append(again)
+            again.start()
+            client, left = again, left - 1
+        if left and not world.over:
+            world.at(client.plan.restart, self._look_for_the_ended, client, left)
 
     def _operator(self):
         """Whoever started the server sees that nobody comes."""
@@ -1780,9 +1864,13 @@ class Run:
             for i in range(5):
                 world.at(i * world.random.random(), process.babble)
         else:
-            if fault == "reset":
+            if fault in ("reset", "break"):
                 for sock in process.connections():
                     sock.output.reset()
+                    if fault == "break" and sock.input:
+                        sock.input.reset()
+            if fault == "break":
+                return None
             process.kill("is killed", silently=fault == "power")
 
     # ---- what must hold at any time; looked at now and then
@@ -1817,7 +1905,8 @@ class Run:
         upstreams = {}
         for client in self.clients:
             relay = client.job and client.job.relay
-            if relay and not client.ended and relay.upstream_place:
+            alone = len(self.hosts[client.address]) == 1
+            if relay and alone and not client.ended and relay.upstream_place:
                 upstreams[client.address] = relay.upstream_place[0]
         for address in upstreams:
             seen, at = set(), address
@@ -1840,6 +1929,7 @@ class Run:
         roster = server.job.roster if server.job else None
         members = {}                            # address -> Member
         for member in roster.everyone if roster else ():
+            # Of a host with several outputs each takes part; so does who has lost what tells its output from others.
             if member.address in members and len(self.hosts[member.address]) == 1:
                 raise Finding("%s takes part twice" % member)
             if member.address not in members or member.outcome == "complete":
@@ -1874,7 +1964,7 @@ class Run:
             raise Finding("%s says that it has the image, and has not" % client)
         if client.committed and code not in (kmcast.OK, None):
             raise Finding("%s has the image, and says: %s" % (client, client.reason))
-        if code == kmcast.NOT_STARTED and (client.opened or client.output):
+        if code == kmcast.NOT_STARTED and (client.opened or client.wrote):
             raise Finding("%s says that nothing was written, and something was" % client)
         if self.plan.has_digest and not plan.image.startswith(client.output) and not client.plan.seeks:
             raise Finding("%s writes what was not verified" % client)

@@ -84,7 +84,7 @@ MUTANTS = [
     ("the output is to move while its round is asked for again",
      "        return bool(self._lent) and self._lent[0].given\n", "        return bool(self._lent)\n"),
     ("the digest is not compared",
-     "            if trial.digest() != incoming.digest:\n", "            if not incoming.digest:\n"),
+     "            return self._trial.digest() == incoming.digest\n", "            return True\n"),
     ("seqs do not wrap",
      "        self._base = (base + count) & self.dialect.seqs\n", "        self._base = base + count\n"),
     ("recipes are off by one",
