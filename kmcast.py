@@ -4716,10 +4716,10 @@ class ClientWindow(object):
         return [('end', fields)]
 
     def _on_info(self, number, size, base, count, place):
-        # Rounds that others lack are left out; and one that is cut as before may be too long for what is left of the seqs.
+        # Rounds that others lack are left out.
         skipped = (number - self.announced) & MASK if self.dialect.sizes else 0
         packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
-        if packets and base and not skipped or packets > self.dialect.seqs // 2:
+        if packets and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
         in_turn = place is None or place + size < 1 << 63 and (
             self._place is None or place <= self._place < place + size)
@@ -6389,7 +6389,8 @@ class Course(object):
         if part < len(self.cuts):
             count = -(-(self.cuts[part] - self._place) // self.payload)
             if count > self.dialect.seqs + 1 - self._base:
-                self._base = 0
+                self._base = 0          # as if there had been another round before
+                self.rounds += 1
         else:
             count = self._grow()
         self.hands.fill(self._base, count, self._place)

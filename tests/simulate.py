@@ -107,7 +107,7 @@ class Torn(BaseException):
 # What may go wrong with a server, and with a client, besides that it stands still for a while. Some are events at a time,
 # the others wait where the image comes from or goes to.
 SERVER_FAULTS = ["crash", "power", "hang", "stop", "freeze", "source", "threads"]
-FAULTS = ["fin", "reset", "power", "break", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
+FAULTS = ["fin", "reset", "power", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
 NO_EVENTS = ["full", "stuck", "room", "forged", "threads", "source"]
 
 
@@ -199,6 +199,9 @@ class ClientPlan:
         if plan.again and r.random() < 0.4:
             self.start = 10 ** r.uniform(-1, 1)                  # perhaps late
         self.seeks = r.random() < 0.6                            # its output takes rounds in any order
+        # When its connection breaks, and whether the server sees it at once.
+        self.breaks = [(self.start + 10 ** r.uniform(-1.5, 1), r.random() < 0.6) for _ in range(
+            r.choice([1, 1, 2, 5]) if plan.again and r.random() < 0.3 else 0)]
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
@@ -233,7 +236,7 @@ class ClientPlan:
         self.freeze = min(10 ** r.uniform(-3, 0.4), 0.3 * min(stalls))              # seconds
         self.full_at = r.randrange(len(plan.image) + 1)
         if plan.again and not self.fault and r.random() < 0.3:
-            self.fault = self.fatal = r.choice(["fin", "reset", "power", "break", "break"])
+            self.fault = self.fatal = r.choice(["fin", "reset", "power"])
         self.resume = self.seeks and not plan.compat and r.random() < 0.6
         # Once it has ended, whatever of, it is started again; a host that lost power has lost some of what was written last.
         self.restart = self.resume and r.random() < 0.8 and 10 ** r.uniform(-1, 0.7)
@@ -1787,6 +1790,8 @@ class Run:
             stranger.where, stranger.says = (client.address, PORT), bytes(world.random.choice([0, 5, 20, 300]))
             world.at(start, stranger.start)
         for client in self.clients:
+            for when, seen in client.plan.breaks:
+                world.at(when, self._break, client, seen)
             world.at(client.plan.start, client.start)
             if client.plan.restart:
                 world.at(client.plan.start + client.plan.restart, self._look_for_the_ended, client, 2)
@@ -1831,6 +1836,18 @@ class Run:
             world.at(PATIENCE, self._operator)
 
     @staticmethod
+    def _break(client, seen):
+        """Its connection to the server breaks, of which the server's kernel may learn only by and by."""
+        for sock in client.connections() if not client.dead else ():
+            if sock.remote[0] == SERVER:
+                world.say("BREAK: %s", client)
+                sock.input._end("broken")
+                if seen:
+                    sock.output.reset()
+                else:
+                    sock.output.sink.doubt(world.now)
+
+    @staticmethod
     def _fault(process, fault, seconds):
         """Something goes wrong with a process."""
         if process.dead:
@@ -1847,13 +1864,9 @@ class Run:
             for i in range(5):
                 world.at(i * world.random.random(), process.babble)
         else:
-            if fault in ("reset", "break"):
+            if fault == "reset":
                 for sock in process.connections():
                     sock.output.reset()
-                    if fault == "break" and sock.input:
-                        sock.input.reset()
-            if fault == "break":
-                return None
             process.kill("is killed", silently=fault == "power")
 
     # ---- what must hold at any time; looked at now and then
@@ -1963,7 +1976,7 @@ class Run:
         liar = any(client.fault == "babble" for client in processes)
         if said == "complete" and not good and not liar:
             raise Finding("the server says that it has the image, and it has not: %s" % reasons)
-        innocent = not any(client.plan.fatal for client in processes) and not server.fault
+        innocent = not any(client.plan.fatal or client.plan.breaks for client in processes) and not server.fault
         if plan.min_rate and said and said.startswith("alone it kept"):
             innocent = False
         if not plan.image and not plan.allow_empty:

@@ -93,6 +93,41 @@ def test_neighbours_by_address_follow_each_other():
     assert hosts.build() == [(number, number + 1) for number in range(1, 12)]
 
 
+def test_it_is_of_those_who_lack_what_is_brought():
+    hosts = Hosts(5)
+    assert hosts.build() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+    hosts.chain.among({hosts[1], hosts[3], hosts[5]}, hosts.now)
+    assert hosts.settle(number=9) == [(1, 3), (3, 5)]
+    assert hosts.begin[hosts[3]] == 9, "from the first round on that is for them alone"
+    hosts.chain.among({hosts[2]}, hosts.now)
+    assert hosts.settle() == []
+    hosts.chain.among(set(hosts.members), hosts.now)
+    assert hosts.settle() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_as_long_as_the_same_lack_it_nothing_is_told():
+    hosts = Hosts(3)
+    hosts.build()
+    hosts.chain.among(set(hosts.members), hosts.now)
+    hosts.chain.among(set(hosts.members), hosts.now)
+    assert hosts.chain.changes(9) == {}
+
+
+def test_who_hears_multicast_is_the_head_only_of_those_who_lack_the_same():
+    hosts = Hosts(4)
+    for _ in range(2):
+        hosts.learn(hears=[hosts[1], hosts[2]])
+    head, = set(upstream for upstream, follower in hosts.settle() if follower == 3)
+    lacking = set(hosts.members) - {hosts[head]}
+    hosts.chain.among(lacking, hosts.now)
+    hosts.chain.learn(lacking, hosts.now)
+    other, = set([1, 2]) - set([head])
+    assert hosts.settle() == [(other, 3), (3, 4)]
+    hosts.chain.among({hosts[3], hosts[4]}, hosts.now)
+    hosts.chain.learn([hosts[3], hosts[4]], hosts.now)
+    assert hosts.settle() == [(3, 4)]
+
+
 def test_a_follower_is_told_of_its_upstream_once_that_listens():
     hosts = Hosts(2)
     hosts.chain.build(hosts.members, hosts.now)
