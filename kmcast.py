@@ -15,7 +15,7 @@ only those above it:
     Python 2 and 3      all that differs between them
     Outcomes and times  how things end, exit codes, timeouts; and what happens is told
     Wire                structs, signals, frames; two dialects: session and base protocol
-    Ranges              which bytes of an image are held, or lacking
+    Ranges              which bytes of an image are held, or lacking; the journal of a part of one
     Queues and links    TcpQueue; SemLink, the zipper between neighbouring threads
     Rounds              one round of packets: fill, put, get, missing, flush
     Coded repair        which lost packets to XOR, and how to solve for them
