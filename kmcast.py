@@ -15,7 +15,7 @@ only those above it:
     Python 2 and 3      all that differs between them
     Outcomes and times  how things end, exit codes, timeouts; and what happens is told
     Wire                structs, signals, frames; two dialects: session and base protocol
-    Ranges              which bytes of an image are held, or lacking
+    Ranges              which bytes of an image are held, or lacking; the journal of a part of one
     Queues and links    TcpQueue; SemLink, the zipper between neighbouring threads
     Rounds              one round of packets: fill, put, get, missing, flush
     Coded repair        which lost packets to XOR, and how to solve for them
@@ -4716,10 +4716,10 @@ class ClientWindow(object):
         return [('end', fields)]
 
     def _on_info(self, number, size, base, count, place):
-        # Rounds that others lack are left out; and one that is cut as before may be too long for what is left of the seqs.
+        # Rounds that others lack are left out.
         skipped = (number - self.announced) & MASK if self.dialect.sizes else 0
         packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
-        if packets and base and not skipped or packets > self.dialect.seqs // 2:
+        if packets and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
         in_turn = place is None or place + size < 1 << 63 and (
             self._place is None or place <= self._place < place + size)

@@ -107,7 +107,7 @@ class Torn(BaseException):
 # What may go wrong with a server, and with a client, besides that it stands still for a while. Some are events at a time,
 # the others wait where the image comes from or goes to.
 SERVER_FAULTS = ["crash", "power", "hang", "stop", "freeze", "source", "threads"]
-FAULTS = ["fin", "reset", "power", "break", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
+FAULTS = ["fin", "reset", "power", "hang", "stop", "babble", "full", "stuck", "room", "forged", "threads"]
 NO_EVENTS = ["full", "stuck", "room", "forged", "threads", "source"]
 
 
@@ -236,7 +236,7 @@ class ClientPlan:
         self.freeze = min(10 ** r.uniform(-3, 0.4), 0.3 * min(stalls))              # seconds
         self.full_at = r.randrange(len(plan.image) + 1)
         if plan.again and not self.fault and r.random() < 0.3:
-            self.fault = self.fatal = r.choice(["fin", "reset", "power", "break", "break"])
+            self.fault = self.fatal = r.choice(["fin", "reset", "power"])
         self.resume = self.seeks and not plan.compat and r.random() < 0.6
         # Once it has ended, whatever of, it is started again; a host that lost power has lost some of what was written last.
         self.restart = self.resume and r.random() < 0.8 and 10 ** r.uniform(-1, 0.7)
@@ -1864,13 +1864,9 @@ class Run:
             for i in range(5):
                 world.at(i * world.random.random(), process.babble)
         else:
-            if fault in ("reset", "break"):
+            if fault == "reset":
                 for sock in process.connections():
                     sock.output.reset()
-                    if fault == "break" and sock.input:
-                        sock.input.reset()
-            if fault == "break":
-                return None
             process.kill("is killed", silently=fault == "power")
 
     # ---- what must hold at any time; looked at now and then
