@@ -93,6 +93,41 @@ def test_neighbours_by_address_follow_each_other():
     assert hosts.build() == [(number, number + 1) for number in range(1, 12)]
 
 
+def test_it_is_of_those_who_lack_what_is_brought():
+    hosts = Hosts(5)
+    assert hosts.build() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+    hosts.chain.among({hosts[1], hosts[3], hosts[5]}, hosts.now)
+    assert hosts.settle(number=9) == [(1, 3), (3, 5)]
+    assert hosts.begin[hosts[3]] == 9, "from the first round on that is for them alone"
+    hosts.chain.among({hosts[2]}, hosts.now)
+    assert hosts.settle() == []
+    hosts.chain.among(set(hosts.members), hosts.now)
+    assert hosts.settle() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_as_long_as_the_same_lack_it_nothing_is_told():
+    hosts = Hosts(3)
+    hosts.build()
+    hosts.chain.among(set(hosts.members), hosts.now)
+    hosts.chain.among(set(hosts.members), hosts.now)
+    assert hosts.chain.changes(9) == {}
+
+
+def test_who_hears_multicast_is_the_head_only_of_those_who_lack_the_same():
+    hosts = Hosts(4)
+    for _ in range(2):
+        hosts.learn(hears=[hosts[1], hosts[2]])
+    head, = set(upstream for upstream, follower in hosts.settle() if follower == 3)
+    lacking = set(hosts.members) - {hosts[head]}
+    hosts.chain.among(lacking, hosts.now)
+    hosts.chain.learn(lacking, hosts.now)
+    other, = set([1, 2]) - set([head])
+    assert hosts.settle() == [(other, 3), (3, 4)]
+    hosts.chain.among({hosts[3], hosts[4]}, hosts.now)
+    hosts.chain.learn([hosts[3], hosts[4]], hosts.now)
+    assert hosts.settle() == [(3, 4)]
+
+
 def test_a_follower_is_told_of_its_upstream_once_that_listens():
     hosts = Hosts(2)
     hosts.chain.build(hosts.members, hosts.now)
@@ -563,11 +598,16 @@ def test_a_round_that_is_complete_takes_no_piece_any_more():
 
 
 @pytest.mark.parametrize("number, first, size", [
-    (0, COUNT, PAYLOAD), (0, 0, (COUNT + 1) * PAYLOAD), (0, 3, PAYLOAD - 1), (0, COUNT - 1, PAYLOAD - 1), (2, 0, PAYLOAD),
-    (7, 0, PAYLOAD)])
+    (0, COUNT, PAYLOAD), (0, 0, (COUNT + 1) * PAYLOAD), (0, 3, PAYLOAD - 1), (0, COUNT - 1, PAYLOAD - 1)])
 def test_a_piece_that_fits_no_round_is_an_error(number, first, size):
     with pytest.raises(kmcast.ProtocolError):
         Listener().window.area_for(number, first, size)
+
+
+@pytest.mark.parametrize("number", [2, 7, 2**31 + 5, 2**32 - 1])
+def test_a_piece_of_a_round_in_which_we_have_no_part_is_passed_over(number):
+    """The upstream may lack what we do not."""
+    assert Listener().window.area_for(number, 0, PAYLOAD) == (None, None, None)
 
 
 def test_a_buffer_is_kept_until_the_follower_has_the_round():
