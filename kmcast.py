@@ -5996,7 +5996,7 @@ class Course(object):
     SILENT = 2                          # rounds of which nobody hears anything, until we only probe:
     PROBE = 16                          # with so many packets
     PATIENCE = 1.0                      # seconds without multicast, until it is said
-    ENDURANCE = 1.0                     # seconds below --min-rate, until who alone is the reason is set aside,
+    ENDURANCE = 0.5                     # seconds below --min-rate, until who alone is the reason is set aside,
     LAST_ENDURANCE = 10.0               # or dropped, where what it lacks is gone then
     ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
@@ -6056,6 +6056,7 @@ class Course(object):
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds at a known line since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
+        self._slowest = UNLIMITED       # bit/s, of who was set aside
         self._idle_since = None         # when there was nothing to multicast, while there is not
         self._through_at = None         # when the last round was through
         self._alone = {}                # client -> seconds waited for it alone since then
@@ -6329,8 +6330,7 @@ class Course(object):
                 cohort.aside = False
                 for member in cohort.members:
                     member.aside = False
-            if self.control:
-                self.control = RateControl()
+            self._seek_rate(self._slowest)
         lacking = Held()
         for cohort in self._cohorts:
             for start, stop in () if cohort.aside else cohort.held.missing(0, self._end):
@@ -6389,8 +6389,7 @@ class Course(object):
         if part < len(self.cuts):
             count = -(-(self.cuts[part] - self._place) // self.payload)
             if count > self.dialect.seqs + 1 - self._base:
-                self._base = 0          # as if there had been another round before
-                self.rounds += 1
+                self._base = 0
         else:
             count = self._grow()
         self.hands.fill(self._base, count, self._place)
@@ -6655,12 +6654,19 @@ class Course(object):
             else:
                 self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                                     % (bits(self.min_rate), bits(goodput)))
-            if self.control:
-                self.control = RateControl()
+            self._seek_rate()
+
+    def _seek_rate(self, begin=RateControl.START):
+        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s."""
+        if self.control:
+            self.control = RateControl()
+            self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
+            self._answered, self.limit = 0, self.FIRST_ROUND
 
     def _set_aside(self, member, cohort, goodput):
         """It goes on when nobody else lacks anything."""
         member.aside = True
+        self._slowest = min(self._slowest, goodput)
         self._part_from(member)
         self._add([member], Held(cohort.held), cohort.seek, True)
         tell('aside', member=member, least=self.min_rate, rate=goodput)
