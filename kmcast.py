@@ -6389,7 +6389,8 @@ class Course(object):
         if part < len(self.cuts):
             count = -(-(self.cuts[part] - self._place) // self.payload)
             if count > self.dialect.seqs + 1 - self._base:
-                self._base = 0
+                self._base = 0          # as if there had been another round before
+                self.rounds += 1
         else:
             count = self._grow()
         self.hands.fill(self._base, count, self._place)

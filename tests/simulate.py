@@ -1811,8 +1811,9 @@ class Run:
     def _look_for_the_ended(self, client, left):
         """A client with --resume is started again when it has ended without the image."""
         if client.ended and not client.hung and not client.committed and not self.server.ended and left:
-            if client.plan.harm:
-                world.disks[client.address].harm(world.random) if client.address in world.disks else None
+            disk = world.disks.get(client.address)
+            if client.plan.harm and disk and disk.owner is client:
+                disk.harm(world.random)
             world.powerless.discard(client.address)
             again = Process(client.name + "+", client.host, client.address, client.plan, client.arguments)
             self.clients.append(again)
