@@ -8492,6 +8492,8 @@ class Client(object):
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
+        if self.writer and self.sink.journal:       # which it may be about to add to
+            self.writer.close()
         self.sink.close()
         if self.writer:
             self.writer.close()

@@ -1893,7 +1893,7 @@ class Run:
         elif server.job and world.now > server.frozen_until + GONE:
             for member in server.job.roster.here:
                 processes = self.hosts[member.address]
-                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at:
+                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at and not processes[0].plan.breaks:
                     if world.now > processes[0].far.told_at + GONE:
                         raise Finding("the server still counts on %s, which is gone" % processes[0])
 
