@@ -5186,6 +5186,11 @@ class Chain(object):
             if self._inside and audience != before:
                 self._wire(now)
 
+    def keep(self, here, now):
+        """Only these are members still: who left when no more rounds were to come was not told of."""
+        for member in (self._inside | set(self._lost) | set(self._slow) | set(self._served)).difference(here):
+            self.leave(member, now)
+
     def leave(self, member, now):
         """A member is none any more."""
         for members in (self._inside, self._lost, self._slow, self._served):
@@ -6001,7 +6006,8 @@ class Course(object):
     PATIENCE = 1.0                      # seconds without multicast, until it is said
     ENDURANCE = 0.5                     # seconds below --min-rate, until who alone is the reason is set aside,
     LAST_ENDURANCE = 10.0               # or dropped, where what it lacks is gone then
-    ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all
+    ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all,
+    MOST_LACKS = 1000                   # and so many times in each of these
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
     SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
@@ -6239,14 +6245,17 @@ class Course(object):
 
     def _hear_lacks(self, member, lacks, now):
         cohort = self._cohort.get(member)
-        if not cohort and member not in self._finished:
+        if self._started and not cohort and member not in self._finished:
+            return                      # it has left
+        held = Held(cohort.held if cohort else [(0, self._end)] if self._started else member.have)
+        for start, stop in lacks:
+            held.remove(start, stop)
+        if not self._started:
+            member.have = held
             return
         self._finished.discard(member)
         self._part_from(member)
-        held = Held(cohort.held if cohort else [(0, self._end)])
-        for start, stop in lacks:
-            held.remove(start, stop)
-        member.lacked += lacks.size
+        member.lacked += max(lacks.size, self._end // self.MOST_LACKS)
         if not self.roster.again:
             self.roster.condemn(member, 'it lacks what it had, and that cannot be read again')
         elif member.lacked > self.ENOUGH_LACKED * max(self._end, self.size or 0):
@@ -6341,6 +6350,8 @@ class Course(object):
         self.image_pass += 1
         self._place, self.delivered, self.pass_size = 0, 0, lacking.size
         self.pass_began = self.hands.now()
+        if self.chain:
+            self.chain.keep(self.roster.here, self.pass_began)
         tell('pass', number=self.image_pass, size=lacking.size,
              members=[member for cohort in self._cohorts if not cohort.aside for member in cohort.members])
 

@@ -113,6 +113,15 @@ def test_as_long_as_the_same_lack_it_nothing_is_told():
     assert hosts.chain.changes(9) == {}
 
 
+def test_who_left_unnoticed_is_forgotten():
+    hosts = Hosts(4)
+    hosts.build()
+    gone = hosts.members.pop(1)
+    hosts.chain.keep(hosts.members, hosts.now)
+    assert hosts.settle() == [(1, 3), (3, 4)]
+    assert gone not in hosts.chain._inside          # pylint: disable=protected-access
+
+
 def test_who_hears_multicast_is_the_head_only_of_those_who_lack_the_same():
     hosts = Hosts(4)
     for _ in range(2):

@@ -1275,6 +1275,15 @@ def test_who_lacks_after_all_what_it_had_gets_it_again_even_when_it_was_told_tha
     assert ("finish", None) in drive.took()
 
 
+def test_what_a_client_lacks_after_all_counts_before_the_start_too():
+    drive = passes()
+    drive.members[0].seek, drive.members[0].have = True, held((0, 300))
+    drive.roster.news.append(("lacks", drive.members[0], held((70, 71))))
+    drive.course.hear()
+    drive.start()
+    assert drive.bring() == [(64, 100, "node0")]
+
+
 def test_who_lacks_what_cannot_be_read_again_is_dropped():
     drive = passes()
     drive.roster.again = False
