@@ -1352,7 +1352,7 @@ def test_a_part_that_does_not_fit_before_the_last_seq_begins_at_the_first():
     drive.fill_all()
     drive.come("late", seek=True)
     drive.fill_all()
-    assert drive.round(5).buffer.base == 0, "and its number tells that something was left out"
+    assert drive.round(5).buffer.base == 0, "as if a round had been left out"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
