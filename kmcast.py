@@ -6213,8 +6213,6 @@ class Course(object):
             if self.chain and self.chain.settling(self.hands.now()):
                 return None
             count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
-            if self.chain and unanswered and not self._answered:    # those after the first may all have to go by chain
-                return None
             if (self.control and self.control.line is None and unanswered
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
                 return None
@@ -8180,7 +8178,7 @@ class Multicaster(object):
                 self._renew()
                 self._serve_image()
             if self.course.deserted and not self.roster.served and not self.roster.forever:
-                return 'no client is left'
+                return self.tcp.failure or 'no client is left'
         except LinkClosed:
             return self.tcp.failure or 'the threads for TCP have ended'
         except Failure as error:
