@@ -3947,8 +3947,11 @@ class Connection(object):
             finally:                    # be it that nobody wants more
                 if start < end:
                     self.incoming.put_head(data[start:])
-        if gone and not paused:
-            raise gone
+        try:
+            if gone and not paused:
+                raise gone
+        finally:
+            gone = None                 # else it and this frame keep each other, and the rounds of a connection that is over
 
     def first(self, size_of):
         """The first message that is complete, as messages() has it; None if there is none yet."""
@@ -8500,6 +8503,8 @@ class Client(object):
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
+        if self.writer and self.sink.journal:       # which it may be about to add to
+            self.writer.close()
         self.sink.close()
         if self.writer:
             self.writer.close()

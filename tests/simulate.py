@@ -1811,8 +1811,9 @@ class Run:
     def _look_for_the_ended(self, client, left):
         """A client with --resume is started again when it has ended without the image."""
         if client.ended and not client.hung and not client.committed and not self.server.ended and left:
-            if client.plan.harm:
-                world.disks[client.address].harm(world.random) if client.address in world.disks else None
+            disk = world.disks.get(client.address)
+            if client.plan.harm and disk and disk.owner is client:
+                disk.harm(world.random)
             world.powerless.discard(client.address)
             again = Process(client.name + "+", client.host, client.address, client.plan, client.arguments)
             self.clients.append(again)
@@ -1892,7 +1893,7 @@ class Run:
         elif server.job and world.now > server.frozen_until + GONE:
             for member in server.job.roster.here:
                 processes = self.hosts[member.address]
-                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at:
+                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at and not processes[0].plan.breaks:
                     if world.now > processes[0].far.told_at + GONE:
                         raise Finding("the server still counts on %s, which is gone" % processes[0])
 

@@ -202,6 +202,7 @@ def test_a_killed_client_is_gone_on_with(talk, python):
 def test_so_is_one_that_failed(talk, python):
     talk.start("--resume")
     talk.bring(0, 1)
+    talk.wait_for(2)
     talk.server.say(wire.bye(False, reason="the power goes"))
     assert talk.client.finish(20)[0] == 1
     assert len(talk.left()) == 2

@@ -893,3 +893,74 @@ def test_a_writer_that_fails_says_why_and_ends(writer):
         while True:
             writer.link.wait_child()
     assert writer.failure.reason == "No space left" and not writer.copy.sink.committed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds in any order, and a connection that comes after another
+
+def test_an_output_that_seeks_takes_rounds_wherever_they_are_and_whatever_is_left_out():
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True, place=None)
+    for number, base, place in ((5, 900, 7 * PAYLOAD), (6, 910, 0), (9, 5000, 99 * PAYLOAD)):
+        todo = window.heard(WIRE.info(number, 10 * PAYLOAD, base, 10, place), 0.0)
+        assert ("send", WIRE.ready(number)) in todo
+    assert [incoming.place for incoming in window.rounds] == [7 * PAYLOAD, 0, 99 * PAYLOAD]
+
+
+@pytest.mark.parametrize("message", [
+    WIRE.info(5, PAYLOAD, 910, 1, 0), WIRE.info(4, PAYLOAD, 910, 1, 0), WIRE.info(6, PAYLOAD, 911, 1, 0),
+    WIRE.info(7, PAYLOAD, 900, 1, 0), WIRE.info(6, PAYLOAD, 910, 1, 2**63 - 1)], ids=repr)
+def test_numbers_and_seqs_only_go_on(message):
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True, place=None)
+    window.heard(WIRE.info(5, 10 * PAYLOAD, 900, 10, 0), 0.0)
+    with pytest.raises(kmcast.ProtocolError):
+        window.heard(message, 0.0)
+
+
+def test_numbers_go_on_from_the_last_one_to_0():
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True, place=None)
+    numbers = [2**31 - 2, 2**32 - 3, 2**32 - 1, 0, 3]
+    for base, number in enumerate(numbers):
+        window.heard(WIRE.info(number, PAYLOAD, base, 1, 0), 0.0)
+    assert [incoming.number for incoming in window.rounds] == numbers
+
+
+def test_who_takes_it_in_order_begins_where_it_was():
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True, place=25)
+    with pytest.raises(kmcast.ProtocolError):
+        window.heard(WIRE.info(5, PAYLOAD, 0, 1, 26), 0.0)
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True, place=25)
+    window.heard(WIRE.info(5, 10 * PAYLOAD, 0, 10, 20), 0.0)
+    window.heard(WIRE.info(6, PAYLOAD, 10, 1, 20 + 10 * PAYLOAD), 0.0)
+    assert len(window.rounds) == 2
+
+
+def test_after_the_last_word_more_may_be_lacking_all_the_same():
+    window = kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True, place=None)
+    window.heard(WIRE.bye(ok=True), 0.0)
+    assert window.over and window.size_of(WIRE.bye(ok=True)) == 0
+    window.go_on()
+    assert not window.over and window.size_of(WIRE.bye(ok=True)) > 0
+
+
+def test_a_window_that_comes_after_another_counts_on():
+    first, second = [kmcast.ClientWindow(WIRE, PAYLOAD, (0, 0), True) for _ in range(2)]
+    first.by_multicast, first.by_chain, first.by_tcp, first.coded = 1, 2, 3, 4
+    second.take_over(first)
+    assert (second.by_multicast, second.by_chain, second.by_tcp, second.coded) == (1, 2, 3, 4)
+
+
+def test_a_writer_that_is_paused_finishes_what_it_can_and_forgets_what_waits(writer):
+    first, second = b"a" * 250, b"b" * 1000
+    writer.give(Given(first))
+    writer.give(Given(second[:-1] + b"x", hashed=first + second))
+    writer.give(Given(b"c" * 10, hashed=first + second + b"c" * 10))
+    writer.pause()
+    while not writer.through:
+        writer.link.wait_child()
+    assert writer.copy.verified == 250 and writer.copy.sink.data == first
+    writer.go_on()
+    writer.give(Given(second, hashed=first + second))
+    writer.end(1250, hashlib.sha256(first + second).digest())
+    while not writer.through:
+        writer.link.wait_child()
+    assert writer.copy.verified == 1250 and writer.failure is None
