@@ -6673,10 +6673,10 @@ class Course(object):
             else:
                 self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                                     % (bits(self.min_rate), bits(goodput)))
-            self._seek_rate()
+            self._seek_rate(self.min_rate)
 
-    def _seek_rate(self, begin=RateControl.START):
-        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s."""
+    def _seek_rate(self, begin):
+        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin."""
         if self.control:
             self.control = RateControl()
             self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
