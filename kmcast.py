@@ -52,6 +52,10 @@ The protocol in a page (a session; the base protocol lacks the greetings):
       | -- BYE, size and digest of it all -----> |
       | <-------------------------- DONE ------- |  the image is in place
 
+A round is brought to those who lack it, and nobody else hears of it.  The first time through
+the image these are all who are here; when somebody lacks some of it at its end, as he came
+late or was away, there is another pass, through what is lacking.
+
 Up to four rounds are under way at once: while one is multicast, the answers for the
 one before come in and it is repaired, and the next is filled and announced.  The base
 protocol, which has no greetings, is the window of one round, whose end is a round of
