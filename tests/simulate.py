@@ -1936,7 +1936,7 @@ class Run:
         for client in self.clients:
             self._judge_client(client, client.address in said or bool(self.plan.restart))
             told = "the server says" in (client.reason or "")
-            disturbed = client.plan.fault or server.fault or len(self.hosts[client.address]) > 1
+            disturbed = client.plan.fault or client.plan.breaks or server.fault or len(self.hosts[client.address]) > 1
             if client.address in refused and client.code == kmcast.NOT_STARTED and not told and not disturbed:
                 raise Finding("%s was refused, and knows only: %s" % (client, client.reason))
         for address, processes in self.hosts.items():
