@@ -52,6 +52,10 @@ The protocol in a page (a session; the base protocol lacks the greetings):
       | -- BYE, size and digest of it all -----> |
       | <-------------------------- DONE ------- |  the image is in place
 
+A round is brought to those who lack it, and nobody else hears of it.  The first time through
+the image these are all who are here; when somebody lacks some of it at its end, as he came
+late or was away, there is another pass, through what is lacking.
+
 Up to four rounds are under way at once: while one is multicast, the answers for the
 one before come in and it is repaired, and the next is filled and announced.  The base
 protocol, which has no greetings, is the window of one round, whose end is a round of
@@ -6722,10 +6726,10 @@ class Course(object):
             else:
                 self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                                     % (bits(self.min_rate), bits(goodput)))
-            self._seek_rate()
+            self._seek_rate(self.min_rate)
 
-    def _seek_rate(self, begin=RateControl.START):
-        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s."""
+    def _seek_rate(self, begin):
+        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin."""
         if self.control:
             self.control = RateControl()
             self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
