@@ -4,6 +4,7 @@
 
     kmcast.py server [options] LOCAL_IP CLIENTS [PORT]      < image
     kmcast.py client [options] LOCAL_IP SERVER_IP [PORT]    > image
+    kmcast.py key                                           > key
 
 The server multicasts the image once, in rounds of one buffer each; every
 client says over TCP what it missed and gets just that again.  Standard
@@ -8077,10 +8078,10 @@ def networks_type(text):
     """An argument type: addresses and networks, as (network, mask) of integers."""
     networks = []
     for entry in text.split(','):
-        address, _, size = entry.partition('/')
-        if not is_address(address) or not re.match('[0-9]{1,2}$', size or '32') or int(size or 32) > 32:
+        address, size = entry.split('/', 1) if '/' in entry else (entry, '32')
+        if not is_address(address) or not re.match('[0-9]{1,2}$', size) or int(size) > 32:
             raise argparse.ArgumentTypeError('%s is not an address or a network such as 10.0.0.0/24' % printable(entry))
-        number, mask = to_int(socket.inet_aton(address)), MASK & MASK << 32 - int(size or 32)
+        number, mask = to_int(socket.inet_aton(address)), MASK & MASK << 32 - int(size)
         if number & ~mask:
             raise argparse.ArgumentTypeError('%s is not a network; its first address is %s' % (
                 entry, socket.inet_ntoa(to_bytes(number & mask, 4))))
@@ -8127,8 +8128,8 @@ def command_line():
     common.add_argument('--allow-empty', action='store_true',
                         help='an image of 0 bytes is no error; a client heeds it in the base '
                         'protocol only, else the server has the say')
-    common.add_argument('--key', metavar='FILE', help='only who has this key takes part, and what the server says is '
-                        'believed only if it has; -: standard input; fd:N: a descriptor (KMCAST_KEY_FILE)')
+    common.add_argument('--key', metavar='FILE', help='only who has this key takes part, and only what the server vouches '
+                        'for with it is taken; -: standard input, fd:N: a descriptor (what KMCAST_KEY_FILE names)')
     common.add_argument('--report', metavar='FILE', help='write how it went there, as JSON')
     common.add_argument('--log', metavar='FILE', help='add what -v says there, with date and time')
     common.add_argument('-v', '--verbose', action='store_true', help='say more')
@@ -8175,8 +8176,8 @@ def command_line():
     server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
                         help='clients that one TCP thread serves (64, or all of them where they are '
                         '200 or more)')
-    server.add_argument('--allow', type=networks_type, metavar='CIDR[,CIDR]',
-                        help='take connections from these networks only')
+    server.add_argument('--allow', type=networks_type, metavar='NETWORKS',
+                        help='take connections from these only, such as 10.0.0.0/24,10.0.1.7')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
     server.add_argument('--compat', action='store_true',
                         help='serve clients of the base protocol (the C implementation)')
