@@ -932,17 +932,17 @@ def read_key(name):
     """The Key that a file holds; name: its path, `-` for standard input, or fd:N for a descriptor.  Raises Failure."""
     match = re.match('fd:([0-9]{1,9})$', name)
     fd = 0 if name == '-' else int(match.group(1)) if match else None
-    called = 'the key, %s' % printable(name)
+    called = 'the key in %s' % printable(name)
     secret, ours = b'', fd is None
     try:
         if ours:
             fd = uninterrupted(os.open, name, os.O_RDONLY | os.O_NOCTTY)
         try:
             if os.isatty(fd):
-                raise Failure('%s, is a terminal' % called, USAGE)
+                raise Failure('%s, which is a terminal, would be seen by others' % called, USAGE)
             mode = os.fstat(fd).st_mode
             if ours and mode & 0o077:
-                raise Failure('%s, can be read by others: its mode is %03o; make it 600 (chmod)'
+                raise Failure('%s can be read by others: the mode is %03o; make it 600 (chmod)'
                               % (called, mode & 0o777), USAGE)
             while len(secret) <= Key.MOST:
                 data = uninterrupted(os.read, fd, Key.MOST + 1)
@@ -955,7 +955,7 @@ def read_key(name):
     except OS_ERRORS as error:
         raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
     if not Key.LEAST <= len(secret) <= Key.MOST:
-        raise Failure('%s, has %s; it takes %d to %d (kmcast key > FILE makes one)' % (
+        raise Failure('%s has %s; it takes %d to %d (kmcast key > FILE makes one)' % (
             called, counted(len(secret), 'byte') if len(secret) <= Key.MOST else 'more', Key.LEAST, Key.MOST), USAGE)
     return Key(secret)
 
@@ -7747,7 +7747,8 @@ class Client(object):
                 everything.unregister(udp)
                 udp = None
                 self._listen_no_more()
-            self._listen()
+            if udp is not None:
+                self._listen()
             now = monotonic()
             if relay.active:
                 relay.turn(fds, now)
@@ -7788,7 +7789,7 @@ class Client(object):
     def _listen(self):
         """Take the datagrams that have arrived."""
         receiver, window, useful = self.receiver, self.window, False
-        for _ in range(64 if not window.distrusts else 0):             # a flood must not keep us from TCP
+        for _ in range(64):             # a flood must not keep us from TCP
             batches = receiver.receive(window.aim)
             if batches is None:
                 break
@@ -8280,7 +8281,8 @@ def key_of(options):
         if not name:
             raise Failure('%s is empty: unset it, or let it name a file' % only_file, USAGE)
         name = os.path.join('.', name)  # a path, whatever it looks like
-    elif name == '-' and options.command == 'server' and not options.input and options.pipe is None:
+    elif (name and re.match('-$|fd:0+$', name) and options.command == 'server'
+          and not options.input and options.pipe is None):
         raise Failure('standard input is the image; give the key as a FILE or fd:N', USAGE)
     return name and read_key(name)
 
