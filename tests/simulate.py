@@ -122,6 +122,9 @@ class Plan:
         packets = min(packets, 30 * self.capacity)
         size = max(0, packets * self.payload - r.choice([0, 0, 1, self.payload // 2]))
         self.image = r.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[1:]
+        self.again = not self.compat and r.random() < 0.5        # the image can be read again
+        self.linger = r.choice([0, 0, 0.5, 5]) if self.again else 0
+        self.more = self.again and r.random() < 0.2
         self.size_known = r.random() < 0.5
         self.allow_empty = r.random() < 0.5
         self.per_thread = r.choice([1, 2, 3, 64])
@@ -130,7 +133,7 @@ class Plan:
         self.server_stall = r.choice([3 if self.compat else 8, 15, 30]) if r.random() < 0.9 else 0
         self.client_stall = 0 if self.compat else r.choice([8, 15, 30, 0])
         self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
-        self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
+        self.min_rate = "1M" if not self.compat and r.random() < (0.2 if self.again else 0.05) else None
         self.chain = r.choice(["auto"] * 8 + ["always", "never"]) if not self.compat else "auto"
         self.unicast = r.random() < 0.15 or self.chain == "always"
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
@@ -146,6 +149,9 @@ class Plan:
         if self.server_fault == "hang" and not self.client_stall:
             self.server_fault = "crash"                          # without a timeout all would wait, as they should
         self.fault_at = 10 ** r.uniform(-2.5, 1)
+        if self.again and r.random() < 0.1:
+            self.server_fault = r.choice(["crash", "power"])
+        self.restart = self.again and self.server_fault in ("crash", "power") and 10 ** r.uniform(-1, 0.7)
         count = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 8])
         self.clients = [ClientPlan(r, self, number) for number in range(1, count + 1)]
         if r.random() < 0.15:                                    # no multicast at all, for a while or for ever
@@ -160,7 +166,7 @@ class Plan:
         self.relay_strangers = [(r.uniform(0, 3), r.choice(self.clients)) for _ in range(r.choice([0] * 10 + [1, 12]))]
         self.places = count
         self.start_wait = None
-        if r.random() < 0.2 or any(client.fatal for client in self.clients):
+        if r.random() < (0.7 if self.again else 0.2) or any(client.fatal for client in self.clients):
             self.start_wait = r.uniform(0.05, 1.5)               # else it would wait for who is gone, as it should
         if r.random() < 0.03:
             self.places = max(1, self.places - 1)                # one client too many
@@ -172,6 +178,8 @@ class Plan:
                  "--clients-per-thread", str(self.per_thread)]
         texts += ["--compat"] if self.compat else [] if self.digest else ["--no-digest"]
         texts += ["--min-rate", self.min_rate] if self.min_rate else []
+        texts += ["--linger", str(self.linger)] if self.linger else []
+        texts += ["--more"] * self.more
         texts += ["--start-wait", "%.3f" % self.start_wait] if self.start_wait else []
         texts += ["--chain", self.chain] if self.chain != "auto" else ["--unicast"] * self.unicast
         return texts + ["--allow-empty"] * self.allow_empty
@@ -186,6 +194,9 @@ class ClientPlan:
         self.allow_empty, self.stall = plan.allow_empty, plan.client_stall
         self.window = plan.window if r.random() < 0.8 else r.choice([1, 2, 3, 8])       # rounds that it can hold
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
+        if plan.again and r.random() < 0.4:
+            self.start = 10 ** r.uniform(-1, 1)                  # perhaps late
+        self.seeks = r.random() < 0.6                            # its output takes rounds in any order
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
@@ -1501,13 +1512,14 @@ class Sender(File):
 class Source(File):
     """A kmcast.Source: what makes the image, with pauses; it is hashed by the real Hasher, if there is one."""
 
-    name, drained = "image", False
+    name, path, drained = "image", None, False
 
-    def __init__(self, _path=None, _command=None, digest=True):
+    def __init__(self, _path=None, _command=None, digest=True, _spool=None):
         File.__init__(self)
         self.plan = world.process.plan
+        self.again = self.plan.again
         self.size = len(self.plan.image) if self.plan.size_known else None
-        self.bytes = 0
+        self.bytes = self._at = self._hashed = 0
         self._digest, self._hasher = digest, None
         self._again = 0.0                       # when there is more
         world.process.install(self)
@@ -1525,6 +1537,12 @@ class Source(File):
             self._hasher = kmcast.Hasher()
             kmcast.start_thread(self._hasher)
 
+    def seek(self, place):
+        """Read on from there."""
+        if place != self._at and not self.again or place > self.bytes:
+            raise Finding("the server goes to byte %d of an image of which it has read %d" % (place, self.bytes))
+        self._at = place
+
     def read_into(self, view):
         """Some bytes of the image; None while it pauses."""
         world.call()
@@ -1539,14 +1557,17 @@ class Source(File):
         if plan.server_fault == "source" and world.now > plan.fault_at:
             world.process.fault = "source"
             raise kmcast.Failure("cannot read the image: %s" % os.strerror(errno.EIO))
-        data = plan.image[self.bytes:self.bytes + r.randint(1, len(view))] if len(view) else b""
+        stop = self.bytes if self._at < self.bytes else len(plan.image)
+        data = plan.image[self._at:min(stop, self._at + r.randint(1, len(view)))] if len(view) else b""
         view[:len(data)] = data
-        self.bytes += len(data)
+        self._at += len(data)
+        self.bytes = max(self.bytes, self._at)
         return len(data)
 
     def hash(self, view):
-        """The next bytes of the image are there."""
-        if self._hasher:
+        """Bytes of the image are there; those that are for the first time are hashed."""
+        if self._hasher and self._hashed < self._at:
+            self._hashed = self._at
             self._hasher.give(view)
 
     def look(self):
@@ -1567,11 +1588,14 @@ class Source(File):
 
 
 class Sink:
-    """A kmcast.Sink: a disk of some speed, which may be full, or never end to write."""
+    """A kmcast.Sink: a disk of some speed, which may be full, or never end to write; or what takes it in order only."""
+
+    journal = None
 
     def __init__(self, *_args):
         self.process = world.process
         self.plan = self.process.plan
+        self.seeks = self.plan.seeks
         self.written = 0
         self._fate = None                       # as of the real one
 
@@ -1590,9 +1614,11 @@ class Sink:
         world.call()
         self.process.opened = True
 
-    def write(self, data):
+    def write(self, data, place):
         """Write all of a memoryview, in parts that take time; it must stay as it is meanwhile."""
         process, plan = self.process, self.plan
+        if not self.seeks and place != len(process.output):
+            raise Finding("%s writes byte %d behind byte %d" % (process, place, len(process.output)))
         while len(data):
             if plan.fault == "stuck" and world.now > plan.at:
                 process.fault = "stuck"
@@ -1602,9 +1628,21 @@ class Sink:
                 process.fault = "full"
                 raise kmcast.Failure("cannot write the image: %s" % os.strerror(errno.ENOSPC))
             self._busy(plan.chunk + part / plan.write_rate)
-            process.output += data[:part]
+            process.output.extend(bytes(max(0, place - len(process.output))))
+            process.output[place:place + part] = data[:part]
             self.written += part
-            data = data[part:]
+            place, data = place + part, data[part:]
+
+    def read_into(self, view, place):
+        """Read back some of what was written."""
+        world.call()
+        data = self.process.output[place:place + world.random.randint(1, len(view))]
+        view[:len(data)] = data
+        return len(data)
+
+    def start_over(self):
+        """Nothing that was written counts."""
+        del self.process.output[:]
 
     def _busy(self, seconds):
         self.process.in_output = True
@@ -1620,8 +1658,9 @@ class Sink:
         self._fate = self._fate or "discard"
         return self._fate == "discard"
 
-    def commit(self):
+    def commit(self, size):
         """Make it so."""
+        del self.process.output[size:]
         self._busy(self.plan.commit)
         self._fate = self._fate or "commit"
         if self._fate != "commit":
@@ -1672,6 +1711,8 @@ class Run:
             self.server.most_threads = 2 + plan.digest
         elif plan.server_fault and plan.server_fault not in NO_EVENTS:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
+        if plan.restart:
+            world.at(plan.fault_at + plan.restart, self._restart)
         for number, start in enumerate(plan.strangers):
             world.at(start, Stranger("stranger", "stranger", "10.0.2.%d" % number, plan.clients[0], []).start)
         for number, (start, client) in enumerate(plan.relay_strangers):
@@ -1697,6 +1738,13 @@ class Run:
         if not self.server.ended and not (self.server.job and self.server.job.roster.begun):
             self.server.fault = "stop"
             self.server.interrupt("SIGTERM")
+
+    def _restart(self):
+        """Another server is started on the same file; if the first one is gone."""
+        if self.server.dead and self.server.code is None and not all(client.ended for client in self.clients):
+            self.server = Process("server-2", "server", SERVER, self.plan, self.plan.arguments())
+            self.server.start()
+            world.at(PATIENCE, self._operator)
 
     @staticmethod
     def _fault(process, fault, seconds):
@@ -1781,7 +1829,7 @@ class Run:
         said = dict((address, member.outcome) for address, member in members.items())
         refused = [address for (_, address), _ in roster.refused] if roster else []
         for client in self.clients:
-            self._judge_client(client, client.address in said)
+            self._judge_client(client, client.address in said or bool(self.plan.restart))
             told = "the server says" in (client.reason or "")
             disturbed = client.plan.fault or server.fault or len(self.hosts[client.address]) > 1
             if client.address in refused and client.code == kmcast.NOT_STARTED and not told and not disturbed:
@@ -1792,8 +1840,9 @@ class Run:
         if server.code is not None and not server.fault:
             served = list(said.values()).count("complete")
             refused = roster.refused or [client for client in self.clients if said.get(client.address) != "complete"
-                                         and client.reason == "the server says: refused: " + kmcast.LATE]
-            code = kmcast.OK if served == self.plan.places and not refused else kmcast.PARTLY if served else kmcast.FAILED
+                                         and (client.reason or "").startswith("the server says: refused: " + kmcast.LATE)]
+            whole = served >= self.plan.places and served == len(said) and not refused
+            code = kmcast.OK if whole else kmcast.PARTLY if served else kmcast.FAILED
             if server.code != code:
                 raise Finding("the server exits with %d instead of %d" % (server.code, code))
             if not server.job.failure and None in said.values():
@@ -1809,7 +1858,7 @@ class Run:
             raise Finding("%s has the image, and says: %s" % (client, client.reason))
         if code == kmcast.NOT_STARTED and (client.opened or client.output):
             raise Finding("%s says that nothing was written, and something was" % client)
-        if self.plan.has_digest and not plan.image.startswith(client.output):
+        if self.plan.has_digest and not plan.image.startswith(client.output) and not client.plan.seeks:
             raise Finding("%s writes what was not verified" % client)
         if code == kmcast.USAGE:
             raise Finding("%s: wrong usage: %s" % (client, client.reason))

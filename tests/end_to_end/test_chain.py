@@ -371,7 +371,7 @@ def test_what_the_chain_did_not_bring_is_asked_for(chain):
     one.check()
 
 
-@pytest.mark.parametrize("end", ["closed", "reset", "silent", "nonsense", "outside", "too long", "unannounced"])
+@pytest.mark.parametrize("end", ["closed", "reset", "silent", "nonsense", "outside", "too long"])
 def test_an_upstream_that_fails_is_told_of_and_done_without(end, chain):
     one = chain()
     upstream = one.follow()
@@ -385,7 +385,7 @@ def test_an_upstream_that_fails_is_told_of_and_done_without(end, chain):
     elif end != "silent":
         upstream.sendall(PARTS[0][238:400] + {
             "nonsense": b"\xff" * 11 + b"\0", "outside": wire.piece(0, 9, PARTS[0][:200]),
-            "too long": wire.struct.pack("<3I", 0, 0, 262145), "unannounced": wire.piece(5, 0, PARTS[0])}[end])
+            "too long": wire.struct.pack("<3I", 0, 0, 262145)}[end])
     said = one.says()
     assert said["lost"] and said["connected"] is True
     asked = one.server.asked(what)

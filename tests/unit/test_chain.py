@@ -522,11 +522,16 @@ def test_a_round_that_is_complete_takes_no_piece_any_more():
 
 
 @pytest.mark.parametrize("number, first, size", [
-    (0, COUNT, PAYLOAD), (0, 0, (COUNT + 1) * PAYLOAD), (0, 3, PAYLOAD - 1), (0, COUNT - 1, PAYLOAD - 1), (2, 0, PAYLOAD),
-    (7, 0, PAYLOAD)])
+    (0, COUNT, PAYLOAD), (0, 0, (COUNT + 1) * PAYLOAD), (0, 3, PAYLOAD - 1), (0, COUNT - 1, PAYLOAD - 1)])
 def test_a_piece_that_fits_no_round_is_an_error(number, first, size):
     with pytest.raises(kmcast.ProtocolError):
         Listener().window.area_for(number, first, size)
+
+
+@pytest.mark.parametrize("number", [2, 7, 2**31 + 5, 2**32 - 1])
+def test_a_piece_of_a_round_in_which_we_have_no_part_is_passed_over(number):
+    """The upstream may lack what we do not."""
+    assert Listener().window.area_for(number, 0, PAYLOAD) == (None, None, None)
 
 
 def test_a_buffer_is_kept_until_the_follower_has_the_round():
