@@ -413,7 +413,7 @@ def other_value(value):
     if isinstance(value, (int, float)):
         return value + 1
     if isinstance(value, list):
-        return [value[0], value[1] ^ 1]
+        return [value[0], value[1] ^ 1] if value else [[0, 1]]
     return "x" if value is None else ("1" if value[:1] == "0" else "0") + value[1:]
 
 
@@ -447,12 +447,19 @@ def test_no_field_of_hello_and_welcome_can_be_changed_on_the_way(keys, python):
     def without_a_nonce(_who, message, data, _middle):
         return wire.frame(WELCOME, wire.changed(message.fields, {"nonce": wire.ABSENT})) if message.kind == WELCOME else data
 
+    def server_proof(who, message, data, _middle):
+        return changed_at(data, 1) if message.kind == PROOF and who == "server" else data
+
+    def client_proof(who, message, data, _middle):
+        return changed_at(data, 32) if message.kind == PROOF and who == "client" else data
+
     def group_info(_who, message, data, _middle):
         return changed_at(data, 7) if message.kind is None else data
 
     def rewritten(_who, message, data, _middle):        # the same fields in other bytes
         return wire.frame(message.kind, dict(message.fields, more=1)) if message.kind in (HELLO, WELCOME) else data
-    ends, stderr = through_middles(keys, changes + [without_a_nonce, group_info, rewritten], python=python)
+    changes += [without_a_nonce, group_info, rewritten, server_proof, client_proof]
+    ends, stderr = through_middles(keys, changes, python=python)
     each_fails(ends, "the keys of server and client differ|has no key|cannot join|no kmcast server", codes=(3,))
     assert len(lines(stderr, "is here")) == 1
 
