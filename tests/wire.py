@@ -960,10 +960,11 @@ class Server(End):
     def last_bye(self, **changes):
         """The last BYE, as bytes."""
         digest = self.hash.hexdigest() if self.fields_of_welcome["digest"] else None
-        fields = {"ok": True, "bytes": self.size, "sha256": digest}
+        fields = changed({"ok": True, "bytes": self.size, "sha256": digest}, changes)
         if self.key:
-            fields["proof"] = voucher_of_end(self.key, self.fields_of_welcome["seed"], self.size, self.hash.digest())
-        return frame(BYE, changed(fields, changes))
+            fields.setdefault("proof", voucher_of_end(self.key, self.fields_of_welcome["seed"], fields["bytes"],
+                                                      binascii.unhexlify(fields["sha256"].encode("ascii"))))
+        return frame(BYE, fields)
 
     def last_words(self, **changes):
         """What a server says when a client has everything; `changes` are of the last BYE."""
