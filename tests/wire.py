@@ -947,7 +947,9 @@ class Server(End):
         return repair(number, payload, self.repair_salt, self.check)
 
     def done(self, what=None):
-        """Take DONE for a round."""
+        """Take DONE for a round; of IMAGE with a key the proof that it needs."""
+        if self.key and what == IMAGE:
+            self.check_proof(LAST_DONE)
         return self._expect_for(DONE, what)
 
     def whole_round(self, data):
@@ -977,8 +979,6 @@ class Server(End):
     def end(self, **changes):
         """The last words, and the client's."""
         self.last_words(**changes)
-        if self.key:
-            self.check_proof(LAST_DONE)
         self.done(IMAGE if self.dialect.session else None)
 
 
