@@ -4,6 +4,7 @@
 
     kmcast.py server [options] LOCAL_IP CLIENTS [PORT]      < image
     kmcast.py client [options] LOCAL_IP SERVER_IP [PORT]    > image
+    kmcast.py key                                           > key
 
 The server multicasts the image once, in rounds of one buffer each; every
 client says over TCP what it missed and gets just that again.  Standard
@@ -15,6 +16,7 @@ only those above it:
     Python 2 and 3      all that differs between them
     Outcomes and times  how things end, exit codes, timeouts; and what happens is told
     Wire                structs, signals, frames; two dialects: session and base protocol
+    Key                 who holds it proves it, and vouches for what it says
     Ranges              which bytes of an image are held, or lacking; the journal of a part of one
     Queues and links    TcpQueue; SemLink, the zipper between neighbouring threads
     Rounds              one round of packets: fill, put, get, missing, flush
@@ -93,6 +95,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import hmac
 import io
 import json
 import math
@@ -372,6 +375,7 @@ DONE = b'\x04'
 SENT = b'\x08'
 HELLO = b'\x10'
 UPSTREAM = b'\x11'
+PROOF = b'\x12'
 FOLLOWER = b'\x14'
 RELAY = b'\x15'
 WELCOME = b'\x20'
@@ -395,7 +399,7 @@ REPAIR_BIT = 1 << 31                    # of a seq in a session: a repair datagr
 END = MASK                              # the number in a session's last DONE
 MAX_FRAME = 65536                       # bytes
 DIGEST_SIZE = 32                        # SHA-256, bytes
-TOKEN_SIZE = 16                         # what a follower says first to its upstream, bytes
+TOKEN_SIZE = 16                         # what a follower says first to its upstream, and a nonce, bytes
 LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
@@ -500,9 +504,9 @@ def random_name():
     return hexadecimal(os.urandom(TOKEN_SIZE))
 
 
-def token_of(fields, optional=False):
-    """The token in a frame about the chain, bytes; None for null.  Raises ProtocolError."""
-    text = name_of(fields, 'token', optional)
+def token_of(fields, key='token', optional=False):
+    """The same as bytes: a token of the chain, a nonce."""
+    text = name_of(fields, key, optional)
     return text and binascii.unhexlify(text.encode('ascii'))
 
 
@@ -672,7 +676,9 @@ class SessionDialect(object):
     @staticmethod
     def server_message_size(head, digest_size, _between_rounds=False):
         """The size in bytes of a server's message that begins with `head`, once the session
-        is agreed.  Returns None where more is needed to tell; raises ProtocolError."""
+        is agreed.  Returns None where more is needed to tell; raises ProtocolError.
+
+        digest_size: of what SENT says of the image, bytes."""
         kind = head[:1]
         if kind == ALIVE:
             return 1
@@ -686,7 +692,7 @@ class SessionDialect(object):
                 raise ProtocolError('sums of %s' % counted(count, 'packet'))
             return 9 + 4 * count
         sizes = {BUFFER_INFO: ROUND.size + PLACE.size, SENT: U32.size + digest_size,
-                 AGAIN: U32.size + REPAIR.size, PACKETS: U32.size}
+                 AGAIN: U32.size + REPAIR.size, PACKETS: U32.size, PROOF: DIGEST_SIZE}
         if kind not in sizes:
             raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
         return 1 + sizes[kind]
@@ -742,6 +748,8 @@ class SessionDialect(object):
             return 1
         if kind in (READY, SUMS):
             return 1 + U32.size
+        if kind == PROOF:
+            return 1 + DIGEST_SIZE
         if kind in (HELLO, BYE, STATE, RELAY, LACK):
             return frame_size(head)
         if kind not in (DONE, REQUEST):
@@ -884,6 +892,116 @@ def frame_size(head):
 
 
 # ---------------------------------------------------------------------------
+# Key
+# ---------------------------------------------------------------------------
+
+KEYS_DIFFER = 'the keys of server and client differ'
+NOT_VOUCHED = 'somebody on the way changes what the server says'
+
+
+class Key(object):
+    """A secret that the ends of a transfer share, by which they know each other."""
+
+    LEAST, MOST = 16, 65536             # bytes
+
+    def __init__(self, secret):
+        self._secret = secret
+
+    def proof(self, label, *words):
+        """HMAC-SHA256 (RFC 2104) over a label and some words, 32 bytes.
+
+        Each has its length before it, so that no others make the same bytes.
+        """
+        said = b''.join(U32.pack(len(word)) + word for word in (label,) + words)
+        return hmac.new(self._secret, said, hashlib.sha256).digest()
+
+
+def same(one, other):
+    """Whether two byte strings are equal; how long it takes does not tell how far.
+
+    What hmac.compare_digest does, which Python has from 2.7.7 on.
+    """
+    differing = len(one) ^ len(other)
+    for ours, theirs in zip(bytearray(one), bytearray(other)):
+        differing |= ours ^ theirs
+    return not differing
+
+
+class Greeting(object):
+    """What two ends said as they met, which has random numbers of both: who proves something, proves it over that.
+
+    A proof for one purpose is none for another, as their labels differ.
+    """
+
+    SERVER, CLIENT, DONE = b'kmcast 2 server', b'kmcast 2 client', b'kmcast 2 done'
+
+    def __init__(self, key, group_info, hello, welcome):
+        """key: a Key; the others: the messages as they were sent, bytes."""
+        self._key, self._said = key, (group_info, hello, welcome)
+
+    def prove(self, label):
+        """The message that proves that we hold the key."""
+        return PROOF + self._key.proof(label, *self._said)
+
+    def proven(self, label, message):
+        """Whether the other end's message does."""
+        return same(message, self.prove(label))
+
+
+class Vouchers(object):
+    """What a server says of the image, which is the same for all its clients, is vouched for with these.
+
+    The seed is random, and another one for each image that is sent.
+    """
+
+    SIZE = 32                           # bytes
+    ROUND = struct.Struct('<IQI')       # number, place, bytes
+
+    def __init__(self, key, seed):
+        self._key = Key(key.proof(b'kmcast 2 image', seed))
+
+    def of_round(self, number, place, size, digest):
+        """For a round, and the digest of the image through it."""
+        return self._key.proof(b'kmcast 2 round', self.ROUND.pack(number & MASK, place, size) + digest)
+
+    def of_end(self, size, digest):
+        """For the bytes and the digest of the whole image."""
+        return self._key.proof(b'kmcast 2 end', PLACE.pack(size) + digest)
+
+
+def read_key(name):
+    """The Key that a file holds; name: its path, `-` for standard input, or fd:N for a descriptor.  Raises Failure."""
+    match = re.match('fd:([0-9]{1,9})$', name)
+    fd = 0 if name == '-' else int(match.group(1)) if match else None
+    called = 'the key in %s' % printable(name)
+    secret, ours = b'', fd is None
+    try:
+        if ours:
+            fd = uninterrupted(os.open, name, os.O_RDONLY | os.O_NOCTTY)
+        try:
+            if os.isatty(fd):
+                raise Failure('%s, which is a terminal, would be seen by others' % called, USAGE)
+            mode = os.fstat(fd).st_mode
+            if ours and mode & 0o077:
+                raise Failure('%s can be read by others: the mode is %03o; make it 600 (chmod)'
+                              % (called, mode & 0o777), USAGE)
+            while len(secret) <= Key.MOST:
+                data = uninterrupted(os.read, fd, Key.MOST + 1)
+                if not data:
+                    break
+                secret += data
+        finally:
+            if ours or fd > 2:          # a command that we start shall not have it
+                os.close(fd)
+    except OS_ERRORS as error:
+        raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
+    if not Key.LEAST <= len(secret) <= Key.MOST:
+        raise Failure('%s has %s; it takes %d to %d (kmcast key > FILE makes one)' % (
+            called, counted(len(secret), 'byte') if len(secret) <= Key.MOST else 'more', Key.LEAST, Key.MOST), USAGE)
+    return Key(secret)
+
+
+# ---------------------------------------------------------------------------
 # Ranges
 # ---------------------------------------------------------------------------
 
@@ -914,9 +1032,9 @@ class Held(object):
             raise ProtocolError('a frame without proper ranges')
         return cls(zip(bounds[::2], bounds[1::2]))
 
-    def to_list(self):
-        """As a frame has them: of more than MOST the largest."""
-        ranges = sorted(self, key=lambda pair: pair[0] - pair[1])[:self.MOST]
+    def to_list(self, most=MOST):
+        """As a frame has them: of more than so many the largest."""
+        ranges = sorted(self, key=lambda pair: pair[0] - pair[1])[:most]
         return [list(pair) for pair in sorted(ranges)]
 
     def __iter__(self):
@@ -4157,6 +4275,8 @@ class Member(object):
 
     def __init__(self, address, now):
         self.address, self.host = address, None
+        self.greeting = None            # with a key: what was said as it came,
+        self.proven = False             # and whether it has proven that it has the image
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
@@ -4246,9 +4366,10 @@ class ServerWindow(object):
     of a (Round, Request), or the member is `served`.
     """
 
-    def __init__(self, dialect, stall_timeout):
-        """stall_timeout: seconds for a member to move while it owes something; 0: for ever."""
-        self.dialect, self.stall_timeout = dialect, stall_timeout
+    def __init__(self, dialect, stall_timeout, vouchers=None):
+        """stall_timeout: seconds for a member to move while it owes something; 0: for ever;
+        vouchers: Vouchers, where there is a key."""
+        self.dialect, self.stall_timeout, self.vouchers = dialect, stall_timeout, vouchers
         self.members = []
         self.awaited = []               # what is not complete, in the order of the steps
         self._rounds = {}               # number -> Round
@@ -4276,11 +4397,16 @@ class ServerWindow(object):
 
     def _begin_sent(self, step, awaited, now):
         number = step.round.number
-        message = self.dialect.sent(number, step.round.digest)
+        message = self.dialect.sent(number, self._vouched(step.round))
         listeners = self._those(number, LISTENS)
         for member in listeners:
             self._owe(member, number, ANSWER, awaited, now)
         return [('send', member, message) for member in listeners]
+
+    def _vouched(self, done):
+        """What SENT says of the image through a round."""
+        return done.digest if not self.vouchers else done.digest + self.vouchers.of_round(
+            done.number, done.place, done.buffer.size, done.digest)
 
     def _begin_repair(self, step, awaited, now):
         number, todo = step.round.number, []
@@ -4395,6 +4521,11 @@ class ServerWindow(object):
         """A message that is about no round; returns what to do.  Raises ProtocolError, Refused."""
         if kind == BYE:
             raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+        if kind == PROOF and member.greeting:
+            if not member.greeting.proven(Greeting.DONE, message):
+                raise ProtocolError('a wrong proof')
+            member.proven = True
+            return []
         if kind == RELAY:
             return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
         if kind == LACK:
@@ -4474,6 +4605,8 @@ class ServerWindow(object):
 
     def _done(self, member, number, message, awaited, now):
         if member.rounds[number][0] == COMPLETION:
+            if member.greeting and not member.proven:
+                raise ProtocolError('the last DONE without a proof')
             member.outcome, member.ended = 'complete', now
             member.stands(number, None, None, now)
             return [('served', member, None)]
@@ -4596,6 +4729,7 @@ class Incoming(object):
         self.heard = 0                  # packets by multicast
         self.chained = False            # some of it came from an upstream
         self.carried = True             # the upstream, if there is one, may bring more of it
+        self.suspected = self.whole = False         # its digest differed; all of it was asked for then
         self.head, self.tail = Train(*Round.head_of(count)), Train(*Round.tail_of(count))
 
     def note(self, place, heard, seconds):
@@ -4624,12 +4758,16 @@ class ClientWindow(object):
     BASE_ROOM = 2                       # buffers, where one round is under way
     EARLY = 64                          # batches that may come before their announcement
     AHEAD = 1 << 31                     # rounds: numbers wrap
+    FORGED = 4                          # rounds in a row with forged packets, until it listens no more
 
-    def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None, place=0):
+    def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None, place=0, vouchers=None):
         """payload: bytes in a full packet; salts: for packets, and for repairs;
         digest: whether rounds come with one; checks: as Buffer takes them; place: in the image,
-        where the first round begins; None: rounds may come in any order."""
+        where the first round begins; None: rounds may come in any order; vouchers: Vouchers, where there is a key."""
         self.dialect, self.payload, self.digest = dialect, payload, digest
+        self.vouchers = vouchers
+        self.distrusts = False          # what comes by multicast, so no more of it is to be taken
+        self._forged = 0                # rounds in a row with forged packets
         self._salt, self._repair_salt = salts
         self._checks = checks or list(dialect.checks)
         self.room = max(self.BASE_ROOM, dialect.window)     # buffers at the most
@@ -4688,8 +4826,8 @@ class ClientWindow(object):
         """As Connection.messages wants it: 0 while what follows is no message."""
         if self.wants is not None or self.over:
             return 0
-        return self.dialect.server_message_size(head, DIGEST_SIZE if self.digest else 0,
-                                                not self.rounds and not self._last)
+        digest_size = (DIGEST_SIZE if self.digest else 0) + (Vouchers.SIZE if self.vouchers else 0)
+        return self.dialect.server_message_size(head, digest_size, not self.rounds and not self._last)
 
     # ---- what the server says
 
@@ -4793,7 +4931,10 @@ class ClientWindow(object):
         return todo
 
     def _on_sent(self, incoming, digest, now):
-        incoming.digest = digest
+        incoming.digest, voucher = digest[:DIGEST_SIZE], digest[DIGEST_SIZE:]
+        if self.vouchers and not same(voucher, self.vouchers.of_round(
+                incoming.number, incoming.place, incoming.size, incoming.digest)):
+            raise Failure('round %d is not vouched for: %s' % (incoming.number, NOT_VOUCHED))
         patience = self.SETTLE if self._heard_of(incoming) else self.NOTHING_YET
         incoming.how, incoming.deadline = Incoming.STRAGGLERS, now + patience
         return []
@@ -4820,8 +4961,9 @@ class ClientWindow(object):
         if len(sums) != incoming.count:
             raise ProtocolError('%s of a round of %d' % (counted(len(sums), 'sum'), incoming.count))
         gaps = incoming.buffer.differing(sums)
-        if not gaps and incoming.chained:       # whom another client believed we need not believe
-            gaps, incoming.chained = (1 << incoming.count) - 1, False
+        # Whom another client believed we need not believe; and a checksum keeps no forger away.
+        if not gaps and (incoming.chained or self.vouchers) and not incoming.whole:
+            gaps, incoming.whole = (1 << incoming.count) - 1, True
         if not gaps:
             incoming.how, incoming.given = Incoming.COMPLETE, True
             return [('differs', incoming)]
@@ -5023,11 +5165,16 @@ class ClientWindow(object):
     def verified(self, incoming):
         """The writer found a round right; returns what to do."""
         self.rounds.remove(incoming)
+        if incoming.heard and self.vouchers:
+            self._forged = self._forged + 1 if incoming.suspected else 0
+            if self._forged == self.FORGED and not self.distrusts:
+                self.distrusts, self._hears = True, False
+                tell('forged', rounds=self.FORGED)
         return [('send', self.dialect.done(incoming.number, self._figures(incoming)))]
 
     def damaged(self, incoming):
         """The writer found that a round's digest differs; returns what to do."""
-        incoming.given, incoming.how = False, Incoming.SUSPECT
+        incoming.given, incoming.how, incoming.suspected = False, Incoming.SUSPECT, True
         return [('send', self.dialect.ask_for_sums(incoming.number))]
 
     def go_on(self):
@@ -5038,6 +5185,7 @@ class ClientWindow(object):
         """It comes after another window, of an earlier connection: count on."""
         self.by_multicast, self.by_chain, self.by_tcp, self.coded = (
             other.by_multicast, other.by_chain, other.by_tcp, other.coded)
+        self.distrusts = other.distrusts
 
     def written(self):
         """The writer is through with a round; returns what to do."""
@@ -5623,7 +5771,7 @@ class Relay(object):
         if candidate.incoming.size < size:
             return None
         words = candidate.incoming.flat()
-        if words[:TOKEN_SIZE] != self._token or self._follower:
+        if not same(words[:TOKEN_SIZE], self._token) or self._follower:
             return self._dismiss(candidate, 'it is not the one that the server named')
         self._candidates.remove(candidate)
         self._follower = candidate
@@ -6794,6 +6942,7 @@ WORDS = {
     'started_without': (INFO, 'starting with %(here)d of %(places)s'),
     'stranger': (INFO, '%(member)s: %(reason)s'),
     'refused': (INFO, '%(member)s: refused, %(reason)s'),
+    'unwanted': (INFO, '%(address)s: closed at once, %(reason)s'),
     'member_here': (INFO, '%(member)s is here, %(here)d of %(places)d'),
     'member_late': (INFO, '%(member)s is here, late, and lacks %(lacks)s'),
     'member_back': (INFO, '%(member)s is back, and lacks %(lacks)s'),
@@ -6838,6 +6987,8 @@ WORDS = {
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
+    'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
+               'other, so all that is to come comes by TCP'),
     'relay_stranger': (INFO, '%(address)s: %(reason)s'),
     'server_not_told': (WARNING, 'the image is complete, but the server could not be told: %(reason)s'),
 }
@@ -6992,8 +7143,8 @@ class Log(object):
 
     # What may come in floods: who connects but is no client, who comes and goes before the start.
     FLOODS = {'stranger': 'strangers', 'refused': 'strangers', 'relay_stranger': 'strangers',
-              'member_here': 'arrivals', 'member_left': 'arrivals'}
-    MOST = {'strangers': 10, 'arrivals': 200}   # lines of them all in a period
+              'unwanted': 'unwanted', 'member_here': 'arrivals', 'member_left': 'arrivals'}
+    MOST = {'unwanted': 1, 'strangers': 10, 'arrivals': 200}    # lines of them all in a period
 
     def __init__(self, command, level, write, clock=''):
         """command: whose lines; level: the least of LEVELS; write(text): where a line
@@ -7478,6 +7629,10 @@ def client_report(client):
 # TCP servers
 # ---------------------------------------------------------------------------
 
+# Why a connection is closed before anything is said on it.
+FORBIDDEN, ATTEMPTS = '--allow does not have it', 'too many attempts with a wrong key'
+
+
 class Session(object):
     """What is agreed for a transfer; nobody changes it once clients come."""
 
@@ -7498,13 +7653,50 @@ class Session(object):
         self.digest = self.dialect.talks and not options.no_digest
         self.image, self.outdated = image, outdated
         self.group_info = pack_group_info(self.group, self.port, self.dialect.padding)
-        self.welcome = pack_frame(WELCOME, {
+        self.allowed = options.allow
+        self.key, self.vouchers = options.key, None
+        self._fields = {
             'version': __version__, 'salt': self.salt,
             'repair_salt': self.repair_salt, 'payload': payload,
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
-            'again': again, 'source': source, 'unicast': self.unicast})
+            'again': again, 'source': source, 'unicast': self.unicast}
+        if self.key:
+            seed = os.urandom(TOKEN_SIZE)
+            self.vouchers = Vouchers(self.key, seed)
+            self._fields['seed'] = hexadecimal(seed)
+        self.welcome = pack_frame(WELCOME, self._fields)
+
+    def greeting(self, hello):
+        """With a key: (WELCOME for who said this HELLO, the Greeting that has both)."""
+        welcome = pack_frame(WELCOME, dict(self._fields, nonce=hexadecimal(os.urandom(TOKEN_SIZE))))
+        return welcome, Greeting(self.key, self.group_info, hello, welcome)
+
+    def allows(self, address):
+        """Whether --allow has an address."""
+        number = to_int(socket.inet_aton(address))
+        return self.allowed is None or any(number & mask == network for network, mask in self.allowed)
+
+
+class Attempts(object):
+    """Who has failed to prove the key lately: an address has so many attempts in a period."""
+
+    MOST, PERIOD = 5, 1.0               # seconds
+    MEMORY = 1000                       # attempts
+
+    def __init__(self):
+        self._failed = collections.deque(maxlen=self.MEMORY)    # (when, address)
+
+    def failed(self, address, now):
+        """An attempt from there has failed."""
+        self._failed.append((now, address))
+
+    def exhausted(self, address, now):
+        """Whether there may be no more of them now."""
+        while self._failed and now - self._failed[0][0] > self.PERIOD:
+            self._failed.popleft()
+        return sum(other == address for _, other in self._failed) >= self.MOST
 
 
 class Peer(Connection):
@@ -7513,6 +7705,7 @@ class Peer(Connection):
     def __init__(self, sock, address):
         Connection.__init__(self, sock, address)
         self.member = Member(address, self.since)
+        self.unproven = False           # it was sent a proof, and still owes its own
         # (Round, Request) whose packets wait until those before are out: short messages overtake them.
         self.asked = collections.deque()
         self.waiting = dict(waiting=None)           # what it was told that it waits for
@@ -7550,7 +7743,8 @@ class TcpServer(threading.Thread):
         self.listener = listener
         self.number = number
         self.child = None
-        self.window = ServerWindow(session.dialect, session.stall_timeout)
+        self.window = ServerWindow(session.dialect, session.stall_timeout, session.vouchers)
+        self._attempts = Attempts()
         self.held = list(held)          # connections that are there at the beginning, or left at the end
         self.inbox = collections.deque()        # Steps from the parent
         self.results = collections.deque()      # (Step, Answers) of what is complete here and below
@@ -7660,7 +7854,7 @@ class TcpServer(threading.Thread):
             if peer.hello:
                 self._safely(peer, peer.show_life, ALIVE)
             elif now - peer.since > GREETING_TIME:
-                self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
+                self._drop(peer, 'no %s within %d s' % ('proof of the key' if peer.unproven else 'HELLO', GREETING_TIME))
         for member, peer in list(self._peers.items()):
             if peer.outgoing.size or member.owes:
                 peer.look_at_kernel()
@@ -7806,6 +8000,12 @@ class TcpServer(threading.Thread):
                 sock, address = self.listener.accept()
             except OS_ERRORS:
                 return
+            unwanted = (FORBIDDEN if not self.session.allows(address[0]) else
+                        ATTEMPTS if self._attempts.exhausted(address[0], monotonic()) else None)
+            if unwanted:
+                tell('unwanted', address=address[0], reason=unwanted)
+                sock.close()
+                continue
             self._make_room(address[0])
             peer = Peer(sock, address[0])
             peer.begin(self.session.stall_timeout)
@@ -7843,7 +8043,7 @@ class TcpServer(threading.Thread):
         member = peer.member
         twin = self.roster.twin(member)
         why = self.roster.why_not(twin)
-        if self.session.dialect.greets and not why:
+        if self.session.dialect.greets and not why and not self.session.key:
             self._send(peer, self.session.welcome)
             if peer.leaving or not peer.open:
                 return
@@ -7855,9 +8055,7 @@ class TcpServer(threading.Thread):
         if why:
             if self.session.dialect.greets:         # else it may be anybody
                 self.roster.refuse(member, why)
-            tell('refused', member=member, reason=why)
-            self._drop(peer, 'refused: ' + why)
-            return
+            return self._refuse(peer, why)
         self._pending.remove(peer)
         if not self.roster.begun:       # else there is more to say of it
             tell('member_here', member=member, here=here, places=self.roster.places)
@@ -7867,6 +8065,11 @@ class TcpServer(threading.Thread):
         self._take(peer)
         self._bring('here', member)
         self._advance()
+
+    def _refuse(self, peer, reason):
+        """Tell a connection why it is none of a client, and the user."""
+        tell('refused', member=peer.member, reason=reason)
+        self._drop(peer, 'refused: ' + reason)
 
     def _take(self, peer):
         """Serve a client, or have the child do so.  Raises Failure."""
@@ -7925,9 +8128,9 @@ class TcpServer(threading.Thread):
             peer.incoming.clear()
             return
         if peer.member not in self._peers:
-            hello = peer.first(self._hello_size)
-            if hello:                   # what follows is for whoever takes it
-                self._on_hello(peer, hello)
+            said = peer.first(self._proof_size if peer.unproven else self._hello_size)
+            if said:                    # what follows is for whoever takes it
+                (self._on_proof if peer.unproven else self._on_hello)(peer, said)
             return
         for message in peer.messages(self.window.size_of):
             todo = self.window.heard(peer.member, message, peer.heard)
@@ -7936,11 +8139,19 @@ class TcpServer(threading.Thread):
                 if peer.leaving or not peer.open:
                     return
 
-    @staticmethod
-    def _hello_size(head):
+    LONGEST_HELLO = 8 << 10             # bytes, of who has yet to prove the key
+
+    def _hello_size(self, head):
         if head[:1] != HELLO:
             raise ProtocolError('it says something else than HELLO')
-        return frame_size(head)
+        size = frame_size(head)
+        if self.session.key and (size or 0) > self.LONGEST_HELLO:
+            raise ProtocolError('a HELLO of %d bytes' % size)
+        return size
+
+    @staticmethod
+    def _proof_size(head):
+        return 1 + DIGEST_SIZE if head[:1] == PROOF else 1      # what else it may be does not matter
 
     def _on_hello(self, peer, message):
         fields = unpack_frame(message[5:])
@@ -7960,7 +8171,27 @@ class TcpServer(threading.Thread):
             self.roster.renewing, peer.hello = True, message
             return
         peer.alive_every = alive_every(stall_of(fields))
-        self._welcome(peer)
+        if not self.session.key and 'nonce' not in fields:
+            self._welcome(peer)
+        elif not self.session.key:
+            self._refuse(peer, 'this server has no key, and the client has one')
+        elif 'nonce' not in fields:
+            self._refuse(peer, 'this server takes only clients that have its key (--key)')
+        else:
+            token_of(fields, 'nonce')
+            welcome, peer.member.greeting = self.session.greeting(message)
+            peer.unproven = True
+            self._send(peer, welcome + peer.member.greeting.prove(Greeting.SERVER))
+
+    def _on_proof(self, peer, message):
+        """The answer of who was sent a proof: its own, else it has another key."""
+        if self._attempts.exhausted(peer.address, monotonic()):
+            self._refuse(peer, ATTEMPTS)
+        elif not peer.member.greeting.proven(Greeting.CLIENT, message):
+            self._refuse(peer, KEYS_DIFFER)
+        else:
+            peer.unproven = False
+            self._welcome(peer)
 
     def _send(self, peer, *pieces):
         """Send what can be sent, and poll for what cannot."""
@@ -7995,6 +8226,8 @@ class TcpServer(threading.Thread):
                 tell('member_lost' if self.roster.begun else 'member_left', member=member, reason=reason)
         elif peer in self._pending:
             self._pending.remove(peer)
+            if peer.unproven:
+                self._attempts.failed(peer.address, monotonic())
             if not reason.startswith('refused'):
                 tell('stranger', member=member, reason=reason)
         if peer.outgoing.count and not self._over:
@@ -8242,9 +8475,10 @@ class Multicaster(object):
 
     def _last_word(self):
         """The BYE that ends a good session."""
+        size, digest, vouchers = self.source.bytes, self.source.digest(), self.session.vouchers
+        proof = {'proof': hexadecimal(vouchers.of_end(size, digest))} if vouchers else {}
         return self.session.dialect.bye(
-            ok=True, bytes=self.source.bytes, sha256=hexadecimal(self.source.digest())
-            if self.session.digest else None)
+            ok=True, bytes=size, sha256=hexadecimal(digest) if self.session.digest else None, **proof)
 
     def _threads(self):
         thread = self.tcp if self.tcp.ident else None
@@ -8481,6 +8715,7 @@ class Client(object):
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
     AT_ONCE = 512 << 10                 # bytes from the server in a turn
+    KEYED_RANGES = 150                  # that we hold, in a HELLO which is to be short
 
     def __init__(self, options, signals):
         """options: of the command line; signals: a StopInOrder."""
@@ -8499,10 +8734,11 @@ class Client(object):
         self.ended = None
         self.reason = None              # why the server could not be reached so far
         self.overflows = None           # datagrams lost in this host
-        self.unicast = False            # the server said not to expect multicast
+        self.unicast = False            # no multicast is to be expected: the server said so, or it is forged
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.says = {}                  # what the server said of its state
+        self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
         self._give_up_at = None         # when to try no more to come back, seconds
         self._back_at = self._had = 0   # when we last came back, and the bytes that we had
@@ -8595,6 +8831,8 @@ class Client(object):
         try:
             if self.dialect.talks:
                 self.server.outgoing.put_tail(self.dialect.state(busy=None, **self.figures()))
+            if self.greeting:
+                self.server.outgoing.put_tail(self.greeting.prove(Greeting.DONE))
             self.server.send(self.dialect.done(END, (0,) * 5))
             while self.server.outgoing.count:
                 self._check_stall()
@@ -8719,9 +8957,12 @@ class Client(object):
 
     def _greet(self):
         """Agree with the server.  Raises Lost, ProtocolError, Failure."""
-        group, port, version = unpack_group_info(self._next_message(lambda head: GROUP_INFO.size))
-        self._group = group, port
+        group_info = self._next_message(lambda head: GROUP_INFO.size)
+        group, port, version = unpack_group_info(group_info)
+        self._group, key = (group, port), self.options.key
         if version is None:
+            if key:
+                raise Failure('that server speaks the base protocol, which has no keys', NOT_STARTED)
             self.dialect = BaseDialect
             self._begin(None, payload_for(1500), checks=[plain_crc, c_sum])
             return
@@ -8729,24 +8970,51 @@ class Client(object):
             raise ProtocolError('it speaks version %d, and this kmcast version %d; run the same file '
                                 'on all hosts' % (version, SESSION_VERSION))
         stall = self.options.stall_timeout
+        hello = {'version': __version__, 'host': printable(socket.gethostname()),
+                 'window': SessionDialect.window, 'relay': True, 'stall': STALL if stall is None else stall,
+                 'seek': self.copy.sink.seeks, 'image': self.copy.image, 'who': self.copy.who,
+                 'have': self.copy.held.to_list(self.KEYED_RANGES if key else Held.MOST)}
+        if key:
+            hello['nonce'] = hexadecimal(os.urandom(TOKEN_SIZE))
+        hello = pack_frame(HELLO, hello)
+        self._say_in_greeting(hello)
+        self.dialect = SessionDialect
+        welcome = self._hear_in_greeting(WELCOME)
+        fields = unpack_frame(welcome[5:])
+        if key:
+            self._prove(key, (group_info, hello, welcome), fields)
+        self._on_welcome(fields)
+
+    def _say_in_greeting(self, message):
         try:
-            self.server.send(pack_frame(HELLO, {
-                'version': __version__, 'host': printable(socket.gethostname()),
-                'window': SessionDialect.window, 'relay': True, 'stall': STALL if stall is None else stall,
-                'seek': self.copy.sink.seeks, 'image': self.copy.image, 'have': self.copy.held.to_list(),
-                'who': self.copy.who}))
+            self.server.send(message)
         except Gone as error:
             raise Lost('lost the server: %s' % error)
-        self.dialect = SessionDialect
+
+    def _hear_in_greeting(self, wanted):
+        """The server's next message, which is of a kind that is wanted.  Raises Lost, ProtocolError, Refused."""
         kind = ALIVE
         while kind == ALIVE:
             message = self._next_message(lambda head: self.dialect.server_message_size(head, 0))
             kind = message[:1]
         if kind == BYE:
             raise refusal(unpack_frame(message[5:]))
-        if kind != WELCOME:
+        if kind != wanted:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
-        self._on_welcome(unpack_frame(message[5:]))
+        return message
+
+    def _prove(self, key, said, fields):
+        """Have the server prove that it holds the key, before anything that it says counts, and prove it, too."""
+        if 'nonce' not in fields:
+            raise Failure('that server has no key, and this client has one', NOT_STARTED)
+        self.greeting = Greeting(key, *said)
+        if not self.greeting.proven(Greeting.SERVER, self._hear_in_greeting(PROOF)):
+            raise Failure(KEYS_DIFFER, NOT_STARTED)
+        token_of(fields, 'nonce')
+        self.vouchers = Vouchers(key, token_of(fields, 'seed'))
+        if field(fields, 'digest', TEXT, optional=True) is None:
+            raise ProtocolError('a key without digests')
+        self._say_in_greeting(self.greeting.prove(Greeting.CLIENT))
 
     def _on_welcome(self, fields):
         field(fields, 'version', TEXT)
@@ -8781,7 +9049,7 @@ class Client(object):
         """
         lost = self.copy.begin(image, digest)
         place = None if self.sink.seeks and image else self.copy.verified
-        window = ClientWindow(self.dialect, payload, salts, digest, checks, place)
+        window = ClientWindow(self.dialect, payload, salts, digest, checks, place, self.vouchers)
         if self.window:
             window.take_over(self.window)
         elif self.copy.resumed:
@@ -8822,7 +9090,12 @@ class Client(object):
         relay.poll_with(control, everything)
         self._hear()                    # what came with the greetings
         while not window.over:
-            if udp in fds or window.deadline is not None:       # datagrams are taken before a round is answered for
+            if window.distrusts and udp is not None:
+                everything.unregister(udp)
+                udp = None
+                self._listen_no_more()
+            # Datagrams are taken before a round is answered for.
+            if udp is not None and (udp in fds or window.deadline is not None):
                 self._listen()
             now = monotonic()
             if relay.active:
@@ -8887,6 +9160,11 @@ class Client(object):
         if useful:
             self.server.heard = monotonic()
             window.listened(self.server.heard)
+
+    def _listen_no_more(self):
+        """Leave the group, which forgers have made useless."""
+        self.overflows, self.unicast = self.receiver.overflows(), True
+        self.receiver.close()
 
     def _hear(self):
         """Take what has arrived by TCP."""
@@ -9050,6 +9328,9 @@ class Client(object):
             return True
         size = field(self._fields, 'bytes', NUMBER)
         digest = window.digest and binascii.unhexlify(digest_in(self._fields, 'sha256'))
+        if self.vouchers and not same(digest_in(dict({'proof': None}, **self._fields), 'proof'),
+                                      hexadecimal(self.vouchers.of_end(size, digest)).encode('ascii')):
+            raise Failure('the end is not vouched for: ' + NOT_VOUCHED)
         writer.end(size, digest)
         since, state_at = monotonic(), monotonic() + self.STATE_EVERY
         while not writer.through or writer.checking:
@@ -9068,7 +9349,8 @@ class Client(object):
     def _finish(self):
         """All is here and verified: make it final.  Raises Failure."""
         self._start()
-        self.overflows = self.receiver.overflows()
+        if not self.window.distrusts:
+            self.overflows = self.receiver.overflows()
         self.writer.commit()
         self._await_end()
 
@@ -9196,6 +9478,21 @@ def file_type(text):
     return None if text == '-' else text
 
 
+def networks_type(text):
+    """An argument type: addresses and networks, as (network, mask) of integers."""
+    networks = []
+    for entry in text.split(','):
+        address, size = entry.split('/', 1) if '/' in entry else (entry, '32')
+        if not is_address(address) or not re.match('[0-9]{1,2}$', size) or int(size) > 32:
+            raise argparse.ArgumentTypeError('%s is not an address or a network such as 10.0.0.0/24' % printable(entry))
+        number, mask = to_int(socket.inet_aton(address)), MASK & MASK << 32 - int(size)
+        if number & ~mask:
+            raise argparse.ArgumentTypeError('%s is not a network; its first address is %s' % (
+                entry, socket.inet_ntoa(to_bytes(number & mask, 4))))
+        networks.append((number & mask, mask))
+    return networks
+
+
 def group_type(text):
     """An argument type: a multicast group."""
     if is_address(text) and is_multicast(text):
@@ -9235,6 +9532,8 @@ def command_line():
     common.add_argument('--allow-empty', action='store_true',
                         help='an image of 0 bytes is no error; a client heeds it in the base '
                         'protocol only, else the server has the say')
+    common.add_argument('--key', metavar='FILE', help='only who has this key takes part, and only what the server vouches '
+                        'for with it is taken; -: standard input, fd:N: a descriptor (what KMCAST_KEY_FILE names)')
     common.add_argument('--report', metavar='FILE', help='write how it went there, as JSON')
     common.add_argument('--log', metavar='FILE', help='add what -v says there, with date and time')
     common.add_argument('-v', '--verbose', action='store_true', help='say more')
@@ -9289,6 +9588,8 @@ def command_line():
     server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
                         help='clients that one TCP thread serves (64, or all of them where they are '
                         '200 or more)')
+    server.add_argument('--allow', type=networks_type, metavar='NETWORKS',
+                        help='take connections from these only, such as 10.0.0.0/24,10.0.1.7')
     server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
     server.add_argument('--compat', action='store_true',
                         help='serve clients of the base protocol (the C implementation)')
@@ -9309,14 +9610,18 @@ def command_line():
     client.add_argument('--resume', action='store_true',
                         help='with -o FILE: go on where an earlier run broke off, and leave what there is for a later one')
 
+    key = commands.add_parser('key', help='make a key for --key',
+                              description='Write a new key to standard output; if that is a file, it gets mode 600.')
+
     demo = commands.add_parser('demo', help='a server and some clients on this host, to see it work',
                                description='Send FILE, or 64 MiB of random data, to some clients '
                                'on this host by loopback.')
     demo.add_argument('--clients', type=whole_number(1, 100), default=3, metavar='N',
                       help='how many clients (3)')
     demo.add_argument('file', nargs='?', metavar='FILE', help='what to send')
-    demo.add_argument('-v', '--verbose', action='store_true', help='say more')
-    demo.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    for command in (key, demo):
+        command.add_argument('-v', '--verbose', action='store_true', help='say more')
+        command.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
     return parser
 
 
@@ -9331,6 +9636,9 @@ def server_command(options, signals):
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
                       % (options.min_clients, options.clients), USAGE)
+    if options.key and (options.compat or options.no_digest):
+        raise Failure('%s has nothing that a key could prove; give no --key, and set no KMCAST_KEY_FILE'
+                      % ('--compat' if options.compat else '--no-digest'), USAGE)
     if options.min_clients > 1 and options.start_wait is None:
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     if options.clients_per_thread is None:
@@ -9359,6 +9667,44 @@ def client_command(options, signals):
     # `auto` is the address of the connection to the server, once there is one.
     options.local_ip = None if options.local_ip == 'auto' else local_address(options.local_ip)
     return Client(options, signals)
+
+
+class MakeKey(object):
+    """`kmcast key`: a new key, as text, to standard output."""
+
+    def __init__(self, _options, _signals):
+        pass
+
+    @staticmethod
+    def run():
+        """Write it; returns an exit code.  Raises Failure."""
+        try:
+            if stat.S_ISREG(os.fstat(1).st_mode):
+                os.fchmod(1, 0o600)     # before there is anything to be read
+            os.write(1, binascii.hexlify(os.urandom(32)) + b'\n')
+        except OS_ERRORS as error:
+            raise Failure('cannot write the key: %s' % explain(error))
+        return OK
+
+    def status(self, _now):
+        """None: it is a moment."""
+
+    def close(self):
+        """It has nothing."""
+
+
+def key_of(options):
+    """The Key that the command line or the environment names; None without one.  Raises Failure."""
+    name, only_file = options.key, 'KMCAST_KEY_FILE'
+    if name is None and only_file in os.environ:
+        name = os.environ[only_file]
+        if not name:
+            raise Failure('%s is empty: unset it, or let it name a file' % only_file, USAGE)
+        name = os.path.join('.', name)  # a path, whatever it looks like
+    elif (name and re.match('-$|fd:0+$', name) and options.command == 'server'
+          and not options.input and options.pipe is None):
+        raise Failure('standard input is the image; give the key as a FILE or fd:N', USAGE)
+    return name and read_key(name)
 
 
 class DemoClient(threading.Thread):
@@ -9471,7 +9817,7 @@ class Demo(object):
                     pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo}
+COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo, 'key': MakeKey}
 
 
 def main(arguments=None):
@@ -9490,7 +9836,7 @@ def main(arguments=None):
     if rest:
         parser.error('unrecognized arguments: %s' % printable(' '.join(rest)))
     if not options.command:             # Python 3 lets it be missing
-        parser.error('which COMMAND? one of server, client, demo')
+        parser.error('which COMMAND? one of server, client, demo, key')
     open_standard_files()
     return run_job(options, StopInOrder())
 
@@ -9524,6 +9870,8 @@ def run_job(options, signals):
     read_by_user(options, None)
     try:
         try:
+            if hasattr(options, 'key'):
+                options.key = key_of(options)       # which may wait for who writes it
             with uninterruptible:
                 job = COMMANDS[options.command](options, signals)
             read_by_user(options, job)

@@ -3,6 +3,7 @@
 
     python3 tests/fuzz.py --endpoint client --rounds 100000 --seed 1
     python3 tests/fuzz.py --endpoint server --rounds 100000 --seed 1 --python ~/.pyenv/versions/2.7.18/bin/python
+    python3 tests/fuzz.py --endpoint client --key --rounds 100000 --seed 1              # both ends have a key
     python3 tests/fuzz.py --endpoint server --seed 1 --only 4711        # one case again; 4680-4719: those, in one session
 
 A session is built message by message by wire.py, with no code of kmcast. Most cases then change it on the way:
@@ -55,8 +56,8 @@ import traceback
 import zlib
 
 import wire
-from wire import (AGAIN, ALIVE, BASE, BYE, DONE, HELLO, INFO, LOOPBACK, MASK, PACKETS, READY, REQUEST, Round, SENT, SESSION, SUMS,
-                  U32, WELCOME, packet)
+from wire import (AGAIN, ALIVE, BASE, BYE, DONE, HELLO, INFO, LOOPBACK, MASK, PACKETS, PROOF, READY, REQUEST, Round, SENT,
+                  SESSION, SUMS, U32, WELCOME, packet)
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -73,6 +74,7 @@ SERVER_STALL = 2.0              # --stall-timeout of servers that are played to:
 CASE_LIMIT = 15.0               # seconds after which a process is taken to hang; the machine may be busy
 PEERS = 40                      # cases in one transfer of a server
 MOST_KIB = 200 << 10            # of resident memory, in a process under test
+KEY = b"0123456789abcdef"       # with --key
 JUMBO_KIB = 65536 * 8972 >> 10  # what the largest round of the base protocol takes, which a server may announce for fun
 
 
@@ -302,13 +304,13 @@ def change_datagrams(generator, datagrams, seqs_are_checked=True):
 class ServerCase(object):
     """A server's side of one transfer, and what its client may make of it."""
 
-    def __init__(self, seed, number, group, port):
+    def __init__(self, seed, number, group, port, key=None):
         generator = self.generator = random.Random("client %d %d" % (seed, number))
-        self.number = number
+        self.number, self.key, self.seed = number, key, wire.nonce()
         self.group, self.port = group, port
         self.style = generator.choices(("clean", "pieces", "datagrams", "wild"), (3, 7, 15, 75))[0]
-        self.session = generator.random() < 0.8
-        self.digest = generator.random() < 0.85
+        self.session = generator.random() < 0.8 or bool(key)
+        self.digest = generator.random() < 0.85 or bool(key)
         self.dialect = SESSION if self.session else BASE
         self.check = SESSION.check(self.digest) if self.session else generator.choice((wire.plain_crc, wire.c_sum))
         self.salt = generator.choice((0, 1, MASK, generator.getrandbits(32))) if self.session else 0
@@ -375,14 +377,30 @@ class ServerCase(object):
                 of.info(some), of.info(some._replace(count=16384, size=16384 * self.payload)),
                 of.info(some._replace(count=0, size=0)), of.info(some._replace(place=2 ** 64 - 1)),
                 wire.state(waiting="for fun"), b"GET / HTTP/1.1\r\n\r\n", wire.welcome(),
-                packet(self.base, b"x" * 16, self.salt, self.check)]
+                packet(self.base, b"x" * 16, self.salt, self.check), PROOF + b"p" * 32,
+                of.sent(some, self._vouched(some._replace(number=1), hashlib.sha256().digest()))]
+
+    def _vouched(self, what, digest):
+        """What SENT says of the image through a round."""
+        return digest + wire.voucher(self.key, self.seed, what, digest) if self.key else digest if self.digest else b""
+
+    def _greet_with_key(self, line, group_info, welcome):
+        hello = line.expect(HELLO).raw
+        welcome = wire.frame(WELCOME, dict(welcome, nonce=wire.nonce(), seed=self.seed))
+        line.key, line.met = self.key, (group_info, hello, welcome)
+        line.say(welcome, line.prove(wire.SERVER))
+        line.check_proof(wire.CLIENT)
 
     def _play(self, line):
-        line.say(wire.group_info(self.group, self.port, self.dialect.padding))
-        if self.session:
+        group_info = wire.group_info(self.group, self.port, self.dialect.padding)
+        line.say(group_info)
+        welcome = wire.welcome_fields(payload=self.payload, salt=self.salt, repair_salt=self.repair_salt, window=self.window,
+                                      source=self.source, digest="sha256" if self.digest else None)
+        if self.key:
+            self._greet_with_key(line, group_info, welcome)
+        elif self.session:
             line.expect(HELLO)
-            line.say(wire.welcome(payload=self.payload, salt=self.salt, repair_salt=self.repair_salt, window=self.window,
-                                  source=self.source, digest="sha256" if self.digest else None))
+            line.say(wire.frame(WELCOME, welcome))
         coming, underway = self._flights(), []
         while coming or underway:
             if self.session and self.generator.randrange(8) == 0:
@@ -402,8 +420,11 @@ class ServerCase(object):
             else:
                 self._hear(line, underway)
         if self.session:
-            digest = hashlib.sha256(self.image).hexdigest() if self.digest else None
-            line.say(wire.bye(True, bytes=len(self.image), sha256=digest))
+            digest = hashlib.sha256(self.image)
+            proof = {"proof": wire.voucher_of_end(self.key, self.seed, len(self.image), digest.digest())} if self.key else {}
+            line.say(wire.bye(True, bytes=len(self.image), sha256=digest.hexdigest() if self.digest else None, **proof))
+            if self.key:
+                line.check_proof(wire.LAST_DONE)
             line.expect(DONE)
 
     def _flights(self):
@@ -415,7 +436,7 @@ class ServerCase(object):
             what = Round(number, len(data), base, len(payloads), place)
             packets = [packet((base + i) % self.dialect.seqs, payload, self.salt, self.check)
                        for i, payload in enumerate(payloads)]
-            flights.append(Flight(what, payloads, packets, self.dialect.sent(what, digest.digest() if self.digest else b"")))
+            flights.append(Flight(what, payloads, packets, self.dialect.sent(what, self._vouched(what, digest.digest()))))
             base, place = (base + len(payloads)) % self.dialect.seqs, place + len(data)
         return flights
 
@@ -500,9 +521,9 @@ class Flight(object):
 class PeerCase(object):
     """A client's side of a transfer, from a client that cannot be trusted."""
 
-    def __init__(self, seed, number, window):
+    def __init__(self, seed, number, window, key=None):
         generator = self.generator = random.Random("server %d %d" % (seed, number))
-        self.number, self.window = number, window
+        self.number, self.window, self.key = number, window, key
         self.style = generator.choices(("clean", "pieces", "wild"), (4, 6, 90))[0]
         self.loses = generator.choice((0.0, 0.0, 0.2, 0.5, 1.0))
         self.greeted = threading.Event()        # it has a place, or will never have one
@@ -517,6 +538,8 @@ class PeerCase(object):
         self.dialect, self.image = BASE if compat else SESSION, image
         try:
             sock.settimeout(CASE_LIMIT)
+            if self.key:                # who fails to prove it is not to be in the way of the others
+                sock.bind(("127.1.%d.%d" % (self.number // 250 % 250, 1 + self.number % 250), 0))
             sock.connect((LOOPBACK, port))
             self._play(Line(sock, self.generator, self.style, self._others(), dialect=self.dialect, hears_a_server=True))
         except Ended as end:
@@ -535,18 +558,28 @@ class PeerCase(object):
             of.request(some, places) for places in ([0], [7], range(8), range(9), [])] + [
                 of.request(some._replace(number=99), [0]), REQUEST + U32.pack(MASK), wire.hello(), HELLO + U32.pack(MASK),
                 wire.bye(False, reason=u"\x1b[31mfor fun\r\n"), wire.bye(True), wire.state(busy="writing", overflows=3),
-                b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
+                b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+                PROOF + b"p" * 32]
 
     def _play(self, line):
         session = self.dialect.session
-        if line.read(16)[8:] != self.dialect.padding:
+        group_info = line.read(16)
+        if group_info[8:] != self.dialect.padding:
             self.wrong = "its group info"
         self.salt, self.payload = 0, 0
         if session:
-            line.say(wire.hello(host="fuzz", window=self.window))
-            fields = line.expect(WELCOME).fields
+            hello = wire.hello(host="fuzz", window=self.window, nonce=wire.nonce() if self.key else wire.ABSENT)
+            line.say(hello)
+            message = line.expect(WELCOME)
+            fields = message.fields
+            if self.key:
+                line.key, line.met = self.key, (group_info, hello, message.raw)
+                if PROOF + line.expect(PROOF).proof != line.prove(wire.SERVER) and not line.changed:
+                    self.wrong = "its proof"
+                line.say(line.prove(wire.CLIENT))
+                time.sleep(0.05)        # it is told nothing when it gets its place
             self.salt, self.payload = fields["salt"], fields["payload"]
-            line.digest_size = 32 if fields["digest"] else 0
+            line.digest_size = 64 if self.key else 32 if fields["digest"] else 0
             self.bare = bool(fields["digest"])
         self.greeted.set()
         missing = {}                    # number of a round that is under way -> places; None: it was not SENT yet
@@ -601,6 +634,8 @@ class PeerCase(object):
         return ([generator.choice(BOUNDARIES + (generator.getrandbits(10), generator.getrandbits(20))) for _ in range(5)],)
 
     def _last_word(self, line):
+        if self.key:
+            line.say(line.prove(wire.LAST_DONE))
         line.say(self.dialect.done(wire.IMAGE))
         self.served = not line.changed
         raise Ended("served")
@@ -789,8 +824,8 @@ def bring_up(kmcast, task, pipe):
 class Findings(object):
     """Counts cases and says what was found."""
 
-    def __init__(self, endpoint, seed, python):
-        self.endpoint, self.seed, self.python = endpoint, seed, python
+    def __init__(self, endpoint, seed, python, key=None):
+        self.endpoint, self.seed, self.python, self.key = endpoint, seed, python, key
         self.cases = self.found = 0
         self.codes, self.reasons = collections.Counter(), collections.Counter()
         self.peak = 0
@@ -818,8 +853,8 @@ class Findings(object):
         """Say what was found in case `only` (a number, or text A-B)."""
         with self._lock:
             self.found += 1
-            print("FINDING in case %s: %s\n  again: python3 tests/fuzz.py --endpoint %s --seed %d --python %s --only %s\n%s" % (
-                only, what, self.endpoint, self.seed, self.python, only,
+            print("FINDING in case %s: %s\n  again: python3 tests/fuzz.py --endpoint %s%s --seed %d --python %s --only %s\n%s" % (
+                only, what, self.endpoint, " --key" if self.key else "", self.seed, self.python, only,
                 "\n".join("    | " + line for line in details[-30000:].splitlines())), flush=True)
 
     def summary(self):
@@ -854,6 +889,17 @@ def judge_process(job, name, most_kib=MOST_KIB):
     return wrong
 
 
+def with_key(findings, folder):
+    """The options of a process that has the key, where there is one."""
+    if not findings.key:
+        return []
+    path = os.path.join(folder, "key")
+    with open(path, "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(findings.key)
+    return ["--key", path]
+
+
 def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
     """Play the cases that the iterator `numbers` gives, one after the other."""
     group = "239.255.90.%d" % (1 + worker)
@@ -876,9 +922,9 @@ def fuzz_client(findings, nursery_, numbers, seed, worker, folder):
     target = os.path.join(folder, "target")
     os.mkdir(target)
     for number in numbers:
-        case = ServerCase(seed, number, group, port)
+        case = ServerCase(seed, number, group, port, findings.key)
         image = os.path.join(target, "image")
-        args = ["client", "--allow-empty", "--wait", 0, "--stall-timeout", CASE_LIMIT if case.must_arrive() else CLIENT_STALL]
+        args = ["client"] + with_key(findings, folder) + ["--allow-empty", "--wait", 0, "--stall-timeout", CASE_LIMIT if case.must_arrive() else CLIENT_STALL]
         job = nursery_.start(args + (["-o", image] if case.to_file else []) + [LOOPBACK, LOOPBACK, port], out, err)
         case.play(listener.accept()[0], cast_from(udp), cast_from(stranger), udp.getsockname())
         wrong = []
@@ -932,19 +978,20 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
     port = 20000 + (port + os.getpid()) % 12000
     for numbers in sessions:
         generator = random.Random("transfer %d %d" % (seed, numbers[0] // PEERS))
-        compat = generator.random() < 0.2
+        compat = generator.random() < 0.2 and not findings.key
         window = generator.choice((1, 2, 4, 9))             # the smallest of all is everybody's
-        cases = [PeerCase(seed, number, window) for number in numbers]
+        cases = [PeerCase(seed, number, window, findings.key) for number in numbers]
+        key = with_key(findings, folder)
         image = random_bytes(generator, generator.choice((0, 1, 216 * 8, 216 * 20, 216 * 33 + 100)))
         clients = generator.choice((1, 1, 2))
         path = os.path.join(folder, "image")
         with open(path, "wb") as file:
             file.write(image)
-        args = ["server", "--allow-empty", "-i", path, "--mtu", 256, "--buffer-packets", generator.choice((1, 8, 8, 8, 64)), "--group", group,
+        args = ["server"] + key + ["--allow-empty", "-i", path, "--mtu", 256, "--buffer-packets", generator.choice((1, 8, 8, 8, 64)), "--group", group,
                 "--stall-timeout", SERVER_STALL, "--start-wait", 60, "--rate", generator.choice(("max", "auto", "100M")),
                 "--clients-per-thread", generator.choice((1, 5, 64))]
         args += ["--compat"] if compat else []
-        args += ["--no-digest"] if generator.randrange(8) == 0 else []
+        args += ["--no-digest"] if generator.randrange(8) == 0 and not key else []
         args += ["--unicast"] if generator.randrange(8) == 0 else []
         while True:
             port = 20000 + (port + 1) % 12000
@@ -954,7 +1001,7 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
                 pass
             if "cannot listen" not in server.stderr():
                 break
-        real = [nursery_.start(["client", "--allow-empty", LOOPBACK, LOOPBACK, port],
+        real = [nursery_.start(["client"] + key + ["--allow-empty", LOOPBACK, LOOPBACK, port],
                                os.path.join(folder, "c%d.out" % i), os.path.join(folder, "c%d.err" % i)) for i in range(clients)]
         for job in real:
             deadline = time.time() + CASE_LIMIT
@@ -998,7 +1045,8 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
             findings.add(only, "; ".join(wrong), "compat %s, %s\n%s\n%s" % (
                 compat, args, said, "\n".join(job.stderr() for job in real)))
         for case in cases:
-            if case.style != "wild" and not case.served and not wrong:
+            too_late = findings.key and "the transfer has begun" in str(case.ended)    # see PeerCase: that cannot be told
+            if case.style != "wild" and not case.served and not wrong and not too_late:
                 findings.add(case.number, "an undamaged peer was not served: %s" % case.ended, said)
             if case.wrong:
                 findings.add(case.number, "the server got %s wrong" % case.wrong, said)
@@ -1533,9 +1581,9 @@ class Numbers(object):
             return next(self._values)
 
 
-def fuzz(endpoint, rounds, seed, python, only=None, jobs=4):
+def fuzz(endpoint, rounds, seed, python, only=None, jobs=4, key=None):
     """Fuzz the server, the client or its relay port. only: a pair of the first and the last case, or None. Returns an exit code."""
-    findings = Findings(endpoint, seed, python)
+    findings = Findings(endpoint, seed, python, key)
     first, last = only or (0, rounds - 1)
     if endpoint == "server":
         work = Numbers([list(range(start, min(start + PEERS, last + 1))) for start in range(first, last + 1, PEERS)])
@@ -1578,6 +1626,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="the interpreter of what is played to")
     parser.add_argument("--only", help="play only this case, or those from A to B as A-B")
+    parser.add_argument("--key", action="store_true", help="both ends have a key")
     parser.add_argument("--jobs", type=int, default=4, help="how many transfers at once (4)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -1586,7 +1635,8 @@ def main():
         only = [int(number) for number in options.only.split("-")]
         only = only[0], only[-1]
     if options.endpoint != "parsers":
-        return fuzz(options.endpoint, options.rounds, options.seed, options.python, only, options.jobs)
+        return fuzz(options.endpoint, options.rounds, options.seed, options.python, only, options.jobs,
+                    KEY if options.key else None)
     if options.here:
         return fuzz_parsers(options.rounds, options.seed, only and only[0])
     return subprocess.call([options.python, os.path.abspath(__file__), "--here"] + sys.argv[1:])

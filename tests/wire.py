@@ -7,6 +7,7 @@ No code of kmcast is in here, so that what both get wrong is not right. Whatever
     packet(), repair(), ... what is multicast
     Client(port)            a client against a real server
     Server()                a server for a real client, of one client at a time
+    key=b"..." of both      they hold this key; proof() and the vouchers are what is said with it
 
     server = wire.Server()
     server.accept().greet()
@@ -22,7 +23,9 @@ its parts. Runs on Python 2.7 as well.
 import binascii
 import collections
 import hashlib
+import hmac
 import json
+import os
 import random
 import socket
 import struct
@@ -48,7 +51,7 @@ NO_FIGURES = (0, 0, 0, 0, 0)
 
 ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
 HELLO, STATE, SUMS, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x16", b"\x20", b"\x40", b"\x80"
-UPSTREAM, FOLLOWER, RELAY, LACK = b"\x11", b"\x14", b"\x15", b"\x17"
+UPSTREAM, PROOF, FOLLOWER, RELAY, LACK = b"\x11", b"\x12", b"\x14", b"\x15", b"\x17"
 FRAMES = (HELLO, STATE, WELCOME, BYE, UPSTREAM, FOLLOWER, RELAY, LACK)   # what is a signal and a JSON object
 ABSENT = object()                       # as the value of a field: leave it out
 
@@ -260,6 +263,38 @@ def repair_pass(payloads, groups, number, size):
     return recipes, [combination([payloads[place] for place in group], size) for group in groups]
 
 
+# --- with a key
+
+SERVER, CLIENT, LAST_DONE = b"kmcast 2 server", b"kmcast 2 client", b"kmcast 2 done"    # what PROOF is for
+
+
+def proof(key, label, *words):
+    """HMAC-SHA256 over a label and words, each with its length before it."""
+    said = b"".join(U32.pack(len(word)) + word for word in (label,) + words)
+    return hmac.new(key, said, hashlib.sha256).digest()
+
+
+def nonce():
+    """32 random hexadecimal digits."""
+    return binascii.hexlify(os.urandom(16)).decode("ascii")
+
+
+def seed_key(key, seed):
+    """The key of the vouchers, by the seed in WELCOME."""
+    return proof(key, b"kmcast 2 image", binascii.unhexlify(seed.encode("ascii")))
+
+
+def voucher(key, seed, what, digest):
+    """What follows the digest in SERVER_SENT for a Round."""
+    return proof(seed_key(key, seed), b"kmcast 2 round",
+                 struct.pack("<IQI", what.number & MASK, what.place, what.size) + digest)
+
+
+def voucher_of_end(key, seed, size, digest):
+    """What the last BYE has as `proof`; digest: bytes."""
+    return binascii.hexlify(proof(seed_key(key, seed), b"kmcast 2 end", struct.pack("<Q", size) + digest)).decode("ascii")
+
+
 class SESSION(object):
     """The dialect of two ends of kmcast: the messages about a round, and how they are read.
 
@@ -332,6 +367,8 @@ class SESSION(object):
     @staticmethod
     def from_server(end, kind):
         """What a server says behind the signal `kind`: a Message."""
+        if kind == PROOF:
+            return Message(kind, proof=end.read(32))
         if kind == INFO:
             number, size, base, count, place = struct.unpack("<4IQ", end.read(24))
             return Message(kind, round=Round(number, size, base, count, place))
@@ -353,6 +390,8 @@ class SESSION(object):
     @staticmethod
     def from_client(end, kind):
         """The same of a client's."""
+        if kind == PROOF:
+            return Message(kind, proof=end.read(32))
         if kind not in (READY, DONE, REQUEST, SUMS):
             raise Unexpected("an unknown signal, %r" % kind)
         what = end.round_of(*U32.unpack(end.read(4)))
@@ -448,6 +487,8 @@ class End(object):
     """
 
     TIMEOUT = 20                        # seconds for one message
+    key = None                          # bytes
+    met = ()                            # group info, HELLO and WELCOME, as they were sent
 
     def __init__(self, sock, dialect=SESSION, hears_a_server=False):
         self.dialect, self.hears_a_server = dialect, hears_a_server
@@ -491,12 +532,14 @@ class End(object):
 
     # --- messages
 
-    def fields(self):
-        """The dict in a frame whose signal has been read."""
-        size, = U32.unpack(self.read(4))
+    def frame(self, kind):
+        """The frame whose signal has been read: a Message, with its bytes as `raw`."""
+        head = self.read(4)
+        size, = U32.unpack(head)
         if size > LONGEST_FRAME:
             raise Unexpected("a frame of %d bytes" % size)
-        return json.loads(self.read(size).decode("utf-8"))
+        text = self.read(size)
+        return Message(kind, fields=json.loads(text.decode("utf-8")), raw=kind + head + text)
 
     def hear(self, *expected):
         """The next message; `expected` matters in the base protocol alone, where some have no signal."""
@@ -505,7 +548,7 @@ class End(object):
             if kind == ALIVE:
                 return Message(kind)
             if kind in FRAMES:
-                return Message(kind, fields=self.fields())
+                return self.frame(kind)
         message = (self.dialect.from_server if self.hears_a_server else self.dialect.from_client)(self, kind)
         if self.hears_a_server and kind == INFO:
             self.note(message.round)
@@ -551,6 +594,15 @@ class End(object):
         self.ended()
         return message.fields["reason"]
 
+    def prove(self, label):
+        """PROOF, as bytes, over what was said as both met: `met`."""
+        return PROOF + proof(self.key, label, *self.met)
+
+    def check_proof(self, label):
+        """Take the other's PROOF, which must be right."""
+        if PROOF + self.expect(PROOF).proof != self.prove(label):
+            raise Unexpected("a wrong proof for %r" % label)
+
     def ended(self):
         """Nothing more may come but the end."""
         more = self.sock.recv(1000)
@@ -574,20 +626,22 @@ class Client(End):
     kept until they are asked for.
     """
 
-    def __init__(self, port, host="peer", address=LOOPBACK, dialect=SESSION):
+    def __init__(self, port, host="peer", address=LOOPBACK, dialect=SESSION, key=None):
         sock = socket.socket()
         sock.settimeout(self.TIMEOUT)
         sock.bind((address, 0))
         sock.connect((LOOPBACK, port))
         End.__init__(self, sock, dialect, hears_a_server=True)
-        self.host, self.welcome, self.window = host, None, 1
+        self.host, self.welcome, self.window, self.key = host, None, 1, key
         self._kept = []                 # buffer infos
         self.group_info = self.read(16)
 
     def hello(self, **fields):
         """Say HELLO; see hello_fields()."""
         self.window = fields.get("window", 1)
-        self.say(hello(**dict({"host": self.host}, **fields)))
+        said = hello(**dict(dict({"host": self.host}, **({"nonce": nonce()} if self.key else {})), **fields))
+        self.met = (self.group_info, said)
+        self.say(said)
         return self
 
     def expect(self, *kinds):
@@ -603,8 +657,14 @@ class Client(End):
 
     def take_welcome(self):
         """Take WELCOME; `welcome` is what it says."""
-        self.welcome = self.expect(WELCOME).fields
+        message = self.expect(WELCOME)
+        self.welcome = message.fields
         self.digest_size = 32 if self.welcome["digest"] else 0
+        if self.key:
+            self.met += (message.raw,)
+            self.check_proof(SERVER)
+            self.digest_size = 64
+            self.say(self.prove(CLIENT))
         return self
 
     def greet(self, **fields):
@@ -633,7 +693,10 @@ class Client(End):
         message = self.expect(SENT)
         if message.round != self.round:
             raise Unexpected("%r instead of SENT for %r" % (message, self.round))
-        return message.digest
+        digest = message.digest[:32]
+        if self.key and message.digest[32:] != voucher(self.key, self.welcome["seed"], self.round, digest):
+            raise Unexpected("a wrong voucher for %r" % (self.round,))
+        return digest
 
     def take_round(self):
         """READY to a buffer info, and wait for SERVER_SENT; returns the Round."""
@@ -668,7 +731,7 @@ class Client(End):
     def end(self):
         """Take the last BYE and say the last DONE; returns what BYE says."""
         fields = self.expect(BYE).fields
-        self.say(self.dialect.done(IMAGE))
+        self.say(*([self.prove(LAST_DONE)] if self.key else []) + [self.dialect.done(IMAGE)])
         return fields
 
 
@@ -691,13 +754,15 @@ class Server(End):
     Where they are about a round, it is the last that was announced unless they are given another one.
 
     check        the checksum of packets; None: the dialect's
+    key          that it holds, bytes, or None
     welcome      what WELCOME says
 
     Attributes: `port`, `group`, `payload`, `salt`, `repair_salt`; `hash`, of the image so far; and `hello`, what HELLO says.
     """
 
-    def __init__(self, dialect=SESSION, check=None, port=0, **welcome):
-        self.fields_of_welcome = welcome_fields(**welcome)
+    def __init__(self, dialect=SESSION, check=None, port=0, key=None, **welcome):
+        self.key = key
+        self.fields_of_welcome = welcome_fields(**dict({"seed": nonce()} if key else {}, **welcome))
         self.payload, self.salt, self.repair_salt = [
             self.fields_of_welcome[key] for key in ("payload", "salt", "repair_salt")]
         self.group = "239.255.92.%d" % random.randrange(1, 255)
@@ -746,12 +811,17 @@ class Server(End):
 
     def take_hello(self):
         """Take HELLO; `hello` is what it says."""
-        self.hello = self.expect(HELLO).fields
+        message = self.expect(HELLO)
+        self.hello, self.met = message.fields, (self.group_info(), message.raw)
         return self
 
     def welcome(self, **changes):
-        """WELCOME, as bytes."""
-        return frame(WELCOME, changed(self.fields_of_welcome, changes))
+        """WELCOME, as bytes; with a key PROOF is behind it."""
+        if not self.key:
+            return frame(WELCOME, changed(self.fields_of_welcome, changes))
+        said = frame(WELCOME, changed(dict(self.fields_of_welcome, nonce=nonce()), changes))
+        self.met = self.met[:2] + (said,)
+        return said + self.prove(SERVER)
 
     def greet(self, **welcome):
         """All up to WELCOME; in the base protocol just the group info."""
@@ -759,6 +829,8 @@ class Server(End):
         if self.dialect.session:
             self.take_hello()
             self.say(self.welcome(**welcome))
+            if self.key:
+                self.check_proof(CLIENT)
         return self
 
     # --- a round
@@ -836,7 +908,9 @@ class Server(End):
     def sent(self, what=None):
         """SERVER_SENT for a round, as bytes."""
         what = what or self.round
-        return self.dialect.sent(what, self._data[what.number][1] if self.fields_of_welcome["digest"] else b"")
+        digest = self._data[what.number][1] if self.fields_of_welcome["digest"] else b""
+        return self.dialect.sent(what, digest + (voucher(self.key, self.fields_of_welcome["seed"], what, digest)
+                                                 if self.key else b""))
 
     def send_round(self, data, lost=()):
         """A round up to SERVER_SENT; `lost` are places. Returns the Round."""
@@ -873,7 +947,9 @@ class Server(End):
         return repair(number, payload, self.repair_salt, self.check)
 
     def done(self, what=None):
-        """Take DONE for a round."""
+        """Take DONE for a round; of IMAGE with a key the proof that it needs."""
+        if self.key and what == IMAGE:
+            self.check_proof(LAST_DONE)
         return self._expect_for(DONE, what)
 
     def whole_round(self, data):
@@ -886,7 +962,11 @@ class Server(End):
     def last_bye(self, **changes):
         """The last BYE, as bytes."""
         digest = self.hash.hexdigest() if self.fields_of_welcome["digest"] else None
-        return frame(BYE, changed({"ok": True, "bytes": self.size, "sha256": digest}, changes))
+        fields = changed({"ok": True, "bytes": self.size, "sha256": digest}, changes)
+        if self.key:
+            fields.setdefault("proof", voucher_of_end(self.key, self.fields_of_welcome["seed"], fields["bytes"],
+                                                      binascii.unhexlify(fields["sha256"].encode("ascii"))))
+        return frame(BYE, fields)
 
     def last_words(self, **changes):
         """What a server says when a client has everything; `changes` are of the last BYE."""

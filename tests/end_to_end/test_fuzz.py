@@ -10,12 +10,13 @@ import helpers
 from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
-ROUNDS = {"client": 400, "server": 600, "relay": 100, "parsers": 4000}
+ROUNDS = {"client": 400, "server": 600, "relay": 100, "parsers": 4000, "client --key": 200, "server --key": 300}
 
 
 @BOTH
 @pytest.mark.parametrize("endpoint", sorted(ROUNDS))
 def test_fuzz(endpoint, python):
-    fuzz = subprocess.run([sys.executable, FUZZ, "--endpoint", endpoint, "--rounds", str(ROUNDS[endpoint]), "--python", python],
+    fuzz = subprocess.run([sys.executable, FUZZ, "--endpoint"] + endpoint.split() +
+                          ["--rounds", str(ROUNDS[endpoint]), "--python", python],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=170)
     assert fuzz.returncode == 0, fuzz.stdout.decode("utf-8", "replace")

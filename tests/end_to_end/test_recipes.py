@@ -133,3 +133,38 @@ def test_a_disk_that_is_mounted_is_not_written_to(kmcast, disk, tmp_path):
         assert same
     finally:
         wait_until(lambda: subprocess.call(["umount", str(tmp_path / "mounted")]) == 0, "nobody uses it")
+
+
+def with_a_key(tmp_path, port, command):
+    """The lines in README for an image that is encrypted and has a key: those of a command, for files and a server of ours."""
+    with io.open(os.path.join(helpers.ROOT, "README.md"), encoding="utf-8") as readme:
+        block, = [block for block in re.findall(r"^```sh\n(.*?)^```", readme.read(), re.M | re.S) if "openssl" in block]
+    lines = [line for line in block.splitlines() if line.startswith("kmcast %s " % command)]
+    return " && ".join(lines).replace("/root", str(tmp_path)).replace("10.0.0.1", LOOPBACK).replace(
+        "auto 40", "%s 1 %d" % (LOOPBACK, port)).replace("auto %s" % LOOPBACK, "auto %s %d" % (LOOPBACK, port))
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+def test_an_encrypted_image_with_a_key_is_there(kmcast, tmp_path):
+    port, image = helpers.free_port(), helpers.random_bytes(500000, seed=7)
+    env = {"PATH": "%s:%s" % (kmcast, os.environ["PATH"])}
+
+    def shell(words, directory):
+        return helpers.start(["sh", "-c", words], env=env, cwd=str(directory))
+    (tmp_path / "server").mkdir()
+    (tmp_path / "client").mkdir()
+    (tmp_path / "server" / "image.tgz").write_bytes(image)
+    for name in ("kmcast.key", "image.secret"):
+        assert shell("kmcast key > %s" % name, tmp_path).finish(20)[0] == 0
+    assert (tmp_path / "image.secret").exists() and "image.secret" in with_a_key(tmp_path, port, "key")
+    heard = helpers.group_socket(helpers.GROUP, port)
+    server = shell(with_a_key(tmp_path, port, "server"), tmp_path / "server")
+    client = shell(with_a_key(tmp_path, port, "client"), tmp_path / "client")
+    code, stderr, _ = client.finish(60)
+    assert (code, server.finish(30)[0]) == (0, 0), stderr + server.stderr
+    same = (tmp_path / "client" / "image.tgz").read_bytes() == image
+    assert same
+    on_the_wire = b"".join(helpers.datagrams_in(heard))
+    heard.close()
+    assert len(on_the_wire) > len(image) and not [start for start in range(0, len(image) - 32, 1000)
+                                                  if image[start:start + 32] in on_the_wire]

@@ -51,7 +51,7 @@ CLIENT, SERVER = "client", "server"
 SIGNALS = [
     ("ALIVE", kmcast.ALIVE, "both"), ("BUFFER INFO", kmcast.BUFFER_INFO, SERVER), ("READY", kmcast.READY, CLIENT),
     ("PACKETS", kmcast.PACKETS, SERVER), ("REQUEST", kmcast.REQUEST, CLIENT), ("DONE", kmcast.DONE, CLIENT),
-    ("SENT", kmcast.SENT, SERVER), ("HELLO", kmcast.HELLO, CLIENT), ("STATE", kmcast.STATE, "both"),
+    ("SENT", kmcast.SENT, SERVER), ("PROOF", kmcast.PROOF, "both"), ("HELLO", kmcast.HELLO, CLIENT), ("STATE", kmcast.STATE, "both"),
     ("SUMS", kmcast.SUMS, CLIENT), ("SUMS", kmcast.SUMS, SERVER),
     ("UPSTREAM", kmcast.UPSTREAM, SERVER), ("FOLLOWER", kmcast.FOLLOWER, SERVER), ("RELAY", kmcast.RELAY, CLIENT),
     ("LACK", kmcast.LACK, CLIENT),
@@ -114,6 +114,8 @@ SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
     ("SUMS", len(WIRE.ask_for_sums(0)) + len(WIRE.sums(0, []))),
     ("AGAIN", len(WIRE.again(0, 0, 0, 0))),
     ("Frames", 5),
+    # a word's length; PROOF; the words of the two vouchers
+    ("With a key", 4 + 1 + kmcast.DIGEST_SIZE + kmcast.Vouchers.ROUND.size + kmcast.PLACE.size + 2 * kmcast.DIGEST_SIZE),
     ("Pieces", kmcast.PIECE.size),
 ])
 def test_the_fields_of_a_message_make_its_size(title, size):
@@ -143,6 +145,8 @@ def test_limits_are_those_of_the_program():
         "REQUESTs and SUMS of a client for a round": "%d" % kmcast.Member.MOST_REQUESTS,
         "members of a combination": "%d" % kmcast.MOST_MEMBERS,
         "seconds for a HELLO": "%g" % kmcast.GREETING_TIME,
+        "bytes of a HELLO, with a key": "%d" % kmcast.TcpServer.LONGEST_HELLO,
+        "failed proofs of an address in a second": "%d" % kmcast.Attempts.MOST,
         "seconds between two signs of life, at the most": "%g" % kmcast.ALIVE_EVERY,
         "seconds for a BYE to get through": "%g" % kmcast.FAREWELL_TIME,
         "bytes in a piece": "%d" % kmcast.LARGEST_PIECE,
@@ -161,9 +165,9 @@ class Greeter(kmcast.Client):
     """The greetings of a client, without sockets."""
 
     def __init__(self, answers):                # pylint: disable=super-init-not-called
-        self.options = argparse.Namespace(stall_timeout=None)
+        self.options = argparse.Namespace(stall_timeout=None, key=None)
         self.answers, self.said, self.server, self.sink = list(answers), [], self, self
-        self.alive_every = self.window = self.journal = None
+        self.alive_every = self.window = self.journal = self.vouchers = None
         self.seeks, self.copy = True, kmcast.Copy(self)
 
     def _next_message(self, size_of):
@@ -195,6 +199,10 @@ def session():
 HELLO = kmcast.pack_frame(kmcast.HELLO, {
     "version": "1.0.0", "host": "node1", "window": 4, "relay": True, "stall": 30, "seek": True, "image": None, "have": [],
     "who": "ffeeddccbbaa99887766554433221100"})
+
+
+KEY = kmcast.Key(b"0123456789abcdef")
+SEED, NONCES = u"%032x" % 1, (u"%032x" % 2, u"%032x" % 3)       # the latter: the client's, the server's
 
 
 def packets(first, last):
@@ -355,6 +363,27 @@ def coded_pass():
     return messages
 
 
+def with_a_key():
+    """[(title, bytes)]: what is other in the example of two rounds where there is a key."""
+    agreed, rounds = session(), (packets(0, 2), packets(2, 3))
+    hello = kmcast.pack_frame(kmcast.HELLO, dict(kmcast.unpack_frame(HELLO[5:]), nonce=NONCES[0]))
+    welcome = kmcast.pack_frame(kmcast.WELCOME, dict(kmcast.unpack_frame(agreed.welcome[5:]), nonce=NONCES[1], seed=SEED))
+    greeting = kmcast.Greeting(KEY, agreed.group_info, hello, welcome)
+    vouchers = kmcast.Vouchers(KEY, binascii.unhexlify(SEED.encode("ascii")))
+    window = kmcast.ServerWindow(WIRE, 0, vouchers)
+    window.members.append(kmcast.Member("10.0.0.2", 0))
+    said = [("client: HELLO", hello), ("server: WELCOME", welcome),
+            ("server: PROOF", greeting.prove(greeting.SERVER)), ("client: PROOF", greeting.prove(greeting.CLIENT))]
+    for done in rounds:
+        window.begin(kmcast.Step("announce", done), 0)
+        window.heard(window.members[0], WIRE.ready(done.number), 0)
+        (_, _, sent), = window.begin(kmcast.Step("sent", done), 0)
+        said.append(("server: SENT of round %d" % done.number, sent))
+    digest = hashlib.sha256(IMAGE)
+    return said + [("server: BYE", WIRE.bye(ok=True, bytes=len(IMAGE), sha256=digest.hexdigest(), proof=kmcast.hexadecimal(
+        vouchers.of_end(len(IMAGE), digest.digest())))), ("client: PROOF, before the last DONE", greeting.prove(greeting.DONE))]
+
+
 def as_text(messages):
     """Messages as the page has them: hex; the text of frames between bars."""
     lines = []
@@ -378,9 +407,16 @@ def block(title):
 
 
 @pytest.mark.parametrize("title, example", [
-    ("Two rounds", two_rounds), ("A damaged packet", damaged_packet), ("A coded pass", coded_pass)])
+    ("Two rounds", two_rounds), ("The same with a key", with_a_key), ("A damaged packet", damaged_packet),
+    ("A coded pass", coded_pass)])
 def test_the_example_is_what_the_program_says(title, example):
     assert block(title) == as_text(example())
+
+
+def test_the_key_of_the_vouchers_of_the_example():
+    key = KEY.proof(b"kmcast 2 image", binascii.unhexlify(SEED.encode("ascii")))
+    assert "The key of the vouchers is\n%s\n%s.\n" % (kmcast.hexadecimal(key[:16]), kmcast.hexadecimal(key[16:])) in section(
+        "The same with a key")
 
 
 def test_the_checksum_that_a_packet_of_the_example_would_have_without_digests():
@@ -395,6 +431,7 @@ def test_the_checksum_that_a_packet_of_the_example_would_have_without_digests():
 def test_the_keys_of_frames_are_those_of_the_program():
     assert keys("HELLO") == set(json.loads(HELLO[5:].decode("ascii")))
     assert keys("WELCOME") == set(json.loads(session().welcome[5:].decode("ascii")))
+    assert keys("With a key") == set(("nonce", "seed", "proof"))
     assert keys("The end") == set(("ok", "bytes", "sha256"))
     assert keys("BYE") == set(("ok", "reason", "empty", "again"))
     token = b"t" * kmcast.TOKEN_SIZE
@@ -406,5 +443,5 @@ def test_the_keys_of_frames_are_those_of_the_program():
 
 
 if __name__ == "__main__":
-    for example in (two_rounds, damaged_packet, coded_pass):
+    for example in (two_rounds, with_a_key, damaged_packet, coded_pass):
         print("\n".join(as_text(example())) + "\n")
