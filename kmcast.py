@@ -85,6 +85,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import io
@@ -2648,6 +2649,8 @@ class Sink(object):
         self.written = 0                # bytes
         self._chunk = 1 << 20           # bytes in a write
 
+    is_file = property(lambda self: self._target is not None)
+
     def open(self):
         """Find out whether it can be written to; returns the Sink.  Raises Failure."""
         path = self._path
@@ -2871,14 +2874,15 @@ class Writer(threading.Thread):
     # What there is to say of a round; `damaged`: its digest differs, and it waits to be given again.
     VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
 
-    def __init__(self, sink, digest):
-        """sink: a Sink; digest: whether rounds come with a digest."""
+    def __init__(self, sink, digest, hashes=False):
+        """sink: a Sink; digest: whether rounds come with a digest; hashes: whether
+        that of the image is wanted all the same where they do not."""
         threading.Thread.__init__(self, name='writer')
         self.daemon = True
-        self.sink = sink
+        self.sink, self._digest = sink, digest
         self.failure = None
         self.bytes = 0
-        self.hash = hashlib.sha256() if digest else None
+        self.hash = hashlib.sha256() if digest or hashes else None
         self.results = collections.deque()          # (what, round)
         self._jobs = collections.deque()
         self._again = None              # the round without which it does not go on
@@ -2943,11 +2947,12 @@ class Writer(threading.Thread):
             trial = self.hash.copy()
             for piece in pieces:
                 trial.update(piece)
-            if trial.digest() != incoming.digest:
+            if self._digest and trial.digest() != incoming.digest:
                 self._again = incoming
                 return self._say(self.DAMAGED, incoming)
             self.hash = trial
-            self._say(self.VERIFIED, incoming)
+            if self._digest:
+                self._say(self.VERIFIED, incoming)
         for piece in pieces:
             self.sink.write(piece)
         self.bytes += incoming.size
@@ -5626,6 +5631,7 @@ class Course(object):
 
 DEBUG, INFO, WARNING, ERROR, ASKED = 'debug', 'info', 'warning', 'error', 'asked for'
 LEVELS = (DEBUG, INFO, WARNING, ERROR, ASKED)
+DIGEST = 'digest'                       # no level: a line for sha256sum -c
 
 # What happens, in words: level, and a template or a function of the facts; None: nothing to say.
 WORDS = {
@@ -6148,6 +6154,9 @@ def server_summary(server, rows, most):
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
+    if server.source.digest() and any(row['result'] == 'complete' for row in rows):
+        yield DIGEST, digest_line(hexadecimal(server.source.digest()),
+                                  server.source.size is not None and server.options.input)
     absent = roster.places - len(roster.everyone)
     if absent and not server.failure:
         yield ERROR, '%s never came' % counted(absent, 'client')
@@ -6168,10 +6177,16 @@ def client_summary(client):
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
     by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
-    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s; %s' % (
+    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s%s' % (
         counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
-        counted(window.coded, 'packet'), window.by_tcp, by_chain,
-        'SHA-256 %s' % client.writer.hash.hexdigest() if window.digest else 'without a digest')
+        counted(window.coded, 'packet'), window.by_tcp, by_chain, '' if window.digest else '; without a digest')
+    if client.writer.hash:
+        yield DIGEST, digest_line(client.writer.hash.hexdigest(), client.sink.is_file and client.options.output)
+
+
+def digest_line(digest, path):
+    """What sha256sum -c reads; without a path that it can read, or under a name that it would quote: `-`."""
+    return '%s  %s' % (digest, path if path and re.match(r'[!-\[\]-~][ -\[\]-~]*$', path) else '-')
 
 
 class Summary(object):
@@ -6179,8 +6194,9 @@ class Summary(object):
 
     ROWS = 20                           # of the table, unless all are wanted
 
-    def __init__(self, log, all_rows=False):
-        self._log, self._most = log, 1 << 30 if all_rows else self.ROWS
+    def __init__(self, log, all_rows=False, bare=None):
+        """bare(level, line): writes the digest's line as it is; None: it goes through the log."""
+        self._log, self._most, self._bare = log, 1 << 30 if all_rows else self.ROWS, bare
 
     def happened(self, what, facts):
         """An event."""
@@ -6190,8 +6206,11 @@ class Summary(object):
         elif what == 'client_ended' and facts['code'] == OK:
             lines = client_summary(facts['client'])
         for level, line in lines:
+            write = self._log.say
+            if level == DIGEST:
+                level, write = INFO, self._bare or write
             if LEVELS.index(level) >= LEVELS.index(self._log.level):
-                self._log.say(level, line)
+                write(level, line)
 
     def look(self, now):
         """Time passes."""
@@ -7346,6 +7365,7 @@ class Client(object):
                      seconds=max(0, deadline - monotonic()))
             tell.look(monotonic())
             time.sleep(self.RETRY)
+        self._check_image()
         self._stall_timeout = options.stall_timeout
         if options.stall_timeout is None:
             # A server of the base protocol has no way to say that it is alive.
@@ -7354,7 +7374,7 @@ class Client(object):
         self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
         self._join()
         with uninterruptible:
-            self.writer = Writer(self.sink, self.window.digest)
+            self.writer = Writer(self.sink, self.window.digest, options.expect_sha256 is not None)
             start_thread(self.writer)
 
     def _reach(self, seconds):
@@ -7441,8 +7461,20 @@ class Client(object):
         self.unicast = fields.get('unicast') is True
         self.server.alive_every = alive_every(stall_of(fields))
         self.window = ClientWindow(SessionDialect, payload, salts, digest is not None)
-        if self.image['size'] is not None:
-            self.sink.expect(self.image['size'])
+
+    def _check_image(self):
+        """Before anything is written: is it the image that is wanted, and is there room?  Raises Failure."""
+        name, size, wanted = self.image.get('name'), self.image.get('size'), self.options.expect_name
+        if wanted is not None and not fnmatch.fnmatchcase(name or '', wanted):
+            raise Failure('the image is %s, and not %s (--expect-name)' % (name or 'without a name', printable(wanted)))
+        if size is not None:
+            self._check_size(size)
+            self.sink.expect(size)
+
+    def _check_size(self, size):
+        if self.options.expect_size not in (None, size):
+            raise Failure('the image has %s, and not %d (--expect-size)' % (
+                counted(size, 'byte'), self.options.expect_size))
 
     def _join(self):
         """Join the group.  Raises Failure."""
@@ -7687,6 +7719,9 @@ class Client(object):
                 raise Failure('the digest of the image differs')
         elif not self.writer.bytes and not self.options.allow_empty:
             raise Failure(EMPTY)
+        self._check_size(self.writer.bytes)
+        if self.options.expect_sha256 not in (None, self.writer.hash and self.writer.hash.hexdigest()):
+            raise Failure('the image has another SHA-256 than --expect-sha256 says: %s' % self.writer.hash.hexdigest())
         if not self._flowing:
             self.sink.start()
         self.overflows = self.receiver.overflows()
@@ -7785,6 +7820,13 @@ def least_rate_type(text):
     if rate in ('auto', UNLIMITED):
         raise argparse.ArgumentTypeError('%s is not a rate such as 940M (bit/s)' % text)
     return rate
+
+
+def sha256_type(text):
+    """An argument type: 64 hexadecimal digits."""
+    if not re.match(r'[0-9a-fA-F]{64}\Z', text):
+        raise argparse.ArgumentTypeError('%s is no SHA-256, 64 hexadecimal digits' % printable(text))
+    return text.lower()
 
 
 def file_type(text):
@@ -7892,6 +7934,11 @@ def command_line():
                         '-: to standard output (-)')
     client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
                         'success only if COMMAND exits with 0')
+    client.add_argument('--expect-name', metavar='GLOB', help='refuse an image of another name')
+    client.add_argument('--expect-size', type=whole_number(0, 1 << 63), metavar='BYTES',
+                        help='refuse an image of another size, or fail at its end')
+    client.add_argument('--expect-sha256', type=sha256_type, metavar='HEX',
+                        help='fail at the end of an image that has another SHA-256')
     client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
                         help='how long to try to reach the server (60)')
 
@@ -8080,7 +8127,7 @@ def read_by_user(options, job):
     level = DEBUG if options.verbose else ERROR if options.quiet else INFO
     clock = '%H:%M:%S ' if options.verbose and not screen.terminal else ''
     log = Log(options.command, level, screen.line, clock)
-    tell.readers[:] = [log, Summary(log, options.verbose)]
+    tell.readers[:] = [log, Summary(log, options.verbose, lambda _level, line: screen.line(line))]
     if job is None:
         return
     if getattr(options, 'log', None):

@@ -43,8 +43,8 @@ def run(*arguments):
 
 def split_option(text):
     """`-o FILE, --output FILE` -> (("--output", "-o"), "FILE")."""
-    names = re.findall(r"(?:^|[\s,])(--?[a-z][a-z-]*)", text)
-    metavar = re.sub(r"--?[a-z][a-z-]*|,", " ", re.sub(r"\{.*\}", lambda m: m.group(0).replace(",", "|"), text)).split()
+    names = re.findall(r"(?:^|[\s,])(--?[a-z][a-z0-9-]*)", text)
+    metavar = re.sub(r"--?[a-z][a-z0-9-]*|,", " ", re.sub(r"\{.*\}", lambda m: m.group(0).replace(",", "|"), text)).split()
     assert len(set(metavar)) <= 1, text
     return tuple(sorted(names)), metavar[0] if metavar else ""
 
@@ -71,7 +71,7 @@ def options_of_help(command):
 def words(line):
     """A line of macros as the text that it gives: `Fl i Ar FILE` -> `-i FILE`."""
     line = re.sub(r"Brq (Cm .*)", lambda m: "{%s}" % m.group(1).replace("Cm ", "").replace(" , ", ","), line)
-    line = re.sub(r"\bFl (-?[a-z-]+)", r"-\1", line)
+    line = re.sub(r"\bFl (-?[a-z0-9-]+)", r"-\1", line)
     return re.sub(r"\b(?:Ar|Cm|Li) ", "", line).replace(" ,", ",")
 
 
@@ -116,7 +116,7 @@ def test_manual_page_has_the_arguments_of_help(command):
 
 def test_options_named_in_the_manual_page_exist():
     known = set(name for command in COMMANDS + ("",) for names, _ in options_of_help(command) for name in names)
-    named = set("-" + name for name in re.findall(r"\bFl (-?[a-z-]+)", read("man", "kmcast.1")))
+    named = set("-" + name for name in re.findall(r"\bFl (-?[a-z0-9-]+)", read("man", "kmcast.1")))
     assert named <= known
 
 
@@ -208,7 +208,7 @@ def test_commands_in_the_documents_are_accepted():
 def test_options_named_in_readme_exist():
     known = set(name for command in COMMANDS + ("",) for names, _ in options_of_help(command) for name in names)
     text = re.sub(r"^ *```.*?^ *```", "", read("README.md"), flags=re.MULTILINE | re.DOTALL)
-    named = re.findall(r"`(-[a-z-]+)[^`]*`", text)
+    named = re.findall(r"`(-[a-z0-9-]+)[^`]*`", text)
     assert len(named) > 10
     assert set(named) <= known
 
