@@ -3491,6 +3491,7 @@ class Member(object):
         self.waited = {}                # seconds that all waited for it alone, by cause
         self.deaf_since = None          # when it last heard multicast, while it does not
         self.deaf_told = False
+        self.listed = None              # its name on the list of hosts
         self.outcome = None             # 'complete', or why not
         self.ended = None               # when
         self.sentence = None            # why its thread is to drop it at its next look
@@ -5025,6 +5026,51 @@ class Relay(object):
 # ---------------------------------------------------------------------------
 
 LATE = 'the transfer has begun'         # why a client is refused
+UNINVITED = 'it is not on the list of hosts'
+
+
+class HostList(object):
+    """The hosts that are to come, as their operator calls them: by name, short or full, or by address."""
+
+    def __init__(self, text, called='the list of hosts'):
+        """text: one a line, what follows a `#` does not count; called: for the user.  Raises Failure."""
+        self.names, self.twice = [], []
+        self._index = {}                # a name or address; (short name, whether it is that of a long one) -> names
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.split('#')[0].split()
+            name = words[0].rstrip('.') if words else None
+            if words and (len(words) > 1 or not re.match(r'[\w.-]+$', name) or
+                          re.match(r'[0-9.]+$', name) and not is_address(name)):
+                raise Failure('%s, line %d: %s is neither a host name nor an IPv4 address' % (
+                    called, number, printable(line.strip())), USAGE)
+            if name and (name.lower() in self._index or self.find(name, None)):
+                self.twice.append(name)
+            elif name:
+                self.names.append(name)
+                for key in self._keys(name):
+                    self._index.setdefault(key, []).append(name)
+        if not self.names:
+            raise Failure('%s names no host' % called, USAGE)
+
+    @staticmethod
+    def _keys(name):
+        short, dot, _ = name.lower().partition('.')
+        return [name] if is_address(name) else [name.lower(), (short, bool(dot))]
+
+    def find(self, host, address):
+        """The names that a host may have on the list, the likeliest first."""
+        names = []
+        if host:
+            short, dot, _ = host.lower().partition('.')
+            # One that is short stands for any that is long, and two long ones must be the same.
+            names += self._index.get(host.lower(), []) or self._index.get((short, not dot), [])
+        return names + self._index.get(address, [])
+
+    def merge(self, name, address):
+        """A name and an address on the list are of one host."""
+        self.names = [other for other in self.names if other != address]
+        self._index[address] = [name]
+        tell('listed_twice', names='%s and %s' % (name, address))
 
 
 class Roster(object):
@@ -5036,10 +5082,12 @@ class Roster(object):
 
     MOST_REFUSED = 1000                 # hosts that are remembered
 
-    def __init__(self, places, enough=1, start_by=None):
+    def __init__(self, places, enough=1, start_by=None, hosts=None, more=False):
         """places: clients that can take part; enough: how many must be here at
-        `start_by`, seconds on the monotonic clock (None: wait for all)."""
-        self.places, self.enough, self.start_by = places, enough, start_by
+        `start_by`, seconds on the monotonic clock (None: wait for all); hosts: a HostList of
+        those that are to come; more: whether others may, too."""
+        self._places, self.enough, self.start_by = places, enough, start_by
+        self.hosts, self.more = hosts, more
         self.begun = False
         self.waiting = None             # for whom else than a client all wait, in words
         self.sentences = 0              # passed on clients so far
@@ -5053,6 +5101,38 @@ class Roster(object):
     def here(self):
         """The clients that are here now."""
         return list(self._here)
+
+    @property
+    def missing(self):
+        """Who is not here, or was not at the start: the names of a list, else None for each place."""
+        came = self.everyone if self.begun else self.here
+        if not self.hosts:
+            return [None] * max(0, self._places - len(came))
+        came = set(member.listed for member in came)
+        return [name for name in self.hosts.names if name not in came]
+
+    @property
+    def places(self):
+        """How many clients take part if all come."""
+        return len(self.everyone if self.begun else self._here) + len(self.missing) if self.hosts else self._places
+
+    def why_not(self, member):
+        """Why a client can not have a place; None if it can, and then it has its name on the list."""
+        if self.begun:
+            return LATE
+        member.listed = None
+        if not self.hosts:
+            return None
+        names = self.hosts.find(member.host, member.address)
+        taken = dict((other.listed, other) for other in self.here)
+        free = [name for name in names if name not in taken]
+        if free:
+            member.listed = free[0]
+            if is_address(free[-1]) and free[0] != free[-1]:
+                self.hosts.merge(free[0], free[-1])
+        if free or self.more:
+            return None
+        return 'another client came as %s: %s' % (names[0], taken[names[0]]) if names else UNINVITED
 
     @property
     def refused(self):
@@ -5653,6 +5733,7 @@ WORDS = {
     'transfer_started': (DEBUG, 'sending from the interface with MTU %(mtu)d, %(payload)d bytes a packet, '
                          'by %(way)s'),
     'started_without': (INFO, 'starting with %(here)d of %(places)s'),
+    'listed_twice': (WARNING, '%(names)s: twice on the list of hosts'),
     'stranger': (INFO, '%(member)s: %(reason)s'),
     'refused': (INFO, '%(member)s: refused, %(reason)s'),
     'member_here': (INFO, '%(member)s is here, %(here)d of %(places)d'),
@@ -5710,6 +5791,11 @@ CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 
 CARRIERS = {'tcp': 'by TCP', 'chain': 'in a chain from client to client', 'upstream': 'from another client'}
 
 
+def listed(names, most=8):
+    """`a, b and 3 more`."""
+    return ', '.join(names[:most]) + (' and %d more' % (len(names) - most) if len(names) > most else '')
+
+
 def in_words(what, facts):
     """The facts as the template of WORDS wants them."""
     words = dict(facts)
@@ -5725,9 +5811,7 @@ def in_words(what, facts):
     if 'cause' in words:
         words['cause'] = CAUSES.get(words['cause'], words['cause'])
     if 'members' in words:
-        late = [str(member) for member in words['members']]
-        words['names'] = ', '.join(late[:8]) + (
-            ' and %d more' % (len(late) - 8) if len(late) > 8 else '')
+        words['names'] = listed([str(member) for member in words['members']])
     if what in ('server_started', 'started_without'):
         words['places'] = counted(words['places'], 'client')
     return words
@@ -5919,7 +6003,10 @@ def server_status(server, now):
     roster, course = server.roster, server.course
     here, waits = roster.here, ''
     if not roster.begun:
-        waits = counted(max(0, roster.places - len(here)), 'more client')
+        missing = roster.missing
+        waits = counted(len(missing), 'more client')
+        if roster.hosts and missing:
+            waits += ' (%s)' % listed(missing)
         if roster.start_by is not None:
             left = max(0, roster.start_by - now)
             waits += ', at most for %s' % duration(left) if left else ', at least %d of them' % (
@@ -6079,12 +6166,17 @@ def server_rows(server):
             'waited_for': dict((cause, round(seconds, 3)) for cause, seconds in member.waited.items()),
             'overflows': member.figures.get('overflows'),
             'seconds': member.ended and server.started and round(max(0, member.ended - server.started), 3)})
+    missing = server.roster.missing
     for (host, address), why in server.roster.refused:
         rows.append({'host': host, 'address': address, 'result': 'refused', 'reason': why,
                      'exit_code': NOT_STARTED})
-    for _ in range(server.roster.places - len(server.roster.everyone)):
-        rows.append({'host': None, 'address': None, 'result': 'missing', 'reason': 'it never came',
-                     'exit_code': None})
+        if server.roster.hosts:         # it did come
+            names = server.roster.hosts.find(host, address)
+            missing = [name for name in missing if name not in names]
+    for name in missing:
+        by_address = name and is_address(name)
+        rows.append({'host': None if by_address else name, 'address': name if by_address else None,
+                     'result': 'missing', 'reason': 'it never came', 'exit_code': None})
     worst = ['failed', 'missing', 'refused', 'complete']
     rows.sort(key=lambda row: (worst.index(row['result']), -sum(row.get('waited_for', {}).values()),
                                -row.get('lost', 0)))
@@ -6157,9 +6249,10 @@ def server_summary(server, rows, most):
     if server.source.digest() and any(row['result'] == 'complete' for row in rows):
         yield DIGEST, digest_line(hexadecimal(server.source.digest()),
                                   server.source.size is not None and server.options.input)
-    absent = roster.places - len(roster.everyone)
-    if absent and not server.failure:
-        yield ERROR, '%s never came' % counted(absent, 'client')
+    absent = [row['host'] or row['address'] for row in rows if row['result'] == 'missing']
+    if absent and (roster.hosts or not server.failure):
+        yield ERROR, '%s never came%s' % (
+            counted(len(absent), 'client'), ': ' + listed(absent, 200) if roster.hosts else '')
     served = len([row for row in rows if row['result'] == 'complete'])
     yield INFO, '%d of %s %s the image' % (served, counted(roster.places, 'client'),
                                            'has' if roster.places == 1 else 'have')
@@ -6647,11 +6740,12 @@ class TcpServer(threading.Thread):
             self.roster.leave(twin)
             self._carry_out_sentences()
             self.link.release_child()
-        if self.roster.begun:
+        reason = self.roster.why_not(member)
+        if reason:
             if self.session.dialect.greets:         # else it may be anybody
-                self.roster.refuse(member, LATE)
-            tell('refused', member=member, reason=LATE)
-            self._drop(peer, 'refused: ' + LATE)
+                self.roster.refuse(member, reason)
+            tell('refused', member=member, reason=reason)
+            self._drop(peer, 'refused: ' + reason)
             return
         if self.session.dialect.greets:
             self._send(peer, self.session.welcome)
@@ -6859,7 +6953,7 @@ class Multicaster(object):
         self.options, self.source, self.signals = options, source, signals
         self.sender = self.listener = self.session = self.tcp = self.course = None
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
-        self.roster = Roster(options.clients, options.min_clients, start_by)
+        self.roster = Roster(options.clients, options.min_clients, start_by, options.listed, options.more)
         self.link = SemLink()
         self.pacer = Pacer()
         self.failure = None
@@ -6952,6 +7046,8 @@ class Multicaster(object):
             self.source.start()
             tell('server_started', interface=self.options.interface, address=self.options.local_ip,
                  group=self.session.group, port=self.session.port, places=self.roster.places)
+            if self.roster.hosts and self.roster.hosts.twice:
+                tell('listed_twice', names=listed(self.roster.hosts.twice))
             if self.options.local_ip.startswith('127.'):
                 tell('only_here', address=self.options.local_ip)
             self.course.begin()
@@ -6996,7 +7092,7 @@ class Multicaster(object):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
         served = [member for member in roster.everyone if member.outcome == 'complete']
-        complete = len(served) == roster.places and not roster.refused
+        complete = len(served) == roster.places and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
         if course.data and not course.multicasting and not course.unicast:
@@ -7190,7 +7286,8 @@ class Multicaster(object):
     def hosts(self):
         """A line on each client."""
         return ['%s: %s, lost %s' % (member, member_in_words(member), counted(member.lost, 'packet'))
-                for member in self.roster.here]
+                for member in self.roster.here] + [
+                    '%s: it has not come' % name for name in self.roster.missing if name]
 
     def debtors(self):
         """The clients for whom the oldest steps of the threads wait."""
@@ -7884,7 +7981,7 @@ def command_line():
                                  description='Send standard input, or a file, to CLIENTS clients.')
     server.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to multicast from: '
                         'an address of this host, an interface\'s name, or auto')
-    server.add_argument('clients', metavar='CLIENTS', type=whole_number(1, 100000),
+    server.add_argument('clients', metavar='CLIENTS', nargs='?', type=whole_number(1, 100000),
                         help='how many clients to wait for')
     server.add_argument('port', **port)
     server.add_argument('-i', '--input', type=file_type, metavar='FILE', default='-',
@@ -7907,6 +8004,9 @@ def command_line():
     server.add_argument('--chain', choices=('auto', 'always', 'never'), default='auto',
                         help='whether clients pass the image on: auto, where multicast does not reach; always, as '
                         '--unicast; never, all is sent by TCP there (auto)')
+    server.add_argument('--hosts', metavar='FILE',
+                        help='in the place of CLIENTS: wait for these, names or addresses, one a line; -: standard input')
+    server.add_argument('--more', action='store_true', help='also take hosts beyond these')
     server.add_argument('--start-wait', type=seconds_type, metavar='SECONDS',
                         help='start after so long, even if not all clients came')
     server.add_argument('--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
@@ -7953,10 +8053,33 @@ def command_line():
     return parser
 
 
+def read_hosts(options):
+    """The HostList of --hosts; None without.  Raises Failure."""
+    if options.hosts is None:
+        return None
+    if options.hosts == '-' and not options.input and options.pipe is None:
+        raise Failure('standard input is the image, so it cannot be the list of hosts; give -i FILE or --pipe', USAGE)
+    called = 'standard input' if options.hosts == '-' else printable(options.hosts)
+    try:
+        with io.open(0 if options.hosts == '-' else options.hosts, 'rb', closefd=options.hosts != '-') as file:
+            text = file.read()
+    except OS_ERRORS as error:
+        raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
+    hosts = HostList(str(text.decode('ascii', 'replace').replace(u'\ufffd', u'?')), called)
+    if options.compat and not all(is_address(name) for name in hosts.names):
+        raise Failure('in the base protocol a client does not tell its name: %s must have addresses' % called, USAGE)
+    return hosts
+
+
 def server_command(options, signals):
     """`kmcast server`: what will do it.  Raises Failure."""
     if options.input and options.pipe is not None:
         raise Failure('give one of --input and --pipe', USAGE)
+    options.listed = read_hosts(options)
+    if options.listed:
+        options.clients = len(options.listed.names)
+    elif options.more:
+        raise Failure('--more needs --hosts FILE', USAGE)
     port_like = options.clients >= 1024 and options.port < 1024
     if options.clients > MOST_CLIENTS or port_like:
         raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
@@ -8100,19 +8223,37 @@ class Demo(object):
 COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo}
 
 
+def settle_numbers(options, rest, parser):
+    """Find CLIENTS, which --hosts takes the place of, and PORT; returns what is left of `rest`.
+
+    argparse takes an optional positional only right behind the others.
+    """
+    slots = [('port', 65535)]
+    if options.command == 'server' and options.hosts is None:
+        slots.insert(0, ('clients', 100000))
+    given = [str(number) for number in (getattr(options, 'clients', None), options.port) if number is not None]
+    while rest and rest[0].isdigit() and len(given) < len(slots):
+        given.append(rest.pop(0))
+    options.clients = options.port = None
+    for (name, most), text in zip(slots, given):
+        try:
+            setattr(options, name, whole_number(1, most)(text))
+        except argparse.ArgumentTypeError as error:
+            parser.error('argument %s: %s' % (name.upper(), error))
+    if options.clients is None and slots[0][0] == 'clients':
+        parser.error('how many CLIENTS? It is server LOCAL_IP CLIENTS [PORT], or server --hosts FILE LOCAL_IP [PORT]')
+    if given[len(slots):]:
+        parser.error('--hosts takes the place of CLIENTS: it is server --hosts FILE LOCAL_IP [PORT]')
+    options.port = options.port or DEFAULT_PORT
+    return rest
+
+
 def main(arguments=None):
     """The program; returns its exit code."""
     parser = command_line()
     options, rest = parser.parse_known_args(arguments)
-    if options.command in ('server', 'client') and options.port is None:
-        # argparse wants an optional positional right behind the others.
-        if len(rest) == 1 and rest[0].isdigit():
-            try:
-                options.port = whole_number(1, 65535)(rest.pop())
-            except argparse.ArgumentTypeError as error:
-                parser.error('argument PORT: %s' % error)
-        else:
-            options.port = DEFAULT_PORT
+    if options.command in ('server', 'client'):
+        rest = settle_numbers(options, rest, parser)
     if rest:
         parser.error('unrecognized arguments: %s' % printable(' '.join(rest)))
     if not options.command:             # Python 3 lets it be missing
