@@ -83,6 +83,7 @@ import binascii
 import collections
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import fnmatch
@@ -96,6 +97,7 @@ import os
 import re
 import resource
 import select
+import shlex
 import signal
 import socket
 import stat
@@ -7940,11 +7942,91 @@ def group_type(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose help is a page, and whose errors are one line that says what to do.
+
+    commands    name -> Parser of each command; all of them share it
+    rows        (group, action) of what its help shows
+    options     option -> action
+    """
+
+    GROUPS = ('', 'what', 'where', 'when', 'speed', 'safety', 'output')
+
+    def __init__(self, example='', form='', commands=None, **settings):
+        """example: what its help starts with; form: of its command line."""
+        argparse.ArgumentParser.__init__(self, add_help=False, **settings)
+        self.example, self.form = example, form
+        self.commands = {} if commands is None else commands
+        self.rows, self.options = [], {}
+        self.origin = ''                # where the words come from that are parsed, for errors
+
+    def add(self, group, *names, **settings):
+        """add_argument(), in a group of the help."""
+        action = self.add_argument(*names, **settings)
+        self.rows.append((group, action))
+        self.options.update((name, action) for name in action.option_strings)
+
+    def format_help(self):
+        """The page: an example, the form of the command line, and a line for each argument and option."""
+        rows = sorted(self.rows, key=lambda row: self.GROUPS.index(row[0]))
+        lines = [(group, ', '.join(action.option_strings) + (
+            ' ' * bool(action.option_strings) + (action.metavar or action.dest.upper()) if action.nargs != 0 else ''),
+            action.help) for group, action in rows]
+        width = max(len(line[1]) for line in lines)
+        text = 'Example:  %s\nUsage:    %s\n\n' % (self.example, self.form)
+        before = ''
+        for group, called, explained in lines:
+            text += '%-8s%-*s  %s\n' % (group if group != before else '', width, called, explained)
+            before = group
+        return text + self.epilog if self.epilog else text
 
     def error(self, message):
         """Exit with the line and the code for wrong usage."""
-        self.exit(USAGE, '%s: error: %s (see %s --help)\n' % (self.prog, message, self.prog))
+        self.exit(USAGE, '%s: error: %s%s (see %s --help)\n' % (self.prog, self.origin, message, self.prog))
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse has it, but first see to what it has no good words for."""
+        self._look(sys.argv[1:] if args is None else args)
+        return argparse.ArgumentParser.parse_known_args(self, args, namespace)
+
+    def has(self, name):
+        """Whether an option is its own, perhaps shortened or with a value behind it."""
+        if name.startswith('--'):
+            return any(option.startswith(name.split('=')[0]) for option in self.options)
+        return name[:2] in self.options
+
+    def _look(self, words):
+        """Exit with an error if there is an option, or a command, that is none."""
+        for word in words:
+            name = word.split('=')[0]
+            if word == '--':
+                return
+            if len(word) < 2 or word[0] != '-' or ' ' in name or word[1] in '.0123456789':
+                if self.commands.get(None) is not self:
+                    continue
+                if word not in self.commands:
+                    self.error('there is no command %s%s' % (
+                        printable(word), self._meant(word, [command for command in self.commands if command])))
+                return
+            if not self.has(word):
+                self.error(self._stranger(name))
+
+    def _stranger(self, name):
+        """What is wrong with an option that it has not."""
+        others = [parser for parser in self.commands.values() if parser is not self]
+        of = sorted(parser.prog.split()[-1] for parser in others if name in parser.options)
+        if of and self.commands.get(None) is self:
+            return '%s is an option of %s, and stands behind that word' % (name, of[0])
+        if of:
+            return '%s is an option of %s, not of %s' % (name, ' and '.join(of), self.prog.split()[-1])
+        known = set(option for parser in self.commands.values() for option in parser.options)
+        return 'there is no option %s%s' % (printable(name), self._meant(name, known))
+
+    def _meant(self, word, names):
+        """The name that is nearest to a word, as a question; '' if none is near."""
+        near = difflib.get_close_matches(word, sorted(names), 1)
+        of = [parser.prog.split()[-1] for parser in self.commands.values() if near and near[0] in parser.options]
+        mine = not of or self.prog.split()[-1] in of
+        return '; did you mean %s%s?' % (near[0], '' if mine else ', of ' + of[0]) if near else ''
 
 
 class PrintVersion(argparse.Action):
@@ -7957,100 +8039,148 @@ class PrintVersion(argparse.Action):
 
 def command_line():
     """The parser of the command line."""
-    parser = Parser(prog='kmcast', description='Send one image to many hosts at once, '
-                    'reliably: multicast carries it once, TCP what was lost.')
-    parser.add_argument('--version', action=PrintVersion, nargs=0, help='say the version')
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--datagrams', choices=('auto',) + WAYS, default='auto',
-                        help='how to send or receive many packets at once (auto)')
-    common.add_argument('--stall-timeout', type=seconds_type, metavar='SECONDS',
-                        help='give up a peer that has got nothing done for so long; 0: never; in '
-                        'the base protocol 15 for a server and 0 for a client (30)')
-    common.add_argument('--allow-empty', action='store_true',
-                        help='an image of 0 bytes is no error; a client heeds it in the base '
-                        'protocol only, else the server has the say')
-    common.add_argument('--report', metavar='FILE', help='write how it went there, as JSON')
-    common.add_argument('--log', metavar='FILE', help='add what -v says there, with date and time')
-    common.add_argument('-v', '--verbose', action='store_true', help='say more')
-    common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    all_parsers = {}
+    parser = Parser(
+        prog='kmcast', commands=all_parsers,
+        example='kmcast server -i image.tgz auto 40               # on the server, for 40 hosts\n'
+        '          kmcast client -o image.tgz auto 10.0.0.1         # on each of them; 10.0.0.1 is the server',
+        form='kmcast COMMAND [options] ARGUMENTS               # kmcast COMMAND --help says more')
+    all_parsers[None] = parser
+    choices = parser.add_subparsers(dest='command', metavar='COMMAND')
+
+    def command(name, help, example, form):     # pylint: disable=redefined-builtin
+        made = all_parsers[name] = choices.add_parser(
+            name, commands=all_parsers, example=example, form=form,
+            epilog='\nOptions can stand in the variable KMCAST_OPTIONS, too. man kmcast says more.\n'
+            if name in ('server', 'client') else None)
+        parser.rows.append(('', argparse.Namespace(option_strings=(), metavar=name, nargs=None, help=help)))
+        return made
+
+    def add_common(made):
+        made.add('output', '-v', '--verbose', action='store_true', help='say more')
+        made.add('output', '-q', '--quiet', action='store_true', help='say only what went wrong')
+        made.add('output', '-h', '--help', action='help', help='show this and exit')
+
+    def add_of_both(made):
+        made.add('when', '--stall-timeout', type=seconds_type, metavar='SECONDS',
+                 help='give up a peer that has got nothing done for so long; 0: never (30)')
+        made.add('speed', '--datagrams', choices=('auto',) + WAYS, default='auto', metavar='WAY',
+                 help='many packets at once: auto, gso, mmsg or plain (auto)')
+        made.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+        made.add('output', '--report', metavar='FILE', help='write how it went there, as JSON')
+        made.add('output', '--log', metavar='FILE', help='add what -v says there, with date and time')
+        add_common(made)
     port = {'nargs': '?', 'type': whole_number(1, 65535), 'metavar': 'PORT',
             'help': 'TCP port of the server, and its UDP port (%d)' % DEFAULT_PORT}
 
-    server = commands.add_parser('server', parents=[common], help='send an image',
-                                 description='Send standard input, or a file, to CLIENTS clients.')
-    server.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to multicast from: '
-                        'an address of this host, an interface\'s name, or auto')
-    server.add_argument('clients', metavar='CLIENTS', nargs='?', type=whole_number(1, 100000),
-                        help='how many clients to wait for')
-    server.add_argument('port', **port)
-    server.add_argument('-i', '--input', type=file_type, metavar='FILE', default='-',
-                        help='the image; -: standard input (-)')
-    server.add_argument('--pipe', metavar='COMMAND', help='the image is what COMMAND writes, and '
-                        'is complete only if COMMAND exits with 0')
-    server.add_argument('--size', type=whole_number(0, 1 << 63), metavar='BYTES',
-                        help='of an image that comes by a pipe: for progress and room')
-    server.add_argument('--name', help='what to call the image (the name of FILE)')
-    server.add_argument('--group', type=group_type, default=GROUP,
-                        help='multicast group (%s)' % GROUP)
-    server.add_argument('--ttl', type=whole_number(0, 255), default=8,
-                        help='routers that multicast may pass (8)')
-    server.add_argument('--mtu', type=whole_number(256, 9000), metavar='BYTES',
-                        help='largest IP packet (1500, or the interface\'s if that is less)')
-    server.add_argument('--rate', type=rate_type, default='auto',
-                        help='bit/s as in 940M, auto: as fast as the slowest link, max (auto)')
-    server.add_argument('--unicast', action='store_true',
-                        help='no multicast: the clients pass the image on, one to the next')
-    server.add_argument('--chain', choices=('auto', 'always', 'never'), default='auto',
-                        help='whether clients pass the image on: auto, where multicast does not reach; always, as '
-                        '--unicast; never, all is sent by TCP there (auto)')
-    server.add_argument('--hosts', metavar='FILE',
-                        help='in the place of CLIENTS: wait for these, names or addresses, one a line; -: standard input')
-    server.add_argument('--more', action='store_true', help='also take hosts beyond these')
-    server.add_argument('--start-wait', type=seconds_type, metavar='SECONDS',
-                        help='start after so long, even if not all clients came')
-    server.add_argument('--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
-                        help='how many must be there for --start-wait to start (1)')
-    server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
-                        help='drop a client that alone keeps the transfer slower for 10 s')
-    server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
-                        help='packets in a round at the most; memory is that of some five rounds '
-                        '(as many as make 4 MB)')
-    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
-                        help='clients that one TCP thread serves (64, or all of them where they are '
-                        '200 or more)')
-    server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
-    server.add_argument('--compat', action='store_true',
-                        help='serve clients of the base protocol (the C implementation)')
+    server = command('server', 'send an image',
+                     'kmcast server -i image.tgz auto 40', 'kmcast server [options] LOCAL_IP CLIENTS [PORT]')
+    server.add('', 'local_ip', metavar='LOCAL_IP', help='the interface to multicast from: its address or name, or auto')
+    server.add('', 'clients', metavar='CLIENTS', nargs='?', type=whole_number(1, 100000),
+               help='how many hosts to wait for')
+    server.add('', 'port', **port)
+    server.add('what', '-i', '--input', type=file_type, metavar='FILE',
+               help='the image; -: standard input (-)')
+    server.add('what', '--pipe', metavar='COMMAND', help='the image is what COMMAND writes; it must exit with 0')
+    server.add('what', '--size', type=whole_number(0, 1 << 63), metavar='BYTES',
+               help='of an image that comes by a pipe: for progress and room')
+    server.add('what', '--name', help='what to call the image (the name of FILE)')
+    server.add('where', '--hosts', metavar='FILE',
+               help='in the place of CLIENTS: names or addresses, one a line; -: stdin')
+    server.add('where', '--more', action='store_true', help='also take hosts beyond these')
+    server.add('where', '--group', type=group_type, default=GROUP, help='multicast group (%s)' % GROUP)
+    server.add('where', '--ttl', type=whole_number(0, 255), default=8, help='routers that multicast may pass (8)')
+    server.add('where', '--unicast', action='store_true',
+               help='no multicast: the hosts pass the image on, one to the next')
+    server.add('where', '--chain', choices=('auto', 'always', 'never'), default='auto', metavar='WHEN',
+               help='auto: where multicast does not reach; always; never (auto)')
+    server.add('when', '--start-wait', type=seconds_type, metavar='SECONDS',
+               help='start after so long, even if not all came')
+    server.add('when', '--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
+               help='how many must be there for --start-wait to start (1)')
+    add_of_both(server)
+    server.add('speed', '--rate', type=rate_type, default='auto',
+               help='bit/s as in 940M; auto: as the slowest link; max (auto)')
+    server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
+               help='drop a host that alone keeps all slower for 10 s')
+    server.add('speed', '--mtu', type=whole_number(256, 9000), metavar='BYTES',
+               help='largest IP packet (1500, or the interface\'s if that is less)')
+    server.add('speed', '--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
+               help='packets in a round at the most (as many as make 4 MB)')
+    server.add('speed', '--clients-per-thread', type=whole_number(1, 1000), metavar='N',
+               help='that one TCP thread serves (64, or all where they are 200 or more)')
+    server.add('safety', '--no-digest', action='store_true', help='do without SHA-256')
+    server.add('safety', '--compat', action='store_true',
+               help='serve clients of the base protocol (the C implementation)')
 
-    client = commands.add_parser('client', parents=[common], help='receive an image',
-                                 description='Receive an image to standard output, or to a file.')
-    client.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to receive multicast '
-                        'on: an address of this host, an interface\'s name, or auto')
-    client.add_argument('server_ip', metavar='SERVER_IP', help='the server\'s address')
-    client.add_argument('port', **port)
-    client.add_argument('-o', '--output', type=file_type, metavar='FILE', default='-',
-                        help='write here, and the file appears when it is complete and verified; '
-                        '-: to standard output (-)')
-    client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
-                        'success only if COMMAND exits with 0')
-    client.add_argument('--expect-name', metavar='GLOB', help='refuse an image of another name')
-    client.add_argument('--expect-size', type=whole_number(0, 1 << 63), metavar='BYTES',
-                        help='refuse an image of another size, or fail at its end')
-    client.add_argument('--expect-sha256', type=sha256_type, metavar='HEX',
-                        help='fail at the end of an image that has another SHA-256')
-    client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
-                        help='how long to try to reach the server (60)')
+    client = command('client', 'receive an image',
+                     'kmcast client -o image.tgz auto 10.0.0.1', 'kmcast client [options] LOCAL_IP SERVER_IP [PORT]')
+    client.add('', 'local_ip', metavar='LOCAL_IP', help='the interface to receive on: its address or name, or auto')
+    client.add('', 'server_ip', metavar='SERVER_IP', help='the server\'s address')
+    client.add('', 'port', **port)
+    client.add('what', '--expect-name', metavar='GLOB', help='refuse an image of another name')
+    client.add('what', '--expect-size', type=whole_number(0, 1 << 63), metavar='BYTES',
+               help='refuse an image of another size, or fail at its end')
+    client.add('what', '--expect-sha256', type=sha256_type, metavar='HEX',
+               help='fail at the end of an image that has another SHA-256')
+    client.add('where', '-o', '--output', type=file_type, metavar='FILE',
+               help='it appears when complete and verified; -: standard output (-)')
+    client.add('where', '--pipe', metavar='COMMAND', help='write to its standard input; it must exit with 0')
+    client.add('when', '--wait', type=seconds_type, default=60.0, metavar='SECONDS',
+               help='how long to try to reach the server (60)')
+    add_of_both(client)
 
-    demo = commands.add_parser('demo', help='a server and some clients on this host, to see it work',
-                               description='Send FILE, or 64 MiB of random data, to some clients '
-                               'on this host by loopback.')
-    demo.add_argument('--clients', type=whole_number(1, 100), default=3, metavar='N',
-                      help='how many clients (3)')
-    demo.add_argument('file', nargs='?', metavar='FILE', help='what to send')
-    demo.add_argument('-v', '--verbose', action='store_true', help='say more')
-    demo.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    demo = command('demo', 'a server and some clients on this host, to see it work',
+                   'kmcast demo', 'kmcast demo [options] [FILE]')
+    demo.add('', 'file', nargs='?', metavar='FILE', help='what to send (64 MiB of random data)')
+    demo.add('what', '--clients', type=whole_number(1, 100), default=3, metavar='N', help='how many clients (3)')
+    add_common(demo)
+
+    completion = command('completion', 'what makes bash complete all this with the Tab key',
+                         'kmcast completion bash > /etc/bash_completion.d/kmcast', 'kmcast completion bash')
+    completion.add('', 'shell', choices=('bash',), metavar='bash', help='the shell that it is for')
+    completion.add('output', '-h', '--help', action='help', help='show this and exit')
+    completion.set_defaults(verbose=False, quiet=False)
+
+    parser.add('output', '--version', action=PrintVersion, nargs=0, help='say the version')
+    parser.add('output', '-h', '--help', action='help', help='show this and exit')
     return parser
+
+
+RIVALS = (('input', 'pipe'), ('output', 'pipe'), ('hosts', 'clients'), ('unicast', 'chain'), ('verbose', 'quiet'))
+
+
+def from_environment(parser, given):
+    """The options of KMCAST_OPTIONS for a command, as words.
+
+    parser: the command's; given: what its command line says, which wins.  Those of the
+    other command are left out, so that both can be told the same.
+    """
+    parser.origin = 'KMCAST_OPTIONS: '
+    try:
+        words = shlex.split(os.environ.get('KMCAST_OPTIONS', ''))
+    except ValueError as error:
+        parser.error(str(error).lower())
+    groups, result = [], []
+    for word in words:                  # an option and its value
+        if word.startswith('-') and word != '-':
+            groups.append([word])
+        elif groups and len(groups[-1]) == 1 and '=' not in groups[-1][0]:
+            groups[-1].append(word)
+        else:
+            parser.error('%s is no option' % printable(word))
+    said = set(name for name, value in vars(given).items() if value != parser.get_default(name))
+    for group in groups:
+        name = group[0].split('=')[0]
+        action = parser.options.get(name)
+        if not action and any(name in parser.commands[other].options for other in ('server', 'client')):
+            continue
+        if action and action.nargs == 0 and len(group) > 1:
+            parser.error('%s is no option' % printable(group[1]))
+        rivals = [names for names in RIVALS if action and action.dest in names]
+        if not any(name in said for names in rivals for name in names if name != action.dest):
+            result += group
+    return result
 
 
 def read_hosts(options):
@@ -8110,6 +8240,92 @@ def client_command(options, signals):
     return Client(options, signals)
 
 
+BASH = """\
+# bash completion for kmcast, made by "kmcast completion bash"
+_kmcast() {
+    local i word command='' place=0 valued=' %(valued)s ' files=' %(files)s '
+    local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} words=''
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        if [[ $word == -?* ]]; then
+            [[ $valued == *" $command$word "* ]] && ((i++))
+        elif [[ -z $command ]]; then
+            command=$word
+        else
+            ((place++))
+        fi
+    done
+    COMPREPLY=()
+    if [[ $files == *" $command$before "* ]]; then
+        compopt -o filenames 2>/dev/null
+        COMPREPLY=($(compgen -f -- "$current"))
+        return
+    fi
+    case $command$before in
+%(values)s
+        *)  if [[ $valued == *" $command$before "* ]]; then
+                return
+            elif [[ $current == -* || -z $command ]]; then
+                case $command in
+%(options)s
+                esac
+            elif [[ $place == 0 && ( $command == server || $command == client ) ]]; then
+                words="auto $(ls /sys/class/net)"
+            elif [[ %(of_files)s ]]; then
+                compopt -o filenames 2>/dev/null
+                COMPREPLY=($(compgen -f -- "$current"))
+                return
+            fi ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -F _kmcast kmcast kmcast.py kmcast.pyz
+"""
+
+
+def completion_command(_options, _signals):
+    """`kmcast completion`: a script for bash(1), "Programmable Completion", made from the parser."""
+    parser = command_line()
+    valued, files, values, options, of_files = [], [], [], [], []
+    for command, made in sorted(parser.commands.items(), key=lambda item: item[0] or ''):
+        command = command or ''
+        names = sorted(made.options) + ([other for other in parser.commands if other] if not command else [])
+        options.append("                    '%s') words='%s' ;;" % (command, ' '.join(sorted(names))))
+        for _, action in made.rows:
+            calls = [command + name for name in action.option_strings if action.nargs != 0]
+            valued += calls
+            if action.metavar == 'FILE':
+                files += calls
+                of_files += [] if calls else ['$command == ' + command]
+            elif getattr(action, 'choices', None) and command:
+                values.append("        %s) words='%s' ;;" % ('|'.join(calls or [command + command]), ' '.join(action.choices)))
+    return Printer(BASH % {'valued': ' '.join(valued), 'files': ' '.join(files), 'values': '\n'.join(values),
+                           'options': '\n'.join(options), 'of_files': ' || '.join(of_files)})
+
+
+class Printer(object):
+    """What a command does that just writes a text on standard output."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def run(self):
+        """Write it; returns an exit code.  Raises Failure."""
+        try:
+            with io.open(1, 'wb', closefd=False) as output:
+                output.write(self.text.encode('ascii', 'xmlcharrefreplace'))
+        except OS_ERRORS as error:
+            raise Failure('cannot write standard output: %s' % explain(error))
+        return OK
+
+    @staticmethod
+    def status(_now):
+        """None: it is done at once."""
+
+    def close(self):
+        """It leaves nothing behind."""
+
+
 class DemoClient(threading.Thread):
     """A client process of the demo, and what came out of it."""
 
@@ -8155,6 +8371,7 @@ class Demo(object):
         us = os.getpid()
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
+            env=dict(item for item in os.environ.items() if item[0] != 'KMCAST_OPTIONS'),
             preexec_fn=lambda: end_with(us), **pipes)
         self._processes.append(process)
         return process
@@ -8220,7 +8437,7 @@ class Demo(object):
                     pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo}
+COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo, 'completion': completion_command}
 
 
 def settle_numbers(options, rest, parser):
@@ -8241,23 +8458,35 @@ def settle_numbers(options, rest, parser):
         except argparse.ArgumentTypeError as error:
             parser.error('argument %s: %s' % (name.upper(), error))
     if options.clients is None and slots[0][0] == 'clients':
-        parser.error('how many CLIENTS? It is server LOCAL_IP CLIENTS [PORT], or server --hosts FILE LOCAL_IP [PORT]')
+        parser.error('how many CLIENTS? %s, or --hosts FILE in the place of CLIENTS' % parser.form)
     if given[len(slots):]:
-        parser.error('--hosts takes the place of CLIENTS: it is server --hosts FILE LOCAL_IP [PORT]')
+        parser.error('--hosts takes the place of CLIENTS: kmcast server --hosts FILE LOCAL_IP [PORT]')
     options.port = options.port or DEFAULT_PORT
     return rest
 
 
+def read_command_line(words):
+    """What the words, and KMCAST_OPTIONS, ask for: a Namespace, whose `words` are all of them."""
+    parser = command_line()
+    options, rest = parser.parse_known_args(words)
+    if not options.command:             # Python 3 lets it be missing
+        parser.error('which COMMAND? one of %s' % ', '.join(name for name in parser.commands if name))
+    own = parser.commands[options.command]
+    if options.command in ('server', 'client'):
+        place = words.index(options.command) + 1
+        words = words[:place] + from_environment(own, options) + words[place:]
+        options, rest = parser.parse_known_args(words)
+        own.origin = ''
+        rest = settle_numbers(options, rest, own)
+    if rest:
+        own.error('unrecognized arguments: %s' % printable(' '.join(rest)))
+    options.words = words
+    return options
+
+
 def main(arguments=None):
     """The program; returns its exit code."""
-    parser = command_line()
-    options, rest = parser.parse_known_args(arguments)
-    if options.command in ('server', 'client'):
-        rest = settle_numbers(options, rest, parser)
-    if rest:
-        parser.error('unrecognized arguments: %s' % printable(' '.join(rest)))
-    if not options.command:             # Python 3 lets it be missing
-        parser.error('which COMMAND? one of server, client, demo')
+    options = read_command_line(sys.argv[1:] if arguments is None else list(arguments))
     open_standard_files()
     return run_job(options, StopInOrder())
 
