@@ -30,6 +30,7 @@ only those above it:
     TCP servers         the spec's chain of threads, one poll() each
     Multicaster         the spec's UDP server: the image into the air
     Client              receives one image
+    Report page         an HTML page from reports
     Command line        arguments, demo, exit codes
 
 The protocol in a page (a session; the base protocol lacks the greetings):
@@ -6316,8 +6317,10 @@ class JsonReport(object):
 
     MOST_STEPS = 1000
 
-    def __init__(self, path, command, job):
+    def __init__(self, path, command, words, job):
+        """words: of the command line."""
         self._path, self._command, self._job = path, command, job
+        self._words = words and [printable(word, 4096) for word in words]
         self._steps, self._every, self._next = [], 1.0, 0.0
 
     def happened(self, what, facts):
@@ -6346,7 +6349,8 @@ class JsonReport(object):
 
     def _write(self, code, reason):
         job = self._job
-        result = {'kmcast': __version__, 'command': self._command, 'exit_code': code, 'reason': reason,
+        result = {'kmcast': __version__, 'command': self._command, 'arguments': self._words,
+                  'ended': time.strftime('%Y-%m-%d %H:%M:%S'), 'exit_code': code, 'reason': reason,
                   'result': {OK: 'complete', PARTLY: 'partly'}.get(code, 'failed')}
         started, ended = getattr(job, 'started', None), getattr(job, 'ended', None) or monotonic()
         seconds = round(ended - started, 3) if started else 0
@@ -7876,6 +7880,334 @@ class Client(object):
 
 
 # ---------------------------------------------------------------------------
+# Report page
+# ---------------------------------------------------------------------------
+
+# One HTML page from reports.  Its charts are SVG, it has no script and takes nothing from anywhere.
+
+PAGE = u"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+%(title)s
+<style>
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --wash: #f3f5f7;
+        --good: #1a7f37; --bad: #b42318; --blue: #0072b2; --sky: #56b4e9; --green: #009e73; --orange: #d55e00;
+        --yellow: #e69f00; --pink: #cc79a7; --wait: #e69f0055; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14171b; --ink: #e6e9ec; --soft: #9aa4ae; --line: #373e47; --wash: #1d2126; --good: #4ac26b;
+          --bad: #ff8578; --blue: #4ba3d9; --sky: #b9dff5; --wait: #e69f0066; } }
+@media print {
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --good: #1a7f37;
+          --bad: #b42318; --blue: #0072b2; --sky: #56b4e9; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  tr, figure, li { break-inside: avoid; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+       overflow-wrap: anywhere; }
+main { max-width: 72em; margin: auto; padding: 1em; }
+h1 { font-size: 1.5em; margin: .3em 0; } h2 { font-size: 1.2em; margin: 2em 0 .3em; border-top: 1px solid var(--line);
+     padding-top: 1em; } h3 { font-size: 1em; margin: 1.4em 0 .3em; }
+.good { color: var(--good); } .bad { color: var(--bad); } .good, .bad { font-weight: 600; }
+.soft, th, .axis { color: var(--soft); font-size: .87em; font-weight: normal; }
+a { color: var(--blue); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2em 1em; margin: .6em 0; }
+dt { color: var(--soft); } dd { margin: 0; }
+code { font: .93em ui-monospace, monospace; }
+figure { margin: .5em 0; } svg { display: block; width: 100%%; }
+.chart { display: grid; grid-template-columns: 5.5em minmax(0, 1fr); padding-right: 2em; }
+.chart svg { height: 12em; background: var(--wash); }
+.axis { position: relative; } .axis span { position: absolute; white-space: nowrap; }
+.y span { right: .6em; transform: translateY(-50%%); } .x { grid-column: 2; height: 1.6em; }
+.x span { transform: translateX(-50%%); }
+.bar { height: .7em; background: var(--wash); }
+.key::before { content: ""; display: inline-block; width: .7em; height: .7em; margin-right: .35em; background: var(--of); }
+.keys span { margin-right: 1.2em; }
+table { border-collapse: collapse; width: 100%%; } th { text-align: left; }
+th, td { padding: .3em .8em .3em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:empty::before { content: "\\2013"; color: var(--soft); }
+.wide { min-width: 10em; } .lead { min-width: 13em; }
+@media (max-width: 52em) {
+  thead { display: none; } table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: 1fr 1fr; padding: .6em 0; border-bottom: 1px solid var(--line); }
+  td { border: 0; padding: .1em .5em .1em 0; min-width: 0; } td:empty { display: none; }
+  td.wide, td.lead { grid-column: 1 / -1; min-width: 0; } .number { text-align: left; white-space: normal; }
+  td[title]::before { content: attr(title) ": "; color: var(--soft); font-size: .87em; } }
+</style>
+</head>
+<body>
+%(body)s
+</body>
+</html>
+"""
+
+COLORS = {'multicast': 'blue', 'coded': 'sky', 'chain': 'green', 'tcp': 'orange',
+          'network': 'blue', 'output': 'yellow', 'silence': 'pink'}
+PARTS = {'multicast': 'multicast', 'coded': 'repair by multicast', 'chain': 'from client to client', 'tcp': 'TCP'}
+
+
+class Markup(type(u'')):
+    """A text that is HTML already."""
+
+
+def markup(value):
+    """Anything as HTML; what comes from a report is a text, and stays one."""
+    if isinstance(value, Markup):
+        return value
+    text = re.sub(u'[^\t\n -~\u00a0-\ud7ff\ue000-\ufffd]|[\u200b-\u200f\u2028-\u202e\u2060-\u206f]',
+                  u'\ufffd', u'%s' % (value,))
+    for character, entity in ((u'&', u'&amp;'), (u'<', u'&lt;'), (u'>', u'&gt;'), (u'"', u'&quot;'), (u"'", u'&#39;')):
+        text = text.replace(character, entity)
+    return Markup(text)
+
+
+def element(name, *children, **attributes):
+    """An element of HTML or SVG; class_ is class, stroke_width is stroke-width."""
+    written = u''.join(u' %s="%s"' % (key.rstrip('_').replace('_', '-'), markup(value))
+                       for key, value in sorted(attributes.items()) if value is not None)
+    return Markup(u'<%s%s>%s</%s>' % (name, written, html_of(children), name))
+
+
+def html_of(children):
+    """What stands one behind the other."""
+    return Markup(u''.join(markup(child) for child in children))
+
+
+def as_number(value):
+    """A number of a report; 0 for what is none."""
+    good = isinstance(value, NUMBER + (float,)) and not isinstance(value, bool) and abs(value) < 1e18
+    return value if good else 0
+
+
+def objects_of(value):
+    """The objects of a list in a report."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def parts_of(value):
+    """[(name, number)] of an object in a report, the greatest first, without those that are 0."""
+    parts = [(name, as_number(part)) for name, part in value.items()] if isinstance(value, dict) else []
+    return sorted([part for part in parts if part[1] > 0], key=lambda part: (-part[1], part[0]))
+
+
+def drawn_bar(parts, whole):
+    """A bar of (name, number), of which `whole` is all of its width."""
+    left, drawn = 0.0, []
+    for name, size in parts:
+        width = 100.0 * size / whole
+        drawn.append(element('rect', x='%.2f' % left, y=0, width='%.2f' % width, height=1,
+                             style='fill: var(--%s)' % COLORS.get(name, 'soft')))
+        left += width
+    return element('svg', *drawn, class_='bar', viewBox='0 0 100 1', preserveAspectRatio='none', aria_hidden='true')
+
+
+def legend(parts, words):
+    """The legend of a bar: a name and words for each part."""
+    return element('div', *[element('span', '%s %s' % (name, words(size)), class_='key',
+                                    style='--of: var(--%s)' % COLORS.get(key, 'soft')) for key, name, size in parts],
+                   class_='keys soft')
+
+
+def steps_of(report):
+    """[(from, to, bit/s, who was waited for or None)] of a report's course, times in seconds."""
+    result, before, done = [], 0.0, 0
+    for step in objects_of(report.get('steps')):
+        now, size = as_number(step.get('seconds')), as_number(step.get('bytes'))
+        if now > before:
+            who = step.get('waited_for')
+            result.append((before, now, max(0, 8 * (size - done) / (now - before)), who if isinstance(who, TEXT) else None))
+            before, done = now, size
+    return result
+
+
+def fewer(steps, most):
+    """The same course in at most so many steps."""
+    size = -(-len(steps) // most) or 1
+    for first in range(0, len(steps), size):
+        some = steps[first:first + size]
+        begin, end = some[0][0], some[-1][1]
+        yield begin, end, sum((step[1] - step[0]) * step[2] for step in some) / (end - begin)
+
+
+def axis_ticks(most, factors):
+    """Round numbers up to `most` for an axis, some four."""
+    scale = 10 ** math.floor(math.log10(most)) if factors is None else 1
+    for factor in factors or (0.2, 0.5, 1, 2, 5):
+        if most / (factor * scale) <= 5:
+            break
+    return [place * factor * scale for place in range(int(most / (factor * scale)) + 1)]
+
+
+SPANS = (0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400, 604800)
+
+
+def goodput_chart(report, most):
+    """The goodput of a report over time, with who was waited for; '' without any.  most: steps."""
+    steps = steps_of(report)
+    if not steps:
+        return ''
+    end, peak = steps[-1][1], max(1000.0, max(step[2] for step in steps) * 1.05)
+    drawn, waits, totals = [], [], {}
+
+    def across(seconds):
+        return '%.1f' % (1000 * seconds / end)
+
+    def down(rate):
+        return '%.1f' % (200 - 200 * rate / peak)
+    for begin, until, _, who in steps:
+        if who and waits and waits[-1][2] == who and waits[-1][1] == begin:
+            waits[-1][1] = until
+        elif who:
+            waits.append([begin, until, who])
+        if who:
+            totals[who] = totals.get(who, 0) + until - begin
+    for begin, until, who in sorted(waits, key=lambda wait: wait[0] - wait[1])[:most]:
+        drawn.append(element('rect', element('title', 'waiting for %s, %.1f s' % (who, until - begin)), x=across(begin), y=0,
+                             width=across(until - begin), height=200, style='fill: var(--wait)'))
+    for rate in axis_ticks(peak, None)[1:]:
+        drawn.append(element('path', d='M0 %s H1000' % down(rate), stroke='var(--line)', vector_effect='non-scaling-stroke'))
+    line = u''.join(u'M%s %sH%s' % (across(begin), down(rate), across(until)) if not place else
+                    u'V%sH%s' % (down(rate), across(until))
+                    for place, (begin, until, rate) in enumerate(fewer(steps, most)))
+    drawn.append(element('path', d=line + 'V200H0Z', fill='var(--blue)', fill_opacity='.15'))
+    drawn.append(element('path', d=line, fill='none', stroke='var(--blue)', stroke_width=2, vector_effect='non-scaling-stroke'))
+    across_labels = [element('span', duration(second) if second >= 1 or not second else '%.1f s' % second,
+                             style='left: %.2f%%' % (100 * second / end)) for second in axis_ticks(end, SPANS)]
+    down_labels = [element('span', bits(rate), style='top: %.2f%%' % (100 - 100 * rate / peak))
+                   for rate in axis_ticks(peak, None)[1:]]
+    shown = element('figure', element(
+        'div', element('div', *down_labels, class_='axis y'),
+        element('svg', *drawn, viewBox='0 0 1000 200', preserveAspectRatio='none', role='img',
+                aria_label='goodput over time'),
+        element('div', *across_labels, class_='axis x'), class_='chart'))
+    listed_waits = [element('li', '%s: %.1f s' % (who, seconds))
+                    for who, seconds in sorted(totals.items(), key=lambda item: -item[1])[:20]]
+    return html_of([element('h3', 'Goodput over time'), shown] + (
+        [element('p', 'Nothing came while it waited (marked) for', class_='key soft', style='--of: var(--wait)'),
+         element('ul', *listed_waits)] if listed_waits else []))
+
+
+WORST = ('failed', 'missing', 'refused', 'partly', 'not started', 'complete')
+
+
+def verdict_of(row):
+    """A result and its exit code."""
+    result, code = row.get('result'), row.get('exit_code')
+    return element('span', '%s%s' % (result, '' if code is None else ', exit code %s' % code),
+                   class_='good' if result == 'complete' else 'bad')
+
+
+def html_table(heads, rows):
+    """A table; heads: (title, class); on a narrow page a cell says its title, unless it is of the class `lead`."""
+    body = [element('tr', *[element('td', cell, class_=kind, title=None if kind == 'lead' else title)
+                            for (title, kind), cell in zip(heads, row)]) for row in rows]
+    return element('table', element('thead', element('tr', *[element('th', title, class_=kind) for title, kind in heads])),
+                   element('tbody', *body))
+
+
+def hosts_of(report):
+    """The table of a server's hosts, worst first."""
+    rows = objects_of(report.get('hosts'))
+    waits = [parts_of(row.get('waited_for')) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: (
+        WORST.index(rows[place].get('result')) if rows[place].get('result') in WORST else 0,
+        -sum(part[1] for part in waits[place]), -as_number(rows[place].get('lost'))))
+    most = max([1e-9] + [sum(part[1] for part in parts) for parts in waits])
+    cells = []
+    for place in order:
+        row, parts = rows[place], waits[place]
+        repaired = dict(parts_of(row.get('repaired')))
+        held = [drawn_bar(parts, most), legend([(key, CAUSES.get(key, key), size) for key, size in parts],
+                                       lambda size: '%.1f s' % size)] if parts and parts[0][1] >= 0.05 else []
+        cells.append((
+            html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
+            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])),
+            '%.1f' % as_number(row.get('seconds')) if row.get('seconds') else '', row.get('lost') or '',
+            repaired.get('multicast') or '', repaired.get('tcp') or '', row.get('by_chain') or '', html_of(held)))
+    counts = collections.Counter('%s' % row.get('result') for row in rows)
+    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
+    return html_of([element('h3', 'Hosts: %s' % said), html_table(
+        (('host', 'lead'), ('result', 'lead'), ('seconds', 'number'), ('lost', 'number'), ('multicast', 'number'), ('TCP', 'number'),
+         ('chain', 'number'), ('all waited for it', 'wide')), cells),
+        element('p', 'Packets: lost of the multicast; repaired by multicast and by TCP; from another client (chain).',
+                class_='soft')]) if rows else ''
+
+
+def section_of(path, place, report, most):
+    """What the page has of one report."""
+    facts = [('report', path)]
+    words = report.get('arguments')
+    if isinstance(words, list):
+        facts.append(('command', element('code', 'kmcast ' + ' '.join(quoted('%s' % (word,)) for word in words))))
+    if report.get('reason'):
+        facts.append(('why', element('strong', report['reason'])))
+    server = report.get('server')
+    if isinstance(server, dict):
+        facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
+    size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
+    facts += [('image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
+              ('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else '')),
+              ('goodput', bits(as_number(report.get('goodput'))))]
+    for key in ('lost', 'overflows'):
+        if as_number(report.get(key)):
+            facts.append((key, counted(report[key], 'packet' if key == 'lost' else 'datagram')))
+    if report.get('sha256'):
+        facts.append(('SHA-256', element('code', report['sha256'])))
+    carried = parts_of(report.get('carried'))
+    if carried:
+        facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
+            [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
+    called = 'Server' if report['command'] == 'server' else 'Client'
+    return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
+                   element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
+                   goodput_chart(report, most), hosts_of(report))
+
+
+def quoted(word):
+    """A word as one would type it to a shell."""
+    return word if re.match(u'[\\w@%+=:,./-]+$', word) else u"'%s'" % word.replace(u"'", u"'\"'\"'")
+
+
+def report_page(reports):
+    """The page, from (path, report): what --report has written."""
+    servers = [report for _, report in reports if report['command'] == 'server']
+    rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('result') != 'refused']
+    complete = len([row for row in rows if row.get('result') == 'complete'])
+    title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
+        'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
+    reports = sorted(reports, key=lambda item: (item[1]['command'] != 'server', WORST.index(item[1].get('result'))
+                                                if item[1].get('result') in WORST else 0))
+    body = [element('h1', title)]
+    if len(reports) > 1:
+        body.append(html_table((('report', 'lead'), ('result', 'lead'), ('goodput', 'number')), [
+            (html_of([element('a', path, href='#r%d' % place), element('div', report['command'], class_='soft')]),
+             html_of([verdict_of(report), element('div', report.get('reason') or '', class_='soft')]),
+             bits(as_number(report.get('goodput')))) for place, (path, report) in enumerate(reports)]))
+    most = max(50, min(400, 20000 // len(reports)))
+    body += [section_of(path, place, report, most) for place, (path, report) in enumerate(reports)]
+    body.append(element('p', 'kmcast %s' % __version__, class_='soft'))
+    return PAGE % {'title': element('title', title), 'body': element('main', *body)}
+
+
+def read_report(path):
+    """What --report has written there.  Raises Failure."""
+    try:
+        with io.open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
+            report = json.loads(file.read().decode('utf-8'))
+    except OS_ERRORS as error:
+        raise Failure('cannot read %s: %s' % (printable(path), explain(error)), USAGE)
+    except (ValueError, RuntimeError):  # the latter: too deep
+        report = None
+    if not isinstance(report, dict) or report.get('command') not in ('server', 'client'):
+        raise Failure('%s is no report that kmcast has written' % printable(path), USAGE)
+    return report
+
+
+# ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
 
@@ -8136,6 +8468,12 @@ def command_line():
     demo.add('what', '--clients', type=whole_number(1, 100), default=3, metavar='N', help='how many clients (3)')
     add_common(demo)
 
+    page = command('report', 'a page to look at, from what --report has written',
+                   'kmcast report report.json > page.html', 'kmcast report FILE...')
+    page.add('', 'files', nargs='+', metavar='FILE', help='what server or client --report has written; -: standard input')
+    page.add('output', '-h', '--help', action='help', help='show this and exit')
+    page.set_defaults(verbose=False, quiet=False)
+
     completion = command('completion', 'what makes bash complete all this with the Tab key',
                          'kmcast completion bash > /etc/bash_completion.d/kmcast', 'kmcast completion bash')
     completion.add('', 'shell', choices=('bash',), metavar='bash', help='the shell that it is for')
@@ -8326,6 +8664,11 @@ class Printer(object):
         """It leaves nothing behind."""
 
 
+def report_command(options, _signals):
+    """`kmcast report`.  Raises Failure."""
+    return Printer(report_page([(path, read_report(path)) for path in options.files]))
+
+
 class DemoClient(threading.Thread):
     """A client process of the demo, and what came out of it."""
 
@@ -8437,7 +8780,8 @@ class Demo(object):
                     pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo, 'completion': completion_command}
+COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo, 'report': report_command,
+            'completion': completion_command}
 
 
 def settle_numbers(options, rest, parser):
@@ -8507,7 +8851,7 @@ def read_by_user(options, job):
     if not options.quiet:
         tell.readers.append(Progress(options.command, job, screen))
     if getattr(options, 'report', None):
-        tell.readers.append(JsonReport(options.report, options.command, job))
+        tell.readers.append(JsonReport(options.report, options.command, getattr(options, 'words', None), job))
 
 
 def run_job(options, signals):

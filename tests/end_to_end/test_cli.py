@@ -216,12 +216,13 @@ def test_version_and_help_of_each_command(python):
     assert (code, stderr) == (0, "")
     assert re.match(br"kmcast \d+\.\d+\.\d+\n$", stdout)
     words = {
-        (): ["server", "client", "demo", "completion", "--version"],
+        (): ["server", "client", "demo", "report", "completion", "--version"],
         ("server",): ["LOCAL_IP", "CLIENTS", "PORT", "--group", "--ttl", "--mtu", "--rate", "--unicast", "--datagrams",
                       "--buffer-packets", "--clients-per-thread", "--compat", "--input", "--name", "--no-digest", "-v", "-q"],
         ("client",): ["LOCAL_IP", "SERVER_IP", "PORT", "--output", "--wait", "--datagrams", "-v", "-q"],
         ("demo",): ["--clients", "FILE"],
         ("completion",): ["bash"],
+        ("report",): ["FILE"],
     }
     for command in words if python in (OLDEST, NEWEST) else []:
         code, stderr, stdout = helpers.start_kmcast(command + ("--help",), python, program=helpers.KMCAST).finish(20)
@@ -338,6 +339,7 @@ def test_bash_completes_commands_options_and_their_values(complete):
 
 
 def test_bash_completes_files_where_there_is_to_be_one(complete):
-    for words in (["server", "-i"], ["server", "--hosts"], ["client", "-o"], ["client", "-q", "--report"], ["demo"]):
+    for words in (["server", "-i"], ["server", "--hosts"], ["client", "-o"], ["client", "-q", "--report"], ["demo"],
+                  ["report"], ["report", "script"]):
         assert "script" in complete(*(words + [""])), words
     assert "script" not in complete("server", "")

@@ -15,7 +15,7 @@ from helpers import LOOPBACK
 from pythons import BOTH, NEWEST
 from test_failures import Consumer, wait_until
 
-KEYS = {"kmcast", "command", "result", "exit_code", "reason", "bytes", "sha256", "seconds", "goodput", "carried", "steps"}
+KEYS = {"kmcast", "command", "arguments", "ended", "result", "exit_code", "reason", "bytes", "sha256", "seconds", "goodput", "carried", "steps"}
 
 
 def read(path):
@@ -35,6 +35,8 @@ def test_the_reports_of_a_transfer_say_what_was_carried_and_what_became_of_each_
     report = read(tmp_path / "server")
     assert set(report) == KEYS | {"hosts"}
     assert (report["command"], report["result"], report["exit_code"], report["reason"]) == ("server", "complete", 0, None)
+    assert report["arguments"] == ["server", "--report", str(tmp_path / "server"), LOOPBACK, "2", str(port)]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", report["ended"])
     assert (report["bytes"], report["sha256"]) == (len(data), helpers.sha256(data))
     assert report["carried"]["multicast"] > 0 and report["goodput"] > 0
     assert [(host["result"], host["exit_code"]) for host in report["hosts"]] == 2 * [("complete", 0)]

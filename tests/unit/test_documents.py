@@ -12,7 +12,7 @@ import pytest
 import helpers
 import kmcast
 
-COMMANDS = ("server", "client", "demo", "completion")
+COMMANDS = ("server", "client", "demo", "report", "completion")
 
 #: Sections of the manual page that describe options -> the commands that have these.
 SECTIONS = {
