@@ -6249,9 +6249,6 @@ def server_summary(server, rows, most):
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
-    if server.source.digest() and any(row['result'] == 'complete' for row in rows):
-        yield DIGEST, digest_line(hexadecimal(server.source.digest()),
-                                  server.source.size is not None and server.options.input)
     absent = [row['host'] or row['address'] for row in rows if row['result'] == 'missing']
     if absent and (roster.hosts or not server.failure):
         yield ERROR, '%s never came%s' % (
@@ -6259,6 +6256,9 @@ def server_summary(server, rows, most):
     served = len([row for row in rows if row['result'] == 'complete'])
     yield INFO, '%d of %s %s the image' % (served, counted(roster.places, 'client'),
                                            'has' if roster.places == 1 else 'have')
+    if server.source.digest() and served:
+        yield DIGEST, digest_line(hexadecimal(server.source.digest()),
+                                  server.source.size is not None and server.options.input)
 
 
 def client_summary(client):
@@ -8131,8 +8131,8 @@ def hosts_of(report):
     counts = collections.Counter('%s' % row.get('result') for row in rows)
     said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
     return html_of([element('h3', 'Hosts: %s' % said), html_table(
-        (('host', 'lead'), ('result', 'lead'), ('seconds', 'number'), ('lost', 'number'), ('multicast', 'number'), ('TCP', 'number'),
-         ('chain', 'number'), ('all waited for it', 'wide')), cells),
+        [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in (
+            'seconds', 'lost', 'multicast', 'TCP', 'chain')] + [('all waited for it', 'wide')], cells),
         element('p', 'Packets: lost of the multicast; repaired by multicast and by TCP; from another client (chain).',
                 class_='soft')]) if rows else ''
 
