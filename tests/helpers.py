@@ -323,6 +323,15 @@ class Process(object):
                 raise AssertionError("%r did not say %r. Its stderr:\n%s" % (self, text, self.stderr))
             time.sleep(0.01)
 
+    def wait_begun(self, timeout=30):
+        """Wait until it says, asked how far it is, that rounds are under way."""
+        deadline = time.time() + timeout
+        self.wait_stderr("\n", timeout)         # before, nobody looks after signals
+        while "of the image" not in self.stderr:
+            assert self.poll() is None and time.time() < deadline, "%r has not begun. Its stderr:\n%s" % (self, self.stderr)
+            self.signal(signal.SIGUSR2)
+            time.sleep(0.05)
+
     def signal(self, number):
         """Send signal `number` to the process, and to no child of it."""
         os.kill(self.pid, number)

@@ -81,7 +81,7 @@ class Line:
         if late:
             more = min(late, int(late * self.rate / self.port + (place % 7) / 7.0))
             through += more
-        self._waiting = min(self.queue, before + through * SIZE)
+        self._waiting = before + through * SIZE         # of which some has left by the time of the next burst
         self.missing |= ((1 << (count - through)) - 1) << (place + through)
         self.lost += count - through
         self.delivered += through

@@ -281,8 +281,7 @@ def test_server_and_client_close_all_when_one_of_them_is_stopped(tmp_path, port,
         server = helpers.start_server(["--rate", "4M"] + of_server(path) + [LOOPBACK, 1, port], NEWEST, stdin=source,
                                       env=STRICT)
     client = helpers.start_client(of_client(path) + [LOOPBACK, LOOPBACK, port], NEWEST, env=STRICT)
-    server.wait_stderr("is here")
-    time.sleep(MOMENT)                          # 6 s are the whole
+    client.wait_begun()                         # 6 s are the whole
     (server if stopped == "server" else client).signal(signal.SIGTERM)
     closes_all(client, 1)
     closes_all(server, 1)
@@ -292,7 +291,7 @@ def test_a_client_that_is_refused_closes_all(port, tmp_path):
     path = image_file(3000000, tmp_path)
     server = helpers.start_server(["--rate", "4M", "-i", path, LOOPBACK, 1, port], NEWEST, env=STRICT)
     client = helpers.start_client(["-o", path + ".copy", LOOPBACK, LOOPBACK, port], NEWEST, env=STRICT)
-    server.wait_stderr("is here")
+    client.wait_begun()
     closes_all(helpers.start_client(["-o", path + ".refused", LOOPBACK, LOOPBACK, port], NEWEST, env=STRICT), 3)
     client.signal(signal.SIGTERM)
     closes_all(client, 1)

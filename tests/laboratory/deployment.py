@@ -149,6 +149,19 @@ class Deployment(object):
             assert time.monotonic() < deadline, "%r sent less than %d packets\n%s" % (host, packets, self)
             time.sleep(0.02)
 
+    def produce_until_said(self, words, timeout=120):
+        """Produce an image for a server whose stdin is a pipe until it has said these words; a regular expression.
+
+        What decides when it says them is how it fares, and on a busy machine that may take longer.
+        """
+        deadline, produced = time.monotonic() + timeout, 0
+        while not re.search(words, self.server.stderr):
+            assert time.monotonic() < deadline, "%r was not said\n%s" % (words, self)
+            self.server.popen.stdin.write(IMAGE[:MIB])
+            produced += 1
+        self.server.popen.stdin.close()
+        self.data = IMAGE[:MIB] * produced
+
     # --- the end ---
 
     def wait_end(self, *processes, timeout=60):

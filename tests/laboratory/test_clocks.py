@@ -69,10 +69,11 @@ def test_what_a_client_alone_takes_is_said_once_the_rate_has_settled(laboratory,
     """Not on the way down to it, when it would be several times too high."""
     lab = laboratory()
     lab.clients[0].limit(SLOW_PORT)
-    run = deploy(lab, IMAGE * 2)
+    run = deploy(lab, None, stdin=helpers.PIPE)
+    words = r"(\S+) \(\S+\) alone takes no more than ([0-9.]+) (\w+)/s"
+    run.produce_until_said(words)
     run.finish()
     run.check_complete()
-    said = re.findall(r"(\S+) \(\S+\) alone takes no more than ([0-9.]+) (\w+)/s", run.server.stderr)
-    assert said, str(run)
+    said = re.findall(words, run.server.stderr)
     for name, rate, unit in said:
         assert name == lab.clients[0].name and unit == "Mbit" and float(rate) <= 1.25 * SLOW_PORT, str(run)
