@@ -5121,12 +5121,14 @@ class Roster(object):
 
     def why_not(self, member):
         """Why a client can not have a place; None if it can, and then it has its name on the list."""
+        names = self.hosts.find(member.host, member.address) if self.hosts else []
+        if self.hosts and not names and not self.more:
+            return UNINVITED
         if self.begun:
             return LATE
         member.listed = None
         if not self.hosts:
             return None
-        names = self.hosts.find(member.host, member.address)
         taken = dict((other.listed, other) for other in self.here)
         free = [name for name in names if name not in taken]
         if free:
@@ -5135,7 +5137,7 @@ class Roster(object):
                 self.hosts.merge(free[0], free[-1])
         if free or self.more:
             return None
-        return 'another client came as %s: %s' % (names[0], taken[names[0]]) if names else UNINVITED
+        return 'another client came as %s: %s' % (names[0], taken[names[0]])
 
     @property
     def refused(self):
@@ -8175,7 +8177,7 @@ def quoted(word):
 def report_page(reports):
     """The page, from (path, report): what --report has written."""
     servers = [report for _, report in reports if report['command'] == 'server']
-    rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('result') != 'refused']
+    rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('reason') != UNINVITED]
     complete = len([row for row in rows if row.get('result') == 'complete'])
     title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
         'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
@@ -8419,7 +8421,7 @@ def command_line():
     server.add('what', '--name', help='what to call the image (the name of FILE)')
     server.add('where', '--hosts', metavar='FILE',
                help='in the place of CLIENTS: names or addresses, one a line; -: stdin')
-    server.add('where', '--more', action='store_true', help='also take hosts beyond these')
+    server.add('where', '--more', action='store_true', help='also take hosts beyond the list')
     server.add('where', '--group', type=group_type, default=GROUP, help='multicast group (%s)' % GROUP)
     server.add('where', '--ttl', type=whole_number(0, 255), default=8, help='routers that multicast may pass (8)')
     server.add('where', '--unicast', action='store_true',

@@ -109,7 +109,7 @@ def test_the_page_of_a_transfer_says_what_its_reports_say(python, tmp_path):
 
 def test_hosts_are_rows_worst_first_with_what_each_was_waited_for(tmp_path):
     rows = three() + [host(4, "missing", host=None, address=None, exit_code=None, reason="it never came", seconds=None),
-                      host(5, "refused", exit_code=3, reason="not on the list")]
+                      host(5, "refused", exit_code=3, reason="it is not on the list of hosts")]
     page = page_of(report(rows), tmp_path=tmp_path)
     assert "2 of 4 hosts have the image" in page.text and "1 failed, 1 missing, 1 refused, 2 complete" in page.text
     table = page.text[page.text.index("Hosts:"):]

@@ -88,7 +88,7 @@ def test_after_start_wait_those_who_did_not_come_are_known():
     taking_part = roster("node1\nnode2\nnode3", start_by=5.0)
     assert come(taking_part, "node2") is None and not taking_part.begin(5.0)
     assert taking_part.begin(5.1) and taking_part.missing == ["node1", "node3"] and taking_part.places == 3
-    assert come(taking_part, "node1") == kmcast.LATE
+    assert come(taking_part, "node1") == kmcast.LATE and come(taking_part, "guest") == kmcast.UNINVITED
 
 
 @pytest.mark.parametrize("text, said", [
