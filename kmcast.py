@@ -7932,12 +7932,12 @@ table { border-collapse: collapse; width: 100%%; } th { text-align: left; }
 th, td { padding: .3em .8em .3em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:empty::before { content: "\\2013"; color: var(--soft); }
-.wide { min-width: 10em; } .lead { min-width: 13em; }
-@media (max-width: 52em) {
+.wide { min-width: 10em; } .lead { min-width: 13em; } .lead:first-child { min-width: 17em; }
+@media (max-width: 66em) {
   thead { display: none; } table, tbody { display: block; }
   tr { display: grid; grid-template-columns: 1fr 1fr; padding: .6em 0; border-bottom: 1px solid var(--line); }
   td { border: 0; padding: .1em .5em .1em 0; min-width: 0; } td:empty { display: none; }
-  td.wide, td.lead { grid-column: 1 / -1; min-width: 0; } .number { text-align: left; white-space: normal; }
+  td.wide, td.lead, td.lead:first-child { grid-column: 1 / -1; min-width: 0; } .number { text-align: left; white-space: normal; }
   td[title]::before { content: attr(title) ": "; color: var(--soft); font-size: .87em; } }
 </style>
 </head>

@@ -200,7 +200,7 @@ def test_the_page_fits_a_wide_and_a_narrow_window(hosts, tmp_path):
         host(0, "failed", host=HOSTILE, reason=HOSTILE)]
     page = page_of(report(rows, arguments=["server", HOSTILE]), of_a_client(ended=HOSTILE), tmp_path=tmp_path)
     (tmp_path / "page.html").write_text(page.source)
-    widths = (1280, 400)
+    widths = (1280, 1060, 400)
     (tmp_path / "frames.html").write_text(FRAMES % "".join(
         '<iframe src="page.html" style="border: 0; width: %dpx; height: 900px"></iframe>' % width for width in widths))
     try:
