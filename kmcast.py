@@ -15,6 +15,7 @@ only those above it:
     Python 2 and 3      all that differs between them
     Outcomes and times  how things end, exit codes, timeouts; and what happens is told
     Wire                structs, signals, frames; two dialects: session and base protocol
+    Ranges              which bytes of an image are held, or lacking; the journal of a part of one
     Queues and links    TcpQueue; SemLink, the zipper between neighbouring threads
     Rounds              one round of packets: fill, put, get, missing, flush
     Coded repair        which lost packets to XOR, and how to solve for them
@@ -52,6 +53,10 @@ The protocol in a page (a session; the base protocol lacks the greetings):
       | -- BYE, size and digest of it all -----> |
       | <-------------------------- DONE ------- |  the image is in place
 
+A round is brought to those who lack it, and nobody else hears of it.  The first time through
+the image these are all who are here; when somebody lacks some of it at its end, as he came
+late or was away, there is another pass, through what is lacking.
+
 Up to four rounds are under way at once: while one is multicast, the answers for the
 one before come in and it is repaired, and the next is filled and announced.  The base
 protocol, which has no greetings, is the window of one round, whose end is a round of
@@ -81,6 +86,7 @@ if __name__ == '__main__':
 import argparse
 import array
 import binascii
+import bisect
 import collections
 import contextlib
 import ctypes
@@ -219,7 +225,14 @@ class Failure(Exception):
 
 
 class Refused(Failure):
-    """The peer said BYE; its reason is ours."""
+    """The peer said BYE; its reason is ours.
+
+    again: whether it does not mind if we come back.
+    """
+
+    def __init__(self, reason, again=False):
+        Failure.__init__(self, reason)
+        self.again = again
 
 
 class Lost(Failure):
@@ -370,6 +383,7 @@ AGAIN = b'\x40'
 BYE = b'\x80'
 STATE = b'\x13'
 SUMS = b'\x16'
+LACK = b'\x17'
 U32 = struct.Struct('<I')
 PORT = struct.Struct('>H')
 GROUP_INFO = struct.Struct('<H2s4s8s')              # a sockaddr_in of x86 Linux
@@ -456,6 +470,11 @@ def field(fields, key, kinds, optional=False):
     return printable(value) if kinds is TEXT else value
 
 
+def refusal(fields):
+    """What a server's BYE that is not ok makes of the client: Refused.  Raises ProtocolError."""
+    return Refused('the server says: %s' % field(fields, 'reason', TEXT), fields.get('again') is True)
+
+
 def stall_of(fields):
     """The stall timeout in seconds that a HELLO or WELCOME tells; 0: none.  Raises ProtocolError."""
     value = fields.get('stall', 0)
@@ -464,14 +483,31 @@ def stall_of(fields):
     return value
 
 
+def name_of(fields, key, optional=False):
+    """The 32 hexadecimal digits that a frame has for a key; None for null.  Raises ProtocolError."""
+    text = field(fields, key, TEXT, optional)
+    if text is not None and not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
+        raise ProtocolError('a frame without a proper "%s"' % key)
+    return text
+
+
+def digest_in(fields, key):
+    """The 64 hexadecimal digits of a SHA-256 that a frame has for a key.  Raises ProtocolError."""
+    text = field(fields, key, TEXT)
+    if not re.match('[0-9a-f]{%d}$' % (2 * DIGEST_SIZE), text):
+        raise ProtocolError('a frame without a proper "%s"' % key)
+    return text.encode('ascii')
+
+
+def random_name():
+    """32 hexadecimal digits that nobody else has."""
+    return hexadecimal(os.urandom(TOKEN_SIZE))
+
+
 def token_of(fields, optional=False):
     """The token in a frame about the chain, bytes; None for null.  Raises ProtocolError."""
-    text = field(fields, 'token', TEXT, optional)
-    if text is None:
-        return None
-    if not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
-        raise ProtocolError('a frame without a proper "token"')
-    return binascii.unhexlify(text.encode('ascii'))
+    text = name_of(fields, 'token', optional)
+    return text and binascii.unhexlify(text.encode('ascii'))
 
 
 def place_of_upstream(fields):
@@ -688,6 +724,11 @@ class SessionDialect(object):
         return pack_frame(RELAY, dict(fields, token=hexadecimal(token)))
 
     @staticmethod
+    def lack(ranges):
+        """These are not here after all, [[start, stop], ...], though DONE or HELLO said so."""
+        return pack_frame(LACK, {'lacks': ranges})
+
+    @staticmethod
     def ask_for_sums(number):
         """The round's digest differs: which packets are damaged?"""
         return SUMS + U32.pack(number)
@@ -705,7 +746,7 @@ class SessionDialect(object):
             return 1
         if kind in (READY, SUMS):
             return 1 + U32.size
-        if kind in (HELLO, BYE, STATE, RELAY):
+        if kind in (HELLO, BYE, STATE, RELAY, LACK):
             return frame_size(head)
         if kind not in (DONE, REQUEST):
             raise ProtocolError('an unknown signal, 0x%02x' % ord(kind))
@@ -844,6 +885,200 @@ def frame_size(head):
     if length > MAX_FRAME:
         raise ProtocolError('a frame of %d bytes' % length)
     return 5 + length
+
+
+# ---------------------------------------------------------------------------
+# Ranges
+# ---------------------------------------------------------------------------
+
+class Held(object):
+    """Which bytes of an image somebody holds, or lacks: ranges, each from its first byte up to, but not with, `stop`.
+
+    Neighbours are joined, so equal sets have equal ranges.
+    """
+
+    MOST = 1000                         # ranges that go on the wire
+
+    def __init__(self, ranges=()):
+        """ranges: (start, stop) of each, in any order."""
+        self._bounds = []               # start, stop, start, stop, ...: ascending, all different
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    @classmethod
+    def from_list(cls, value):
+        """As a frame has them: [[start, stop], ...], ascending, disjoint, and MOST at the most.  Raises ProtocolError."""
+        bounds = []
+        if isinstance(value, list) and len(value) <= cls.MOST:
+            bounds = [bound for pair in value if isinstance(pair, list) and len(pair) == 2 for bound in pair]
+        good = isinstance(value, list) and len(bounds) == 2 * len(value) and all(
+            isinstance(bound, NUMBER) and not isinstance(bound, bool) and 0 <= bound < 1 << 63 for bound in bounds)
+        if not good or any(bounds[i] >= bounds[i + 1] if not i % 2 else bounds[i] > bounds[i + 1]
+                           for i in range(len(bounds) - 1)):
+            raise ProtocolError('a frame without proper ranges')
+        return cls(zip(bounds[::2], bounds[1::2]))
+
+    def to_list(self):
+        """As a frame has them: of more than MOST the largest."""
+        ranges = sorted(self, key=lambda pair: pair[0] - pair[1])[:self.MOST]
+        return [list(pair) for pair in sorted(ranges)]
+
+    def __iter__(self):
+        """(start, stop) of each range, ascending."""
+        return iter(list(zip(self._bounds[::2], self._bounds[1::2])))
+
+    def __len__(self):
+        return len(self._bounds) // 2
+
+    def __eq__(self, other):
+        return isinstance(other, Held) and list(self) == list(other)
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = None                     # it changes
+
+    def __repr__(self):
+        return 'Held(%r)' % (list(self),)
+
+    def add(self, start, stop):
+        """These bytes, too."""
+        self._change(start, stop, 0)
+
+    def remove(self, start, stop):
+        """These bytes no more."""
+        self._change(start, stop, 1)
+
+    def _change(self, start, stop, inside):
+        """inside: whether a bound at an even (0) or an odd (1) place is where the rest would be cut."""
+        if start >= stop:
+            return
+        first, last = bisect.bisect_left(self._bounds, start), bisect.bisect_right(self._bounds, stop)
+        self._bounds[first:last] = [start] * (first % 2 == inside) + [stop] * (last % 2 == inside)
+
+    def covers(self, start, stop):
+        """Whether all of these bytes are there."""
+        place = bisect.bisect_right(self._bounds, start)
+        return start >= stop or place % 2 == 1 and self._bounds[place] >= stop
+
+    def gap(self, start):
+        """The first byte from `start` on that is not there."""
+        place = bisect.bisect_right(self._bounds, start)
+        return self._bounds[place] if place % 2 else start
+
+    def touches(self, start, stop):
+        """Whether any of these bytes is there."""
+        first, last = bisect.bisect_right(self._bounds, start), bisect.bisect_left(self._bounds, stop)
+        return start < stop and (first < last or first % 2 == 1)
+
+    def missing(self, start, stop):
+        """What of these bytes is not there, as Held."""
+        missing = Held([(start, stop)])
+        for pair in self:
+            missing.remove(*pair)
+        return missing
+
+    @property
+    def prefix(self):
+        """Bytes from the start of the image on, up to the first that is not there."""
+        return self._bounds[1] if self._bounds[:1] == [0] else 0
+
+    @property
+    def size(self):
+        """Bytes in all."""
+        return sum(self._bounds[1::2]) - sum(self._bounds[::2])
+
+
+class Journal(object):
+    """What a run tells the next one of a file that holds part of an image: a file beside it.
+
+    Each line has a CRC-32, and from the first on that is wrong all counts for nothing: it was
+    being written when the host went down.  The first line names the image, each other one says what was
+    written, with SHA-256 of the image through it, or what of that is in doubt.  A line is added once what it
+    says is true, so when this program dies it claims nothing that is not there.  When the host does,
+    it may; so nothing of it is believed that has not been hashed again.
+
+    image, who  names, of the image and of the output; None where the journal says nothing
+    held        the bytes that were written
+    digests     of the image through some of them: through which byte -> SHA-256
+    """
+
+    def __init__(self, path, new=False):
+        """path: of the file; new: it must not be there yet.  Raises OS_ERRORS."""
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+                           | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
+        self.image = self.who = None
+        self.held, self.digests = Held(), {}
+        good = 0
+        if not new and not is_ours(self._fd):
+            self.close()
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        with io.open(self._fd, 'rb', closefd=False) as lines:
+            for line in lines:
+                try:
+                    self._take(line)
+                except ProtocolError:
+                    break
+                good += len(line)
+        os.lseek(self._fd, good, os.SEEK_SET)
+        os.ftruncate(self._fd, good)
+
+    def _take(self, line):
+        """A line of it.  Raises ProtocolError."""
+        if line[-1:] != b'\n' or line[:9] != b'%08x ' % (zlib.crc32(line[9:]) & MASK):
+            raise ProtocolError('a line of a journal that is damaged')
+        fields = unpack_frame(line[9:])
+        if self.image is None:
+            self.image, self.who = name_of(fields, 'image'), name_of(fields, 'who')
+            return
+        for start, stop in Held.from_list(fields.get('doubted', [])):
+            self.held.remove(start, stop)
+        for start, stop in Held.from_list(fields.get('wrote', [])):
+            self.held.add(start, stop)
+            if fields.get('sha256') is not None:
+                self.digests[stop] = binascii.unhexlify(digest_in(fields, 'sha256'))
+
+    def _add(self, **fields):
+        """A line more; one that the disk does not take costs a later run what it would have told."""
+        text = json.dumps(fields, sort_keys=True).encode('ascii') + b'\n'
+        line = b'%08x %s' % (zlib.crc32(text) & MASK, text)
+        try:
+            if self._fd is not None and os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OS_ERRORS as error:
+            tell('unjournaled', path=printable(self.path), reason=explain(error))
+            self.close()
+
+    def begin(self, image, who):
+        """Forget all: from now on it is about that image."""
+        self.held = Held()
+        if self._fd is not None:
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.ftruncate(self._fd, 0)
+        self._add(image=image, who=who)
+
+    def wrote(self, start, stop, digest):
+        """These bytes were written; digest: SHA-256 of the image through them, b'' if nobody says."""
+        self.held.add(start, stop)
+        self._add(wrote=[[start, stop]], sha256=hexadecimal(digest) if digest else None)
+
+    def doubted(self, start, stop):
+        """These are not what was written."""
+        self.held.remove(start, stop)
+        self._add(doubted=[[start, stop]])
+
+    def close(self):
+        """Add no more; may be done twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def is_ours(fd):
+    """Whether an open file is a regular one that nobody else has a name for, or the right to change."""
+    status = os.fstat(fd)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
 
 
 # ---------------------------------------------------------------------------
@@ -2436,7 +2671,7 @@ class Hasher(threading.Thread):
         threading.Thread.__init__(self, name='hasher')
         self.daemon = True
         self._hash = hashlib.sha256()
-        self._digests = [self._hash.digest()]       # through each part
+        self._digests = bytearray(self._hash.digest())          # through each part, back to back
         self._parts = collections.deque()
         self._given = 0
         self.link = SemLink()
@@ -2450,10 +2685,10 @@ class Hasher(threading.Thread):
 
     def digest(self, parts=None):
         """The digest through so many parts, of all if None; waits until they are hashed."""
-        parts = self._given if parts is None else parts
-        while len(self._digests) <= parts:
+        start = DIGEST_SIZE * (self._given if parts is None else parts)
+        while len(self._digests) <= start:
             self.link.wait_child()
-        return self._digests[parts]
+        return bytes(self._digests[start:start + DIGEST_SIZE])
 
     def close(self):
         """Let it end."""
@@ -2469,7 +2704,7 @@ class Hasher(threading.Thread):
             while True:
                 self._own_link.wait_parent()
                 self._hash.update(self._parts.popleft())
-                self._digests.append(self._hash.digest())
+                self._digests += self._hash.digest()
                 self._own_link.release_parent()
         except LinkClosed:
             pass
@@ -2481,20 +2716,38 @@ class Source(object):
     """Where the server's image comes from: standard input, a file, a command.
 
     name, size (bytes) are None where they are not known.
+    bytes       of the image, as far as it was read
+    again       whether what was read can be read again: of a file, and of what is kept in a spool
     """
 
-    def __init__(self, path=None, command=None, digest=True):
-        """path: of a file; command: for the shell, which start() starts.  Raises Failure."""
+    def __init__(self, path=None, command=None, digest=True, spool=None):
+        """path: of a file; command: for the shell, which start() starts; spool: path of the file
+        where to keep what a pipe or a command gives.  Raises Failure."""
+        self.path = path
         self._text = command
         self._command = None
-        self._file = None
+        self._file = self._spool = None
         self.name = path and os.path.basename(path)
         self.size = None
         self.bytes = 0
         self.drained = False            # nothing more to read, but the command still runs
         self._digest, self._hasher = digest, None
-        if command is not None:
-            return
+        self._hashed = 0                # bytes
+        self._at = self._start = 0      # where it reads, in the image; where that begins in the file
+        self._mark = None               # a file's size and time of change
+        self._ended = False             # it was read to its end
+        if command is None:
+            self._open(path)
+        if spool is not None:
+            if self.size:
+                self._file.close()
+                raise Failure('--spool is for an image that comes by a pipe; a file can be read again', USAGE)
+            try:
+                self._spool = io.open(spool, 'w+b', buffering=0)
+            except OS_ERRORS as error:
+                raise Failure('cannot write %s: %s' % (printable(spool), explain(error)), USAGE)
+
+    def _open(self, path):
         called = 'standard input' if path is None else printable(path)
         try:
             # Not blocking: a FIFO that nobody writes to yet is waited for like any other producer.
@@ -2512,7 +2765,15 @@ class Source(object):
             raise Failure('%s is a terminal; give the image as "< FILE", through a pipe, with '
                           '-i FILE or with --pipe COMMAND' % called, USAGE)
         if stat.S_ISREG(status.st_mode):
-            self.size = max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+            self._start = os.lseek(fd, 0, os.SEEK_CUR)
+            self.size = max(0, status.st_size - self._start)
+            self._mark = status.st_size, status.st_mtime
+
+    again = property(lambda self: bool(self._spool or self.size))       # the files of /proc have 0 bytes, and are none
+
+    @property
+    def _reads(self):
+        return self._spool if self._spool and (self._ended or self._at < self.bytes) else self._file
 
     def image(self):
         """32 hex digits that name the image: a file's are the same as long as nobody changes it."""
@@ -2521,6 +2782,14 @@ class Source(object):
             status = os.fstat(self.fileno())
             seed = repr((status.st_dev, status.st_ino, status.st_size, status.st_mtime)).encode('ascii')
         return hashlib.sha256(seed).hexdigest()[:32]
+
+    def replaced(self):
+        """Whether there is another file under its name now."""
+        try:
+            now, ours = os.stat(self.path), os.fstat(self.fileno())
+        except OS_ERRORS:
+            return False                # not yet
+        return (now.st_dev, now.st_ino) != (ours.st_dev, ours.st_ino)
 
     def start(self):
         """All is well here: start the command, if there is one.  Raises Failure."""
@@ -2543,12 +2812,29 @@ class Source(object):
 
     def fileno(self):
         """For select(): readable when read_into() will not wait."""
-        return self._file.fileno()
+        return self._reads.fileno()
 
     def hash(self, view):
-        """Hash the next bytes of the image, which stay where they are until their digest is known."""
-        if self._hasher:
+        """Hash the bytes that were read last, which stay where they are until their digest is known; each only once."""
+        if self._hasher and self._hashed < self._at:
+            self._hashed = self._at
             self._hasher.give(view)
+
+    def seek(self, place):
+        """Read on from a place in the image that is not beyond what was read.  Raises Failure."""
+        if place == self._at:
+            return
+        self._at = place
+        try:
+            if self._spool:
+                self._spool.seek(place)
+                return
+            status = os.fstat(self._file.fileno())
+            if (status.st_size, status.st_mtime) != self._mark:
+                raise Failure('the image was changed since the transfer began')
+            os.lseek(self._file.fileno(), self._start + place, os.SEEK_SET)
+        except OS_ERRORS as error:
+            raise Failure('cannot read the image again: %s' % explain(error))
 
     def read_into(self, view):
         """Read once; returns bytes read, 0 at the image's end, None if there is nothing yet.
@@ -2556,12 +2842,20 @@ class Source(object):
         Raises Failure, also at the end when the command failed, or when a
         file has another size than it had at the beginning.
         """
+        before = self.bytes - self._at  # bytes that were read before
+        if self._ended and not before:
+            return 0
         try:
-            got = uninterrupted(self._file.readinto, view)
+            got = uninterrupted(self._reads.readinto, view[:before] if before else view)
         except OS_ERRORS as error:
             raise Failure('cannot read the image: %s' % explain(error))
         if got is None:                 # whoever gave us the pipe wants it not to block
             return None
+        if before:
+            if not got:
+                raise Failure('the image was changed since the transfer began')
+            self._at += got
+            return got
         if not got:
             self.drained = bool(self._command) and not self._command.succeeded()
             if self.drained:
@@ -2569,8 +2863,21 @@ class Source(object):
             if self.size and self.bytes != self.size:       # the files of /proc say 0
                 raise Failure('the image had %d bytes, and now has %d: is it still being '
                               'written?' % (self.size, self.bytes))
+            self._ended = True
+        if self._spool:
+            self._keep(view[:got])
         self.bytes += got
+        self._at += got
         return got
+
+    def _keep(self, view):
+        """Write to the spool what was read."""
+        try:
+            self._spool.seek(self.bytes)
+            while view:
+                view = view[uninterrupted(self._spool.write, view):]
+        except OS_ERRORS as error:
+            raise Failure('cannot write to the spool: %s' % explain(error))
 
     def look(self):
         """A look at the command while nothing else is to do.  Raises Failure."""
@@ -2590,8 +2897,9 @@ class Source(object):
         """Stop reading."""
         if self._command:
             self._command.close()
-        if self._file:
-            self._file.close()
+        for file in (self._file, self._spool):
+            if file:
+                file.close()
         if self._hasher:
             self._hasher.close()
 
@@ -2608,28 +2916,62 @@ def is_mount_point(path):
                       for name in mounted]
 
 
-def remove_dead(folder, prefix):
-    """Remove the temporary files of runs that are dead: their locks are free."""
+def beside(folder, prefix, ending):
+    """The paths of the files in a folder that runs have made beside their targets."""
     try:
         names = os.listdir(folder)
     except OS_ERRORS:
-        return
-    for name in names:
-        if not re.match(re.escape(prefix) + r'[0-9a-f]{12}\.part$', name):
-            continue
-        path = os.path.join(folder, name)
+        return []
+    return [os.path.join(folder, name) for name in names
+            if re.match(re.escape(prefix) + r'[0-9a-f]{12}\.%s$' % ending, name)]
+
+
+def journal_of(path):
+    """The path of the journal of a temporary file."""
+    return path[:-len('part')] + 'journal'
+
+
+def dead_parts(folder, prefix):
+    """The temporary files of runs that are dead, as (path, descriptor that has their lock, to be closed)."""
+    for path in beside(folder, prefix, 'part'):
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OS_ERRORS:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-            tell('removed', path=printable(path))
-        except OS_ERRORS:
-            pass                        # somebody writes it, or it is not ours to remove
-        finally:
+        except OS_ERRORS:               # somebody writes it
             os.close(fd)
+            continue
+        yield path, fd
+
+
+def remove_dead(folder, prefix):
+    """Remove what runs that are dead have left."""
+    for path, fd in dead_parts(folder, prefix):
+        if remove(path):
+            tell('removed', path=printable(path))
+        os.close(fd)
+    for path in beside(folder, prefix, 'journal'):
+        if not os.path.lexists(path[:-len('journal')] + 'part'):
+            remove(path)
+
+
+def remove(path):
+    """Remove a file, if it is there and ours to remove; returns whether it was."""
+    try:
+        os.unlink(path)
+    except OS_ERRORS:
+        return False
+    return True
+
+
+# What makes a file system keep room for a file, fallocate(2); not posix_fallocate(3), which writes zeros where it cannot.
+fallocate = getattr(LIBC, 'fallocate64', None) or getattr(LIBC, 'fallocate', None)
+if fallocate:
+    fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong
+KEEP_SIZE = 1                           # FALLOC_FL_KEEP_SIZE: the file's size tells how far it was written
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class Sink(object):
@@ -2639,15 +2981,21 @@ class Sink(object):
     place at commit(); what is not a regular file is written in place.  Who has
     the temporary file open holds its lock, flock(2), so that of a dead run can
     be told from that of a living one.
+
+    seeks       whether it takes the image in any order, and gives it back: a file, a disk
+    journal     the Journal of the temporary file, where one is kept
     """
 
     LAST_WORDS = 1.0                    # seconds for a command that reads no more to end
 
-    def __init__(self, path=None, command=None):
-        """path: of the target; command: for the shell."""
-        self._path, self._text = path, command
+    def __init__(self, path=None, command=None, resume=False):
+        """path: of the target; command: for the shell; resume: go on where a run broke off, and
+        leave what there is for the next one."""
+        self._path, self._text, self._resume = path, command, resume
         self._target = self._temporary = self._command = self._fifo = None
-        self._fd = None
+        self._fd = self._reader = None
+        self._place = 0                 # where in the file the next byte goes
+        self.seeks, self.journal = False, None
         self._fate = {}                 # 'is': 'commit' or 'discard', whichever came first
         self.written = 0                # bytes
         self._chunk = 1 << 20           # bytes in a write
@@ -2672,8 +3020,9 @@ class Sink(object):
                     self._fifo = path
                     self._open_fifo()
                 else:
-                    flags = os.O_EXCL if stat.S_ISBLK(kind) else 0  # not a disk that is mounted
-                    self._fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | flags)
+                    self.seeks = stat.S_ISBLK(kind)
+                    flags = os.O_EXCL | os.O_RDWR if self.seeks else os.O_WRONLY    # not a disk that is mounted
+                    self._fd = os.open(path, os.O_NOCTTY | flags)
                     if os.isatty(self._fd):
                         raise OSError(errno.EINVAL, 'it is a terminal')
             else:
@@ -2687,6 +3036,9 @@ class Sink(object):
                     raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
                                   'use "> FILE", or another FILE')
                 self._open_temporary(folder, '.%s.' % name[:60])
+                self.seeks = True
+            if self._resume and not self._target:
+                raise OSError(errno.EINVAL, '--resume is for a file, which can have a journal beside it')
         except OS_ERRORS as error:
             reason = explain(error)
             if errno_of(error) == errno.EBUSY and not self._target:
@@ -2696,13 +3048,13 @@ class Sink(object):
         return self
 
     def _open_temporary(self, folder, prefix):
-        """Open a new file, and remove those that dead runs have left."""
+        """Open a new file, or the one to go on with, and remove all others that dead runs have left."""
+        ours = self._resume and self._take_up(folder, prefix)
         remove_dead(folder, prefix)
-        ours = False
         while not ours:
             # Its name is kept before there is such a file: a signal may come at any moment.
             self._temporary = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 ours = os.fstat(self._fd).st_nlink > 0
@@ -2710,6 +3062,28 @@ class Sink(object):
                 ours = errno_of(error) not in TRY_AGAIN
             if not ours:
                 os.close(self._fd)
+        if self._resume and not self.journal:
+            self.journal = Journal(journal_of(self._temporary), new=True)
+
+    def _take_up(self, folder, prefix):
+        """Open what a run that is dead has left, of several the one that holds most; returns whether there is any."""
+        for path, fd in dead_parts(folder, prefix):
+            try:
+                journal = Journal(journal_of(path))
+            except OS_ERRORS:
+                os.close(fd)
+                continue
+            journal.held.remove(os.fstat(fd).st_size, 1 << 63)      # a part may be shorter than its journal says
+            most = self.journal.held.size if self.journal else 0
+            if not journal.image or journal.held.size <= most or not is_ours(fd):
+                journal.close()
+                os.close(fd)
+                continue
+            if self.journal:
+                self.journal.close()
+                os.close(self._fd)
+            self._temporary, self._fd, self.journal = path, fd, journal
+        return self.journal is not None
 
     def _open_fifo(self):
         """Open it if somebody reads from it; returns whether it is open."""
@@ -2727,13 +3101,30 @@ class Sink(object):
             space = os.fstatvfs(self._fd)
             if space.f_blocks:          # else one without a limit, such as ramfs, says 0 of all
                 room = (space.f_bavail if os.geteuid() else space.f_bfree) * space.f_frsize
+                room += os.fstat(self._fd).st_blocks * 512          # what it has from an earlier run: stat(2)
         elif self._path is not None and self._fd is not None:
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
-                os.lseek(self._fd, 0, os.SEEK_SET)
+                self._place = None      # so the next write goes to its own
         if room is not None and size > room:
             raise Failure('no room for the image at %s: it has %d bytes, and there is room for %d'
                           % (printable(self._path), size, room), NOT_STARTED)
+        if self._target and fallocate:
+            # A signal that comes too early ends it with EINTR; where it is not known, room is what is there when it is needed.
+            while size and fallocate(self._fd, KEEP_SIZE, 0, min(size, (1 << 63) - 1)):
+                if ctypes.get_errno() in NO_ROOM:
+                    raise Failure('no room for the image at %s: it has %d bytes: %s' % (
+                        printable(self._path), size, os.strerror(ctypes.get_errno())), NOT_STARTED)
+                if ctypes.get_errno() != errno.EINTR:
+                    break
+
+    def start_over(self):
+        """Nothing that was written counts.  Raises Failure."""
+        if self._target:
+            try:
+                os.ftruncate(self._fd, 0)
+            except OS_ERRORS as error:
+                raise Failure('cannot write the image: %s' % explain(error))
 
     def start(self):
         """The first data is coming: start the command.  Raises Failure."""
@@ -2747,11 +3138,12 @@ class Sink(object):
         except OS_ERRORS as error:
             raise Failure('cannot start the command: %s' % explain(error))
 
-    def write(self, data):
-        """Write all of a memoryview.  Raises Failure."""
+    def write(self, data, place):
+        """Write all of a memoryview, at a place in the image; that is the next one, unless it `seeks`.  Raises Failure."""
         try:
             while self._fd is None and not self._open_fifo():
                 self._wait_a_moment()
+            self._go_to(place)
             while len(data):
                 try:
                     count = uninterrupted(os.write, self._fd, data[:self._chunk])
@@ -2761,6 +3153,7 @@ class Sink(object):
                     self._wait_a_moment()           # a pipe that we were given so
                     continue
                 self.written += count
+                self._place += count
                 data = data[count:]
         except OS_ERRORS as error:
             if errno_of(error) == errno.EPIPE and self._command:
@@ -2769,6 +3162,22 @@ class Sink(object):
             if errno_of(error) == errno.EPIPE:
                 raise Failure('what reads the image has ended')
             raise Failure('cannot write the image: %s' % explain(error))
+
+    def _go_to(self, place):
+        if place != self._place and self.seeks:
+            os.lseek(self._fd, place, os.SEEK_SET)
+        self._place = place
+
+    def read_into(self, view, place):
+        """Read back what was written at a place; returns bytes, 0 where nothing was.  Raises Failure."""
+        try:
+            self._reader = self._reader or io.open(self._fd, 'rb', buffering=0, closefd=False)
+            self._go_to(place)
+            got = uninterrupted(self._reader.readinto, view)
+        except OS_ERRORS as error:
+            raise Failure('cannot read back the image: %s' % explain(error))
+        self._place += got
+        return got
 
     def _wait_a_moment(self):
         """Wait until the output takes more, or for a while."""
@@ -2795,8 +3204,8 @@ class Sink(object):
         if self._fate.setdefault('is', 'commit') != 'commit':
             raise Failure('stopped')
 
-    def commit(self):
-        """The image is complete and verified: make it so.  Raises Failure."""
+    def commit(self, size):
+        """The image is complete and verified, and has so many bytes: make it so.  Raises Failure."""
         try:
             if self._command:
                 self._command.pipe.close()
@@ -2805,6 +3214,8 @@ class Sink(object):
                 return
             while self._fd is None and not self._open_fifo():
                 self._wait_a_moment()
+            if self._target:
+                os.ftruncate(self._fd, size)            # one in which another image began may be longer
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._sync(self._fd)
             if self._target:
@@ -2812,6 +3223,8 @@ class Sink(object):
             self._decide()
             if self._target:
                 os.rename(self._temporary, self._target)
+                if self.journal:
+                    remove(self.journal.path)
                 self._temporary = None
             os.close(self._fd)          # not before: it has the lock
         except OS_ERRORS as error:
@@ -2855,40 +3268,242 @@ class Sink(object):
             self._command.end()
 
     def close(self):
-        """Unless it was committed, leave nothing behind."""
+        """Unless it was committed, leave nothing behind but what the next run can go on with."""
         self.end()
         if self._command:
             self._command.close()
-        if self._temporary:
-            try:
-                os.unlink(self._temporary)
-            except OS_ERRORS:
-                pass
-            self._temporary = None
+        if self.journal:
+            self.journal.close()
+        if self._temporary and not (self.journal and len(self.journal.held)):
+            remove(self._temporary)
+            if self.journal:
+                remove(self.journal.path)
+        self._temporary = None
+
+
+class Copy(object):
+    """An image as it comes together in a Sink, and how much of it is verified.
+
+    A round that begins where all before it is verified is hashed before a byte of it is written.  One
+    that comes before its turn can only be written; when the gap before it has closed it is hashed as
+    the disk has it, and compared where the server, or the journal of an earlier run, told the digest.
+
+    image, who  names, of the image (None: it has none) and of the output
+    held        which bytes are there
+    bytes       how many that are
+    digest      whether rounds have one
+    verified    so many from the start on are what the server sent; without digests: are there
+    hash        of those
+    doubted     what was held, and then was not what the server sent
+    resumed     bytes of an earlier run
+    checked     bytes that were hashed as the disk has them, in `check_seconds`
+    """
+
+    CHUNK = 1 << 20                     # bytes to read back at once
+
+    DIFFERS = 'the digest differs: what was received is not the image; nothing of this round was written'
+
+    def __init__(self, sink, hashes=False):
+        """sink: a Sink that is open; hashes: whether the digest of all is wanted also where rounds have none."""
+        self.sink, self._journal, self._hashes = sink, sink.journal, hashes
+        self.image, self.who = None, random_name()
+        self.held, self._digests = Held(), {}       # of the image through what is not verified yet
+        if self._journal and self._journal.image:
+            self.image, self.who = self._journal.image, self._journal.who
+            self.held, self._digests = Held(self._journal.held), dict(self._journal.digests)
+        self.resumed = self.bytes = self.held.size
+        self.digest = None              # not known yet
+        self.verified, self.hash, self.doubted = 0, None, Held()
+        self.checked, self.check_seconds = 0, 0.0
+        self._told = set()              # those of _digests that this session's server told
+        self._trusted = 0               # bytes that agreed with what it told
+        self._ahead = None              # (hash, bytes) of what is read back, where that is beyond `verified`
+        self._trial = None              # the hash through a round that is right
+        self._again = False             # all was doubted once
+        self._area = None
+
+    def begin(self, image, digest):
+        """A session has begun: it brings the image of that name, with digests or without.
+
+        Returns what counts no more of what was held, though it is of that image: (start, stop) of each.
+        Raises Failure where that cannot be taken back.
+        """
+        same = image is not None and image == self.image
+        self._told, self._trusted = set(), 0
+        if same and digest and self.digest is None:             # of an earlier run, all to be hashed
+            self.digest, self.hash = digest, hashlib.sha256()
+        if same and digest == self.digest:
+            return []
+        if self.bytes and not self.sink.seeks:
+            raise Failure('the server has another image now')
+        lost = list(self.held) if same else []
+        self.image, self.digest = image, digest
+        self._start_over()
+        if self.bytes:
+            self.sink.start_over()
+        self.bytes = self.resumed = 0
+        return lost
+
+    def _start_over(self):
+        self.held, self._digests, self._ahead = Held(), {}, None
+        self.verified, self.hash = 0, hashlib.sha256() if self.digest or self._hashes else None
+        if self._journal:
+            self._journal.begin(self.image, self.who)
+
+    # ---- a round
+
+    def verify(self, incoming, pieces):
+        """Whether a round, which is there as memoryviews, is what its digest says, as far as that can be told by now."""
+        self._trial = None
+        if self.digest and incoming.place <= self.verified < incoming.place + incoming.size:
+            self._trial = self.hash.copy()
+            for piece in self._fresh(incoming, pieces):
+                self._trial.update(piece)
+            return self._trial.digest() == incoming.digest
+        return True
+
+    def _fresh(self, incoming, pieces):
+        """What of a round is not verified.  One that begins before that is of a session, so it is in one piece."""
+        known = self.verified - incoming.place
+        return [pieces[0][known:]] + pieces[1:] if known > 0 else pieces
+
+    def write(self, incoming, pieces):
+        """Write a round, of which verify() had nothing to say against.  Raises Failure."""
+        start, stop = max(incoming.place, self.verified), incoming.place + incoming.size
+        if start >= stop:
+            return
+        if self._trial or self._ahead and self._ahead[1] > start:
+            self._ahead = None
+        place = start
+        for piece in self._fresh(incoming, pieces):
+            self.sink.write(piece, place)
+            place += len(piece)
+        self.held.add(start, stop)
+        self.bytes = self.held.size
+        if self._trial:
+            self.hash, self._trial = self._trial, None
+            self._reached(stop)
+            self._trusted = stop
+        elif self.digest:
+            self._digests[stop] = incoming.digest
+            self._told.add(stop)
+        else:
+            for piece in self._fresh(incoming, pieces) if self.hash else ():        # they come in their order
+                self.hash.update(piece)
+            self.verified = self.held.prefix
+        if self._journal:
+            self._journal.wrote(start, stop, incoming.digest)
+
+    def _reached(self, stop):
+        """All through that byte is verified."""
+        self.verified = stop
+        for known in [known for known in self._digests if known <= stop]:
+            del self._digests[known]
+            self._told.discard(known)
+
+    # ---- what the disk has
+
+    @property
+    def unchecked(self):
+        """Through which byte there is something to be read back and compared; None: there is nothing."""
+        stop = min(self._digests) if self._digests else None
+        return stop if stop is not None and self.held.covers(self.verified, stop) else None
+
+    def check(self):
+        """Read some of it back; returns what is in doubt now: (start, stop) of each.  Raises Failure."""
+        stop, since = self.unchecked, monotonic()
+        so_far, place = self._ahead or (self.hash.copy(), self.verified)
+        self._area = self._area or bytearray(self.CHUNK)
+        view = memoryview(self._area)[:stop - place]
+        got = self.sink.read_into(view, place)
+        so_far.update(view[:got])
+        self._ahead = so_far, place + got
+        self.checked += got
+        self.check_seconds += monotonic() - since
+        if got and place + got < stop:
+            return []
+        self._ahead = None
+        told = stop in self._told
+        if place + got == stop and so_far.digest() == self._digests[stop]:
+            self.hash = so_far
+            self._reached(stop)
+            if told:
+                self._trusted = stop
+            return []
+        del self._digests[stop]
+        return [self._doubt(self.verified, stop)]
+
+    def _doubt(self, start, stop):
+        if self.doubted.touches(start, stop):
+            raise self._verdict('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
+        self.doubted.add(start, stop)
+        self.held.remove(start, stop)
+        self.bytes = self.held.size
+        if self._journal:
+            self._journal.doubted(start, stop)
+        return start, stop
+
+    def doubt_all(self):
+        """What this session's server tells does not fit what is verified; returns what is in doubt now: all.
+
+        Raises Failure where it was this server that told so, or it happens again.
+        """
+        if self._trusted >= self.verified or self._again or not self.sink.seeks:
+            raise self._verdict(self.DIFFERS)
+        self._again = True
+        lost = list(self.held)
+        for pair in lost:
+            self.doubted.add(*pair)
+        self._start_over()
+        self.bytes = 0
+        return lost
+
+    def end(self, size, digest):
+        """The server says what the whole image is; returns what is in doubt now.  Raises Failure."""
+        if self.verified < size:
+            if self.digest:
+                self._digests[size] = digest
+                self._told.add(size)
+            return []
+        if self.verified > size:
+            raise Failure('the image has %d bytes, not %d' % (self.verified, size))
+        if self.digest and self.hash.digest() != digest:
+            if self._trusted >= self.verified:
+                raise self._verdict('the digest of the image differs')
+            return self.doubt_all()
+        return []
+
+    def _verdict(self, reason):
+        """A Failure after which a later run had better not go on with what is here."""
+        if self._journal:
+            self._journal.begin(self.image, self.who)
+        return Failure(reason)
 
 
 class Writer(threading.Thread):
-    """Verifies complete rounds and writes them, while the next are received.
+    """Verifies complete rounds and writes them, while the next are received; hashes what it wrote before its turn.
 
     The main thread is its parent: a release means "look at what I gave you", the other
     way "look at `results`".  When it fails it ends, which its parent sees.
     """
 
-    # What there is to say of a round; `damaged`: its digest differs, and it waits to be given again.
+    # What there is to say: (one of these, what about).  Of a round; `damaged`: its digest differs, and it waits to be given again.
     VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
+    DOUBTED = 'doubted'                 # (start, stop) of each: not there after all
+    THROUGH = 'through'                 # with what else it had to do
 
-    def __init__(self, sink, digest, hashes=False):
-        """sink: a Sink; digest: whether rounds come with a digest; hashes: whether
-        that of the image is wanted all the same where they do not."""
+    def __init__(self, copy):
+        """copy: a Copy."""
         threading.Thread.__init__(self, name='writer')
         self.daemon = True
-        self.sink, self._digest = sink, digest
+        self.copy = copy
         self.failure = None
-        self.bytes = 0
-        self.hash = hashlib.sha256() if digest or hashes else None
-        self.results = collections.deque()          # (what, round)
-        self._jobs = collections.deque()
+        self.results = collections.deque()
+        self.checking = False           # there is something to be read back
+        self._given = self._done = 0    # jobs, counted by the parent and by us
+        self._jobs = collections.deque()            # (method, arguments)
         self._again = None              # the round without which it does not go on
+        self._paused = self._over = False
         self.link = SemLink()
         self._own_link = self.link.spawn()
 
@@ -2897,16 +3512,38 @@ class Writer(threading.Thread):
 
         It has a `buffer`, a `size` in bytes, and the image's `digest` through it.
         """
-        if incoming is self._again:
-            self._jobs.appendleft(incoming)
-        else:
-            self._jobs.append(incoming)
+        self._give((self._write, incoming), incoming is self._again)
+
+    def doubt(self, incoming):
+        """A damaged round is as the server has it: so it is what was before that is not.  Then it is its turn."""
+        self._give((self._doubt, incoming), True)
+
+    def end(self, size, digest):
+        """After all rounds: the bytes and the digest of the image."""
+        self._give((self._end, size, digest))
+
+    def pause(self):
+        """Finish the rounds that can be, forget the others, and do nothing until go_on()."""
+        self._give((self._pause,))
+
+    def go_on(self):
+        """Rounds come again."""
+        self._paused = False
         self.link.release_child()
 
     def commit(self):
-        """After all rounds: make the image final, and end."""
-        self._jobs.append(None)
+        """After all: make the image final, and end."""
+        self._give((self._commit,))
+
+    def _give(self, job, first=False):
+        self._given += 1
+        (self._jobs.appendleft if first else self._jobs.append)(job)
         self.link.release_child()
+
+    @property
+    def through(self):
+        """Whether it has done all that it was given; there may be something to be checked."""
+        return self._given == self._done
 
     def close(self):
         """Let it end, whatever it does."""
@@ -2920,15 +3557,21 @@ class Writer(threading.Thread):
         """The thread."""
         try:
             os.nice(10)                 # what is not received in time is lost
-            while True:
+            while not self._over:
+                self._check()
                 self._own_link.wait_parent()
-                while self._jobs and self._again in (None, self._jobs[0]):
-                    incoming = self._jobs.popleft()
-                    if incoming is None:
-                        self.sink.commit()
-                        return
-                    self._again = None
-                    self._write(incoming)
+                while self._jobs:
+                    job = self._jobs[0]
+                    if self._again not in (None, job[-1]) and (self._pause,) not in self._jobs:
+                        break
+                    self._jobs.popleft()
+                    if self._again in (None, job[-1]) or job == (self._pause,):
+                        self._again = None
+                        job[0](*job[1:])
+                    self.checking = self.copy.unchecked is not None
+                    self._done += 1
+                    if job[0] not in (self._write, self._commit):
+                        self._say(self.THROUGH)
         except LinkClosed:
             pass
         except Failure as error:
@@ -2938,28 +3581,50 @@ class Writer(threading.Thread):
         finally:
             self._own_link.close()
 
-    def _say(self, what, incoming):
-        self.results.append((what, incoming))
+    def _say(self, what, about=None):
+        self.results.append((what, about))
         self._own_link.release_parent()
+
+    def _check(self):
+        """While there is nothing else to do: check what was written before its turn."""
+        if self._over or self._paused or self.copy.unchecked is None:
+            return
+        poller = select.poll()
+        poller.register(self._own_link.parent_fd, select.POLLIN)
+        while self.copy.unchecked is not None and not ready(poller, 0):
+            self._tell_doubts(self.copy.check())
+        self.checking = self.copy.unchecked is not None
+        self._say(self.THROUGH)
+
+    def _tell_doubts(self, ranges):
+        if ranges:
+            self._say(self.DOUBTED, ranges)
+
+    def _doubt(self, incoming):
+        self._tell_doubts(self.copy.doubt_all())
+        self._write(incoming)
+
+    def _end(self, size, digest):
+        self._tell_doubts(self.copy.end(size, digest))
+
+    def _pause(self):
+        self._paused = True
+
+    def _commit(self):
+        self.copy.sink.commit(self.copy.verified)
+        self._over = True
 
     def _write(self, incoming):
         pieces = list(incoming.buffer.flush())
         if sum(map(len, pieces)) != incoming.size:  # without digests, all that tells
             raise Failure('a round of %d bytes instead of %d' % (sum(map(len, pieces)), incoming.size))
-        if self.hash:
-            trial = self.hash.copy()
-            for piece in pieces:
-                trial.update(piece)
-            if self._digest and trial.digest() != incoming.digest:
-                self._again = incoming
-                return self._say(self.DAMAGED, incoming)
-            self.hash = trial
-            if self._digest:
-                self._say(self.VERIFIED, incoming)
-        for piece in pieces:
-            self.sink.write(piece)
-        self.bytes += incoming.size
-        self._say(self.WRITTEN, incoming)
+        if not self.copy.verify(incoming, pieces):
+            self._again = incoming
+            return self._say(self.DAMAGED, incoming)
+        if self.copy.digest:            # else all there was to find out is known
+            self._say(self.VERIFIED, incoming)
+        self.copy.write(incoming, pieces)
+        return self._say(self.WRITTEN, incoming)
 
 
 # ---------------------------------------------------------------------------
@@ -3041,6 +3706,7 @@ def open_standard_files():
 
 
 MANY = 200                              # clients that make a large session
+MOST_CLIENTS = 10000                    # of one server
 # Between threads the interpreter's lock changes hands at each system call, which costs more than the call; so a
 # large session has one for all.
 CLIENTS_PER_THREAD = 64
@@ -3048,18 +3714,20 @@ MOST_PENDING = 256                      # connections of one address that are no
 
 
 def allow_descriptors(options):
-    """Make sure of enough file descriptors; sets `options.strangers`, how many
-    connections of others there may be.  Raises Failure."""
+    """Make sure of enough file descriptors; sets `options.strangers`, how many connections of others
+    there may be, and `options.most`, how many clients at once.  Raises Failure."""
     # Each client, both ends of each thread's link, a few strangers, our own.
     needed = options.clients + 2 * (1 + options.clients // options.clients_per_thread) + 48
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(1 << 20 if hard == resource.RLIM_INFINITY else hard, needed + MOST_PENDING)
+    more = MOST_CLIENTS - options.clients if options.more or options.forever else 0
+    limit = min(1 << 20 if hard == resource.RLIM_INFINITY else hard, needed + MOST_PENDING + more)
     if limit < needed:
         raise Failure('%d clients need %d file descriptors, and the limit is %d; raise it '
                       'with "ulimit -n"' % (options.clients, needed, hard), USAGE)
     if soft != resource.RLIM_INFINITY and soft < limit:     # commands inherit it, so never lower
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    options.strangers = 16 + limit - needed
+    options.strangers = 16 + min(limit - needed, MOST_PENDING)
+    options.most = options.clients + max(0, limit - needed - MOST_PENDING)
 
 
 def end_with(parent):
@@ -3076,13 +3744,15 @@ class StopInOrder(object):
     In between, another means the same: timeout(1) sends two at once, and a
     terminal that is closed as well.  A signal that our parent had us ignore
     stays ignored, for nohup(1).  SIGUSR1 asks how it stands, SIGUSR2 for each host, too.
+    Who serves for ever hears of the first SIGTERM by `wind_up`, and of SIGUSR1 by `hurry`.
     """
 
     SIGNALS = {signal.SIGINT: 'SIGINT', signal.SIGTERM: 'SIGTERM', signal.SIGHUP: 'SIGHUP'}
 
     def __init__(self):
         self.state = None               # a function: whether of all hosts -> lines on how it stands
-        self._first = None              # when the first came
+        self.wind_up = self.hurry = None            # functions
+        self._first = self._wound_up = None         # when the first came
         # An ignored SIGCHLD survives exec, and takes the exit codes of commands away: wait(2).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)   # we take the terminal back from commands
@@ -3093,6 +3763,12 @@ class StopInOrder(object):
             signal.signal(number, self._say_state)
 
     def __call__(self, number, _frame):
+        if number == signal.SIGTERM and self.wind_up:
+            if self._wound_up is None:
+                self._wound_up = monotonic()
+                self.wind_up()
+            if monotonic() - self._wound_up <= 1:
+                return None
         if self._first is None:
             self._first = monotonic()
             return uninterruptible.interrupt(self.SIGNALS[number])
@@ -3105,6 +3781,8 @@ class StopInOrder(object):
     def _say_state(self, number, _frame):
         for line in self.state(number == signal.SIGUSR2) if self.state else ():
             tell('state', text=line)
+        if self.hurry and number == signal.SIGUSR1:
+            self.hurry()
 
     def over(self):
         """The verdict stands: no signal changes the exit code any more.
@@ -3171,6 +3849,18 @@ class Connection(object):
         return self.sock.fileno()
 
     open = property(lambda self: self.sock is not None)
+
+    def reached(self):
+        """What has become of connect_ex(): an errno; 0: it is connected; EINPROGRESS: that is not known yet."""
+        number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            if not number and self.sock.getsockname() == self.sock.getpeername():
+                # Nobody listens there, but the kernel chose the same port for our
+                # end, and has connected us to ourselves.
+                return errno.ECONNREFUSED
+        except OS_ERRORS:
+            return number or errno.EINPROGRESS
+        return number
 
     # ---- out
 
@@ -3281,8 +3971,11 @@ class Connection(object):
             finally:                    # be it that nobody wants more
                 if start < end:
                     self.incoming.put_head(data[start:])
-        if gone and not paused:
-            raise gone
+        try:
+            if gone and not paused:
+                raise gone
+        finally:
+            gone = None                 # else it and this frame keep each other, and the rounds of a connection that is over
 
     def first(self, size_of):
         """The first message that is complete, as messages() has it; None if there is none yet."""
@@ -3361,13 +4054,16 @@ class Round(object):
     """A round as the server's threads know it.
 
     number, place   which it is, and where in the image it begins, bytes
+    part            which one of those in which the image was read
+    audience        the members that it is for, a set; None: all
     digest          of the image through it
     multicast       packets of it that were multicast, from the first on
     head, tail      bit/s at which the packets of these trains were sent; None: not known
     """
 
-    def __init__(self, number, buffer, place):
+    def __init__(self, number, buffer, place, part=0, audience=None):
         self.number, self.buffer, self.place = number, buffer, place
+        self.part, self.audience = part, audience
         self.digest = b''
         self.multicast = 0
         self.speed = None               # Speed at which it was to be sent
@@ -3390,16 +4086,16 @@ class Round(object):
 class Step(object):
     """What a parent wants its TCP servers to do; read-only once published.
 
-    kind: accept (the clients; only TCP server 1), announce (the `round`), sent (the
+    kind: accept (the clients; only TCP server 1), announce (the `round`, to its audience), sent (the
     round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
     being `message`; by TCP for all others that asked), chain (`messages`: member -> what to
-    tell it), finish (when a client has everything; `message` is the last BYE), abort
-    (`message` is the reason).
+    tell it), finish (the members in `audience`, None: all, get no more rounds: when each has
+    those under way, `message` is its last BYE), abort (`message` is the reason).
     """
 
-    def __init__(self, kind, round=None, coded=(), message=b'', messages=()):      # pylint: disable=redefined-builtin
+    def __init__(self, kind, round=None, coded=(), message=b'', messages=(), audience=None):   # pylint: disable=redefined-builtin
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
-        self.messages = messages
+        self.messages, self.audience = messages, audience
 
 
 # Packets of a round: as bits, how many, and their places in the order in which they are wanted (None: ascending).
@@ -3472,6 +4168,16 @@ class Member(object):
         self.since = now                # when it came
         self.placed = False             # a thread has it, and it is not on its way to one
         self.window = 1                 # rounds that it can hold
+        self.seek = False               # it takes rounds in any order
+        self.have = ()                  # what it held of the image when it came, as ranges
+        self.who = None                 # what tells its output from others, over connections
+        self.late = None                # seconds after the start at which it came,
+        self.back = False               # or whether it was here before
+        self.lacks = None               # bytes of the image that it lacked when it left
+        self.lacked = 0                 # bytes that it had, and lacked after all
+        self.aside = False              # it gets what it lacks when nobody else lacks anything
+        self.waits = False              # for the next pass
+        self.last = None                # the Awaited of its last BYE, once it gets no more rounds
         self.willing = False            # to take part in a chain
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
@@ -3503,7 +4209,17 @@ class Member(object):
         return '%s (%s)' % (self.host, self.address) if self.host else self.address
 
     identity = property(lambda self: (self.host, self.address))
+    names = property(lambda self: (self.identity, self.who) if self.who else (self.identity,))
     loopback = property(lambda self: self.address.startswith('127.'))
+
+    def returns(self, before):
+        """It is the one that was here before, as another Member, and has left."""
+        self.back, self.late, self.aside = True, before.late, before.aside
+        self.lost += before.lost
+        self.by_tcp += before.by_tcp
+        self.lacked += before.lacked
+        for cause, seconds in before.waited.items():
+            self.waited[cause] = self.waited.get(cause, 0) + seconds
 
     @property
     def oldest(self):
@@ -3545,7 +4261,6 @@ class ServerWindow(object):
         self.members = []
         self.awaited = []               # what is not complete, in the order of the steps
         self._rounds = {}               # number -> Round
-        self._last = None               # the finish step, once there is one
 
     # ---- what the parent wants
 
@@ -3563,9 +4278,10 @@ class ServerWindow(object):
             for old in [old for old in self._rounds if old < number and old not in wanted]:
                 del self._rounds[old]
         info = self.dialect.info(number, buffer.size, buffer.base, buffer.count, step.round.place)
-        for member in self.members:
+        audience = self._audience(step.round.audience)
+        for member in audience:
             self._owe(member, number, READINESS, awaited, now)
-        return [('send', member, info) for member in self.members]
+        return [('send', member, info) for member in audience]
 
     def _begin_sent(self, step, awaited, now):
         number = step.round.number
@@ -3592,13 +4308,19 @@ class ServerWindow(object):
         return [('send', member, step.messages[member]) for member in self.members if member in step.messages]
 
     def _begin_finish(self, step, awaited, now):
-        self._last = awaited
-        awaited.owing.update(self.members)
+        audience = self._audience(step.audience)
+        awaited.owing.update(audience)
+        for member in audience:
+            member.last = awaited
         if not self.dialect.ends:
-            return [thing for member in self.members for thing in self._see_off(member, now)]
-        for member in self.members:
+            return [thing for member in audience for thing in self._see_off(member, now)]
+        for member in audience:
             self._owe(member, step.round.number, COMPLETION, awaited, now)
-        return [('send', member, self.dialect.sent(step.round.number, b'')) for member in self.members]
+        return [('send', member, self.dialect.sent(step.round.number, b'')) for member in audience]
+
+    def _audience(self, members):
+        """Those of ours that are among these members; None: all."""
+        return self.members if members is None else [member for member in self.members if member in members]
 
     def _those(self, number, how):
         return [member for member in self.members if member.rounds.get(number, (None,))[0] == how]
@@ -3609,11 +4331,11 @@ class ServerWindow(object):
         member.stands(number, what, awaited, now)
 
     def _see_off(self, member, now):
-        """If all is announced, and a member has it: say the last word."""
-        if not self._last or member.rounds or self.dialect.ends:
+        """If a member gets no more rounds, and has all: say the last word."""
+        if not member.last or member.rounds or self.dialect.ends:
             return []
-        self._owe(member, END, COMPLETION, self._last, now)
-        return [('send', member, self._last.step.message)]
+        self._owe(member, END, COMPLETION, member.last, now)
+        return [('send', member, member.last.step.message)]
 
     def complete(self):
         """The steps that are complete here, each once: Awaited."""
@@ -3684,6 +4406,8 @@ class ServerWindow(object):
             raise Refused('it says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
         if kind == RELAY:
             return [('relay', member, self._neighbour(member, unpack_frame(message[5:])))]
+        if kind == LACK:
+            return [('lacks', member, self._lack(member, unpack_frame(message[5:]), now))]
         if kind not in (ALIVE, STATE):
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         member.signs += 1
@@ -3716,6 +4440,15 @@ class ServerWindow(object):
             raise ProtocolError('a frame without a proper "port"')
         said['connected'] = fields.get('connected') is True
         return said
+
+    @staticmethod
+    def _lack(member, fields, now):
+        """What a member had, and lacks after all: then it is not at its end."""
+        if member.last:
+            member.last.owing.discard(member)
+            member.last = None
+        member.stands(END, None, None, now)
+        return Held.from_list(fields.get('lacks'))
 
     def _ready(self, member, number, _message, _awaited, now):
         member.stands(number, LISTENS, None, now)
@@ -3891,8 +4624,8 @@ class ClientWindow(object):
     """The rounds in flight as a client sees them.
 
     What to do is a list of (verb, argument): `send` bytes, give a round (Incoming) to the
-    writer (`write`), `begin` to write, keep the server's words on its `state`, or `end`, with the
-    fields of the last BYE.
+    writer (`write`), tell that of one that `differs` though every packet is as the server has it,
+    `begin` to write, keep the server's words on its `state`, or `end`, with the fields of the last BYE.
     """
 
     SETTLE = 0.005                      # seconds for stragglers after SENT,
@@ -3901,9 +4634,10 @@ class ClientWindow(object):
     EARLY = 64                          # batches that may come before their announcement
     AHEAD = 1 << 31                     # rounds: numbers wrap
 
-    def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None):
+    def __init__(self, dialect, payload, salts=(0, 0), digest=False, checks=None, place=0):
         """payload: bytes in a full packet; salts: for packets, and for repairs;
-        digest: whether rounds come with one; checks: as Buffer takes them."""
+        digest: whether rounds come with one; checks: as Buffer takes them; place: in the image,
+        where the first round begins; None: rounds may come in any order."""
         self.dialect, self.payload, self.digest = dialect, payload, digest
         self._salt, self._repair_salt = salts
         self._checks = checks or list(dialect.checks)
@@ -3911,13 +4645,13 @@ class ClientWindow(object):
         self.wants = None               # a memoryview to be filled from TCP
         self.begun = False              # a round was announced
         self.over = False
-        self.announced = 0              # rounds
+        self.announced = 0              # one more than the last round's number
         self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
         self.upstream_from = None       # the first round that an upstream brings, while there is one
         self.forwarding = None          # what a follower is to get, while there is one
         self._kept = []                 # rounds that are written, and that the follower does not have
         self.rounds = collections.deque()           # those that are not DONE, the oldest first
-        self._base = self._place = None # of the next round
+        self._base, self._place = None, place       # of the next round
         self._last = None               # the round of 0 packets that ends the image
         self._reading = None            # the round whose packets come by TCP
         self._left = collections.deque()            # their places: (start, stop) of each run
@@ -4003,19 +4737,25 @@ class ClientWindow(object):
     def _on_bye(self, fields):
         if fields.get('ok') is not True:
             self.begun = self.begun or fields.get('empty') is True
-            raise Refused('the server says: %s' % field(fields, 'reason', TEXT))
+            raise refusal(fields)
         if self.rounds:
             raise ProtocolError('the end before the end')
         self.over = self.begun = True
         return [('end', fields)]
 
     def _on_info(self, number, size, base, count, place):
-        if base != (base if self._base is None else self._base):
+        # Rounds that others lack are left out.
+        skipped = (number - self.announced) & MASK if self.dialect.sizes else 0
+        packets = (base - (base if self._base is None else self._base)) & self.dialect.seqs
+        if packets and not skipped or packets > self.dialect.seqs // 2:
             raise ProtocolError('a round that begins at %d, not %d' % (base, self._base))
-        if self.dialect.sizes and (number != self.announced & MASK or place != (self._place or 0)):
+        in_turn = place is None or place + size < 1 << 63 and (
+            self._place is None or place <= self._place < place + size)
+        if skipped >= self.AHEAD or not in_turn:
             raise ProtocolError('round %d, at byte %d, out of turn' % (number, place))
         self._base = (base + count) & self.dialect.seqs
-        self._place = (place or 0) + size
+        place = self._place if place is None else place
+        self._place = None if self._place is None else place + size
         first, self.begun = not self.begun, True
         incoming = Incoming(number, size, base, count, place)
         if not count and self.dialect.ends:
@@ -4029,7 +4769,7 @@ class ClientWindow(object):
             raise ProtocolError('a round of repair packets')
         if len(self.rounds) >= 2 * self.dialect.window:
             raise ProtocolError('more rounds under way than agreed')
-        self.announced += 1
+        self.announced = number + 1 if self.dialect.sizes else self.announced + 1
         self.rounds.append(incoming)
         return ([('begin', None)] if first else []) + self._make_room()
 
@@ -4092,9 +4832,12 @@ class ClientWindow(object):
         if not gaps and incoming.chained:       # whom another client believed we need not believe
             gaps, incoming.chained = (1 << incoming.count) - 1, False
         if not gaps:
-            raise Failure('the digest differs: what was received is not the image; nothing of this '
-                          'round was written')
+            incoming.how, incoming.given = Incoming.COMPLETE, True
+            return [('differs', incoming)]
         tell('damaged', round=incoming.number, count=how_many(gaps))
+        if how_many(gaps) >= incoming.heard:        # it was all forged, so nothing of the server's was heard
+            self.by_multicast -= incoming.heard
+            incoming.heard, self._hears = 0, False
         incoming.buffer.forget(gaps)
         incoming.buffer.damaged += how_many(gaps)
         return self._ask(incoming)
@@ -4296,6 +5039,15 @@ class ClientWindow(object):
         incoming.given, incoming.how = False, Incoming.SUSPECT
         return [('send', self.dialect.ask_for_sums(incoming.number))]
 
+    def go_on(self):
+        """The last BYE counts for nothing: more is lacking."""
+        self.over = False
+
+    def take_over(self, other):
+        """It comes after another window, of an earlier connection: count on."""
+        self.by_multicast, self.by_chain, self.by_tcp, self.coded = (
+            other.by_multicast, other.by_chain, other.by_tcp, other.coded)
+
     def written(self):
         """The writer is through with a round; returns what to do."""
         incoming = self._lent.popleft()
@@ -4315,15 +5067,13 @@ class ClientWindow(object):
     def area_for(self, number, first, size):
         """Where to put a piece that an upstream sends: (round, memoryview, index after its last packet).
 
-        (None, None, None): the round is not waited for any more.  Raises ProtocolError.
+        (None, None, None): the round is not waited for.  Raises ProtocolError.
         """
         for incoming in self.rounds:
             if incoming.number == number:
                 break
         else:
-            if not 0 < (self.announced - number) & MASK < self.AHEAD:
-                raise ProtocolError('a piece of a round that is not announced')
-            return None, None, None
+            return None, None, None     # it is through with it, or never had a part in it
         last = first + -(-size // self.payload)
         if last > incoming.count or size != (last - first) * self.payload and (
                 last != incoming.count or size != incoming.size - first * self.payload):
@@ -4359,10 +5109,11 @@ class ClientWindow(object):
         self.forwarding = forwarding
         if forwarding:
             rounds = self._kept + list(self._lent) + [each for each in self.rounds if each not in self._lent]
-            for incoming in sorted(rounds, key=lambda each: each.place):
+            rounds.sort(key=lambda each: (each.number - self.announced) & MASK)
+            for incoming in rounds:
                 if incoming.buffer:
                     forwarding.add(incoming)
-            oldest = min(rounds, key=lambda each: each.place).number if rounds else self.announced & MASK
+            oldest = rounds[0].number if rounds else self.announced & MASK
             forwarding.skip(oldest)
         return self.relayed()
 
@@ -4404,7 +5155,8 @@ class Chain(object):
     client has one upstream and one follower at the most, so there is never a loop.
     """
 
-    DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all
+    DEAF = BACK = 2                     # rounds in a row, of which a client hears nothing, or nearly all;
+    DEAF_AT_FIRST = 1                   # of which nobody does, where nobody ever did
     ANSWER = 2.0                        # seconds for an upstream to listen
     SETTLE = 1.0                        # seconds that all wait for a chain that is being built
     JIFFY = 1.0                         # seconds that nobody is blamed for
@@ -4415,31 +5167,36 @@ class Chain(object):
         self.dialect = dialect
         self.order = []                 # members that are in it
         self.links = {}                 # follower -> Link
-        self._inside = set()            # members that it is for
+        self._inside = set()            # members that it is for,
+        self._audience = None           # of whom these take part in the rounds to come; None: all
         self._head = None               # a member that hears multicast, and passes it on
         self._last = []                 # members that go behind all others, in their order
         self._lost = {}                 # upstream -> the followers that could not reach it, or lost it
         self._slow = {}                 # member -> rounds in a row
+        self._relieved = set()          # followers that had another upstream as theirs may be slow
         self._next_blame = 0.0          # when one may be put to the end for that
         self._served = {}               # upstream -> the token that it was told last
         self._news = []                 # (member, message without the round's number, or a function of it)
         self._settled_by = None         # when not to wait any longer for it to be built
+        self.mute = True                # nobody ever heard anything
 
     def __str__(self):
         return ' - '.join(str(member) for member in self.order)
 
     # ---- what happens
 
-    def build(self, members, now):
-        """It is for all of them."""
+    def build(self, members, now, wait=True):
+        """It is for all of them; wait: all others until it is built."""
         self._inside.update(member for member in members if member.willing)
-        self._wire(now, wait=True)
+        self._wire(now, wait)
 
     def learn(self, here, now):
         """A round was answered for: who hears, who does not; here: all members."""
         before, head = set(self._inside), self._head
+        self.mute = self.mute and all(member.deaf_rounds for member in here)
+        enough = self.DEAF_AT_FIRST if self.mute else self.DEAF
         for member in here:
-            if member.deaf_rounds >= self.DEAF and member.willing:
+            if member.deaf_rounds >= enough and member.willing:
                 self._inside.add(member)
             elif member.heard_rounds >= self.BACK:
                 self._inside.discard(member)
@@ -4455,11 +5212,24 @@ class Chain(object):
         if self._inside != before or self._head is not head:
             self._wire(now, wait=not self._head)
 
+    def among(self, audience, now):
+        """The rounds to come are for these members, a set; None: all."""
+        if audience is not self._audience:
+            self._audience, before = audience, self._audience
+            if self._inside and audience != before:
+                self._wire(now)
+
+    def keep(self, here, now):
+        """Only these are members still: who left when no more rounds were to come was not told of."""
+        for member in (self._inside | set(self._lost) | set(self._slow) | set(self._served)).difference(here):
+            self.leave(member, now)
+
     def leave(self, member, now):
         """A member is none any more."""
-        for members in (self._inside, self._lost, self._slow, self._served):
-            if member in members:
-                (members.discard if members is self._inside else members.pop)(member)
+        for members in (self._lost, self._slow, self._served):
+            members.pop(member, None)
+        for members in (self._inside, self._relieved):
+            members.discard(member)
         for followers in self._lost.values():
             followers.discard(member)
         if member in self._last:
@@ -4510,6 +5280,20 @@ class Chain(object):
             tell('chain_slow', member=member)
             self._to_the_end(member)
             self._wire(now)
+
+    def relieve(self, follower, now):
+        """A client alone holds all up, which may be its upstream's doing: give it another one.
+
+        Returns whether there was one to be replaced; once for each client.
+        """
+        link = self.links.get(follower)
+        if not link or follower in self._relieved:
+            return False
+        self._relieved.add(follower)
+        tell('chain_slow', member=link.upstream)
+        self._to_the_end(link.upstream)
+        self._wire(now)
+        return True
 
     def look(self, now):
         """Time passes."""
@@ -4562,9 +5346,10 @@ class Chain(object):
 
     def _wire(self, now, wait=False):
         """Have the links that the order wants."""
-        inside = [member for member in self._inside if member not in self._last]
-        last = [member for member in self._last if member in self._inside]
-        order = ([self._head] if self._head and self._inside else []) + sorted(inside, key=self._place) + last
+        inside = self._inside if self._audience is None else self._inside & self._audience
+        last = [member for member in self._last if member in inside]
+        head = [self._head] if self._head and inside and self._head in (self._audience or (self._head,)) else []
+        order = head + sorted(inside.difference(last), key=self._place) + last
         wanted, before = {}, None       # follower -> upstream
         for member in order:
             if before and self._may_serve(before, member):
@@ -4668,8 +5453,8 @@ class Relay(object):
     STILL = 0.5                         # seconds after which a follower hears that we are here
     GREETING = 2.0                      # seconds for a follower to say its token
     MOST = 8                            # connections that have not
-    LITTLE = 64 << 10                   # bytes in a turn: more would come if we waited
     AT_ONCE = 1 << 20                   # bytes from an upstream in a turn
+    SMALL = 32 << 10                    # what is left of a piece and fewer bytes is read with what follows it
     LONGEST_END = 30.0                  # seconds that a follower can keep us at the end
 
     def __init__(self, window, address, port, say, carry_out):
@@ -4690,20 +5475,19 @@ class Relay(object):
         self.upstream_place = None      # its (address, port)
         self._upstream_token = None
         self._connected = False         # to the upstream
-        self._head = bytearray(PIECE.size)
-        self._head_left = memoryview(self._head)
-        self._piece = None              # that is coming
-        self._sum = bytearray(U32.size)             # of it, without digests
-        self._sum_left = None
+        self._words = b''               # of a header or a sum that is coming
+        self._head = b''                # of the piece that is coming
+        self._piece = None              # that is
+        self._staging = bytearray(2 * self.SMALL)
         self._scratch = None
-        self.trickles = False           # the upstream sends less than is worth a turn
+        self.trickles = False           # the upstream sends less than we can take
 
     @property
     def active(self):
         """Whether it has anything to do."""
         return bool(self._watched)
 
-    upstream_fd = property(lambda self: self._upstream.fileno() if self._upstream else None)
+    streams = property(lambda self: [end.fileno() for end in (self._upstream, self._follower) if end])
     following = property(lambda self: self._connected)
 
     # ---- descriptors
@@ -4914,7 +5698,7 @@ class Relay(object):
             self._close(self._upstream)
         self._upstream = self.upstream_place = self._piece = None
         self._connected = self.trickles = False
-        self._head_left, self._sum_left = memoryview(self._head), None
+        self._words = b''
         self.window.follow(None)
 
     def _lose_upstream(self, reason):
@@ -4927,13 +5711,11 @@ class Relay(object):
             if not self._connected:
                 self._connect(now)
             if self._connected:
-                got = 0
-                while got < self.AT_ONCE:
-                    size = self._read(now)
-                    if not size:
-                        break
+                got, more = 0, True
+                while more and got < self.AT_ONCE:
+                    size, more = self._read(now)
                     got += size
-                self.trickles = got < self.LITTLE
+                self.trickles = bool(got) and not more
         except Gone as error:
             return self._lose_upstream(str(error))
         except ProtocolError as error:
@@ -4946,13 +5728,9 @@ class Relay(object):
     def _connect(self, now):
         """See whether the connection is there.  Raises Gone."""
         upstream = self._upstream
-        number = upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        try:
-            if not number and upstream.sock.getsockname() == upstream.sock.getpeername():
-                number = errno.ECONNREFUSED             # to ourselves: nobody listens there
-        except OS_ERRORS:
-            if not number:
-                return                  # it is not
+        number = upstream.reached()
+        if number == errno.EINPROGRESS:
+            return
         if number:
             raise Gone(os.strerror(number))
         self._connected, upstream.heard = True, now
@@ -4961,42 +5739,63 @@ class Relay(object):
         self._watch(upstream, select.POLLIN)
 
     def _read(self, now):
-        """Take some of what has come; returns bytes.  Raises Gone, ProtocolError."""
-        upstream, piece = self._upstream, self._piece
-        if piece is None:
-            size = upstream.read_into(self._head_left)
-            self._head_left = self._head_left[size:]
-            if size and not self._head_left:
-                self._head_left = memoryview(self._head)
-                self._begin_piece(now)
-            return size
-        if self._sum_left is not None:
-            size = upstream.read_into(self._sum_left)
-            self._sum_left = self._sum_left[size:]
-            if not self._sum_left:
-                self._sum_left = None
-                self._check_piece(piece)
-            return size
+        """Take some of what has come; returns (bytes, whether there may be more).  Raises Gone, ProtocolError.
+
+        What is large goes straight to its place; small things go through a copy, many at once.
+        """
+        direct = self._piece and len(self._piece.left) > self.SMALL
+        area = self._area() if direct else memoryview(self._staging)
+        size = self._upstream.read_into(area)
+        if direct:
+            self._advance(size)
+        else:
+            self._take(area[:size], now)
+        return size, size == len(area)
+
+    def _take(self, data, now):
+        """Bytes of the upstream: headers, pieces, and sums of them.  Raises ProtocolError."""
+        while data:
+            if self._piece and self._piece.left:
+                size = min(len(data), len(self._piece.left))
+                self._area()[:size] = data[:size]
+                self._advance(size)
+            else:
+                need = U32.size if self._piece else PIECE.size
+                size = min(len(data), need - len(self._words))
+                self._words += data[:size].tobytes()
+                if len(self._words) == need:
+                    words, self._words = self._words, b''
+                    if self._piece:
+                        self._check_piece(words)
+                    else:
+                        self._begin_piece(words, now)
+            data = data[size:]
+
+    def _area(self):
+        """Where the piece goes on."""
+        piece = self._piece
         if piece.incoming and self.window.digest and not self.window.takes(piece.incoming):
             # It was complete meanwhile, and is being verified: no byte of it may change any more.
             piece.incoming, piece.left = None, self._scratch_of(len(piece.left))
-        size = upstream.read_into(piece.left)
+        return piece.left
+
+    def _advance(self, size):
+        """So many bytes of the piece are in their place."""
+        piece = self._piece
         piece.left = piece.left[size:]
+        if not self.window.digest:
+            return
         piece.got += size
-        if size and self.window.digest and piece.incoming:
+        if size and piece.incoming:
             done = piece.last if not piece.left else piece.first + piece.got // self.window.payload
             if done > piece.done:
                 self.window.arrived(piece.incoming, piece.done, done)
                 piece.done = done
         if not piece.left:
-            if self.window.digest:
-                self._piece = None
-            else:
-                self._sum_left = memoryview(self._sum)
-        return size
+            self._piece = None
 
-    def _begin_piece(self, now):
-        number, first, size = PIECE.unpack(bytes(self._head))
+    def _begin_piece(self, head, now):
+        number, first, size = PIECE.unpack(head)
         if not size:
             if number != MASK:
                 self.window.no_more(number, now)
@@ -5006,18 +5805,18 @@ class Relay(object):
         incoming, area, last = self.window.area_for(number, first, size)
         if incoming is None or not self.window.digest:
             area = self._scratch_of(size)
-        self._piece = Piece(incoming, first, last, area)
+        self._head, self._piece = head, Piece(incoming, first, last, area)
 
     def _scratch_of(self, size):
         if self._scratch is None:
             self._scratch = bytearray(LARGEST_PIECE)
         return memoryview(self._scratch)[:size]
 
-    def _check_piece(self, piece):
+    def _check_piece(self, checksum):
         """Without digests a piece has a checksum.  Raises ProtocolError."""
-        self._piece = None
-        right = zlib.crc32(part(self._scratch, 0, piece.size), zlib.crc32(bytes(self._head))) & MASK
-        if right != U32.unpack(bytes(self._sum))[0]:
+        piece, self._piece = self._piece, None
+        right = zlib.crc32(part(self._scratch, 0, piece.size), zlib.crc32(self._head)) & MASK
+        if right != U32.unpack(checksum)[0]:
             raise ProtocolError('a piece with a wrong checksum')
         if piece.incoming and self.window.takes(piece.incoming):
             piece.incoming.buffer.view(piece.first, piece.last)[:] = memoryview(self._scratch)[:piece.size]
@@ -5028,7 +5827,10 @@ class Relay(object):
 # Roster and policy
 # ---------------------------------------------------------------------------
 
-LATE = 'the transfer has begun'         # why a client is refused
+LATE = 'the transfer has begun'         # why a client is refused,
+NO_PLACE = LATE + ', and all places are taken (--more on the server has more)'
+NO_WAY_BACK = LATE + ', and the image comes by a pipe (--spool FILE on the server keeps it for who comes late)'
+CLOSING = LATE + ', and the server is about to end'
 UNINVITED = 'it is not on the list of hosts'
 
 
@@ -5077,27 +5879,39 @@ class HostList(object):
 
 
 class Roster(object):
-    """Who takes part: who is here before the start, who was here at it, who was refused.
+    """Who takes part: who is here before the start, who was here at it or came later, who was refused.
 
     All threads look at it.  Each change is one operation on a list or a dict, and a client
     leaves it only through the thread that has it; so it needs no lock.
     """
 
-    MOST_REFUSED = 1000                 # hosts that are remembered
+    MOST_REFUSED = 1000                 # hosts that are remembered,
+    MOST_GONE = 1000                    # and clients that have left
 
-    def __init__(self, places, enough=1, start_by=None, hosts=None, more=False):
+    def __init__(self, places, enough=1, start_by=None, more=False, forever=False, most=None, hosts=None):
         """places: clients that can take part; enough: how many must be here at
-        `start_by`, seconds on the monotonic clock (None: wait for all); hosts: a HostList of
-        those that are to come; more: whether others may, too."""
+        `start_by`, seconds on the monotonic clock (None: wait for all); more: who comes
+        when the transfer has begun needs no place; forever: nor is anybody missed who does not;
+        most: how many can be here at once then; hosts: a HostList of those that are to come."""
         self._places, self.enough, self.start_by = places, enough, start_by
-        self.hosts, self.more = hosts, more
+        self.hosts, self._came, self._has = hosts, set(), set()     # names of a list: who took part, who has the image
+        self.more, self.forever, self.most = more or forever, forever, most or places
         self.begun = False
+        self.began = None               # when, seconds
+        self.again = False              # who comes late can get what was sent before
+        self.closing = self.closed = False          # nobody is to come any more; and nobody is here
+        self.hurry = False              # begin with those who are here
+        self.renewing = False           # who comes now waits for another image
         self.waiting = None             # for whom else than a client all wait, in words
+        self.passing = (1, None)        # which pass it is, and seconds that it may still take
         self.sentences = 0              # passed on clients so far
-        self.everyone = []              # who was here at the start, whatever became of them
-        self.news = collections.deque()             # (member, what it says of a neighbour; None: it has left)
+        self.served = 0                 # clients that have everything
+        self.everyone = []              # who took part, whatever became of them; of very many the last
+        self.forgotten = 0              # how many more there were
+        self.news = collections.deque()             # (what, member, more of it): `here`, `left`, what it `lacks`,
+                                                    # what it says of a neighbour (`relay`)
         self._here = []
-        self._identities = {}           # (host, address) -> the last of those who are here
+        self._identities = {}           # (host, address), and `who` -> the last of those who are here
         self._refused = {}              # (host, address) -> why
 
     @property
@@ -5107,37 +5921,29 @@ class Roster(object):
 
     @property
     def missing(self):
-        """Who is not here, or was not at the start: the names of a list, else None for each place."""
-        came = self.everyone if self.begun else self.here
+        """Who has not come so far: the names of a list, else None for each place."""
+        if self.begun and self.forever:
+            return []
         if not self.hosts:
-            return [None] * max(0, self._places - len(came))
-        came = set(member.listed for member in came)
+            came = len(self.everyone) + self.forgotten if self.begun else len(self._here)
+            return [None] * max(0, self._places - came)
+        came = self._came if self.begun else set(member.listed for member in self.here)
         return [name for name in self.hosts.names if name not in came]
 
     @property
     def places(self):
         """How many clients take part if all come."""
-        return len(self.everyone if self.begun else self._here) + len(self.missing) if self.hosts else self._places
-
-    def why_not(self, member):
-        """Why a client can not have a place; None if it can, and then it has its name on the list."""
-        names = self.hosts.find(member.host, member.address) if self.hosts else []
-        if self.hosts and not names and not self.more:
-            return UNINVITED
-        if self.begun:
-            return LATE
-        member.listed = None
         if not self.hosts:
-            return None
-        taken = dict((other.listed, other) for other in self.here)
-        free = [name for name in names if name not in taken]
-        if free:
-            member.listed = free[0]
-            if is_address(free[-1]) and free[0] != free[-1]:
-                self.hosts.merge(free[0], free[-1])
-        if free or self.more:
-            return None
-        return 'another client came as %s: %s' % (names[0], taken[names[0]])
+            return self._places
+        others = [member for member in self.here if not member.listed] if not self.begun else []
+        return len(self.hosts.names) + len(others)
+
+    @property
+    def all_served(self):
+        """Whether all who are to have the image do."""
+        if self.forever:
+            return True
+        return self._has.issuperset(self.hosts.names) if self.hosts else self.served >= self._places
 
     @property
     def refused(self):
@@ -5160,21 +5966,84 @@ class Roster(object):
         if len(self._refused) < self.MOST_REFUSED:
             self._refused[member.identity] = why
 
-    def twin(self, member):
-        """The client that is here from the same host; None without one.
+    def why_not(self, twin=None, member=None):
+        """Why somebody who comes now, in the place of a twin perhaps, cannot take part; None if he can.
 
-        Not of the loopback interface: there several clients are for trying it out.
+        member: who that is, where there is a list of hosts; then it has its name on it.
         """
-        if member.host is None or member.loopback:
-            return None
-        twin = self._identities.get(member.identity)
+        names = self.hosts.find(member.host, member.address) if self.hosts else []
+        if self.hosts and not names and not self.more:
+            return UNINVITED
+        if self.closed or self.closing:
+            return CLOSING if self.again else LATE
+        if self.begun and not self.again:
+            return NO_WAY_BACK
+        if self.hosts:
+            return self._name(member, names, twin)
+        here = len(self._here) - bool(twin)
+        full = here >= self.most if self.more else here + self.served >= self.places
+        return NO_PLACE if self.begun and full else None
+
+    def _name(self, member, names, twin):
+        """Give a member one of its names on the list; returns why it cannot have any, None if it can."""
+        taken = dict((other.listed, other) for other in self.here
+                     if other is not twin and other.identity != member.identity)
+        free = [name for name in names if name not in taken]
+        member.listed = free[0] if free else None
+        if free and is_address(free[-1]) and free[0] != free[-1]:
+            self.hosts.merge(free[0], free[-1])
+        if names and not free and not self.more:
+            return 'another client came as %s: %s' % (names[0], taken[names[0]])
+        return NO_PLACE if self.begun and len(self._here) - bool(twin) >= self.most else None
+
+    def twin(self, member):
+        """The client that is here for the same output, or, before the start, from the same host; None without one.
+
+        Not from the same host by the loopback interface: there several clients are for trying it out.
+        """
+        twin = self._identities.get(member.who)
+        if not twin and not self.begun and member.host is not None and not member.loopback:
+            twin = self._identities.get(member.identity)
         return twin if twin in self._here else None
 
-    def admit(self, member):
-        """A client has a place; returns how many are here now."""
-        self._here.append(member)
-        self._identities[member.identity] = member
+    def admit(self, member, now=0.0, twin=None):
+        """A client has a place, that of its twin if it has one; returns how many are here now."""
+        if twin:
+            self.condemn(twin, 'replaced by a later client of the same host')
+        if self.begun:
+            member.late = now - (now if self.began is None else self.began)
+            self._take_back(member)
+            self._forget()
+            self.everyone.append(member)
+            self._came.add(member.listed)
+        self._here.append(member)       # before the twin leaves, lest nobody be here meanwhile
+        for name in member.names:
+            self._identities[name] = member
+        if twin:
+            self.leave(twin)
         return len(self._here)
+
+    def _take_back(self, member):
+        """Who is back is one with what it was before."""
+        for other in self.everyone:
+            known = member.who and other.who == member.who or other.identity == member.identity and not member.loopback
+            if known and other.outcome != 'complete' and (other.ended or other.sentence):
+                member.returns(other)
+                self.everyone.remove(other)
+                return
+
+    def _forget(self):
+        """Of very many who have left, forget the first."""
+        gone = [member for member in self.everyone if member.ended] if len(self.everyone) > self.MOST_GONE else []
+        for member in gone[:len(self.everyone) - self.MOST_GONE]:
+            self.everyone.remove(member)
+            self.forgotten += 1
+
+    def turn_away(self, member):
+        """A client that was just admitted has no place after all."""
+        self.leave(member)
+        if member in self.everyone:
+            self.everyone.remove(member)
 
     def leave(self, member):
         """A client is not here any more; returns whether it was."""
@@ -5182,31 +6051,66 @@ class Roster(object):
             self._here.remove(member)
         except ValueError:
             return False
-        if self._identities.get(member.identity) is member:
-            del self._identities[member.identity]
+        if member.outcome == 'complete':
+            self.served += 1
+            self._has.add(member.listed)
+        for name in member.names:
+            if self._identities.get(name) is member:
+                del self._identities[name]
         return True
 
     def begin(self, now):
         """Start if it is time to, with those who are here; returns whether it has begun."""
         here = len(self._here)
         late = self.start_by is not None and now > self.start_by and here >= self.enough
-        if not self.begun and (late or here >= self.places):
+        if not self.begun and (late or here and not self.missing or here and (self.hurry or self.renewing)):
             self.everyone = self.here
-            self.begun = True
+            self._came = set(member.listed for member in self.everyone)
+            self.began, self.begun = now, True
         return self.begun
+
+    def close(self):
+        """If nobody is here, nobody can come any more; returns whether that is so."""
+        self.closed = True              # first: who is admitted meanwhile sees it, or is seen
+        if self._here:
+            self.closed = False
+        return self.closed
 
     def end(self):
         """Nobody can come any more, be it that it has not begun."""
+        self.closing = True
         if not self.begun:
             self.everyone = self.here
+            self._came = set(member.listed for member in self.everyone)
             self.begun = True
+
+
+class Cohort(object):
+    """Clients that hold the same of the image: one, or all that were here at the start.
+
+    held        ranges that they hold, or that are under way to them
+    members     a set that is never changed, but replaced
+    seek        whether they take rounds in any order, or only the next one
+    aside       whether they are brought nothing until nobody else lacks anything
+    waits       whether they wait for that, or for the next pass
+    """
+
+    def __init__(self, held, seek, aside):
+        self.held, self.seek, self.aside, self.waits = held, seek, aside, False
+        self.members = frozenset()
+
+    def wants(self, place):
+        """The first byte from a place in the image on that they can take; UNLIMITED if they can take none."""
+        if self.seek:
+            return self.held.gap(place)
+        return self.held.prefix if place <= self.held.prefix else UNLIMITED
 
 
 class Underway(object):
     """A round between its announcement and the last client's DONE, as the Course knows it."""
 
-    def __init__(self, round):          # pylint: disable=redefined-builtin
-        self.round = round
+    def __init__(self, round, image_pass):      # pylint: disable=redefined-builtin
+        self.round, self.image_pass = round, image_pass
         self.ready = False              # all who listen are
         self.sent = False               # by multicast
         self.steps = 1                  # that are not complete
@@ -5232,12 +6136,16 @@ class Course(object):
     asked what to multicast (next), and its `hands` do what it decides:
 
         now()                       seconds on the monotonic clock
-        fill(base, limit)           begin to fill a buffer, then call filled()
-        digest(number) -> bytes     of the image through that round
+        fill(base, limit, place)    begin to fill a buffer from a place in the image, then call filled()
+        digest(part) -> bytes       of the image through that part
         do(Step)                    have the TCP servers do it; complete() is called when they have
         release(Buffer)             it is not needed any more
         leave_room(bytes)           so much goes by TCP on the same line
         trouble() -> text or None   why packets could not be sent since the last call
+
+    It goes through the image in passes: each part of it is brought, as a round, to those who lack it,
+    its audience.  The first pass cuts the image into its parts.  When somebody lacks some at its
+    end there is another pass, through these parts only, and so on.
     """
 
     FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
@@ -5248,7 +6156,10 @@ class Course(object):
     SILENT = 2                          # rounds of which nobody hears anything, until we only probe:
     PROBE = 16                          # with so many packets
     PATIENCE = 1.0                      # seconds without multicast, until it is said
-    ENDURANCE = 10.0                    # seconds below --min-rate
+    ENDURANCE = 0.5                     # seconds below --min-rate, until who alone is the reason is set aside,
+    LAST_ENDURANCE = 10.0               # or dropped, where what it lacks is gone then
+    ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all,
+    MOST_LACKS = 1000                   # and so many times in each of these
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
     SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
@@ -5257,10 +6168,11 @@ class Course(object):
     FIRST_SEQ = 0
 
     def __init__(self, hands, roster, dialect, payload, capacity, rate='auto', min_rate=0,
-                 unicast=False, repair_salt=0, farewell=None, allow_empty=False, chain=None):
+                 unicast=False, repair_salt=0, farewell=None, allow_empty=False, chain=None, linger=0, size=None):
         """payload: bytes in a packet; capacity: packets in a round; rate: bit/s
         or `auto`; min_rate: bit/s; unicast: do not multicast; farewell(): the last BYE;
-        chain: a Chain, where there may be one."""
+        chain: a Chain, where there may be one; linger: seconds to wait for others when all who are here
+        have everything, UNLIMITED: be there how many may; size: bytes of the image, if that is known."""
         self.hands, self.roster, self.dialect = hands, roster, dialect
         self.payload, self.capacity = payload, capacity
         self.control = RateControl() if rate == 'auto' else None
@@ -5269,20 +6181,31 @@ class Course(object):
         self.unicast, self.chain = unicast, chain
         self.window = dialect.window    # rounds under way at the most
         self.multicasting = not unicast
-        self.over = False               # all who are here have everything
+        self.linger = linger
+        self.over = False               # nobody is left to serve, or waited for
+        self.deserted = True            # the last who left lacked something
+        self.size = size
+        self.image_pass = 1             # through the image, from 1,
+        self.pass_size = size           # bytes in it, if that is known,
+        self.delivered = 0              # and of these in rounds that are through
+        self.cuts = []                  # where each part of the image ends that was read, bytes
         self.limit = self.FIRST_ROUND   # packets in the next buffer
         self.rounds = 0
         self.repair_number = 0
-        self.delivered = 0              # bytes of rounds that are through
         self.data = self.sent_packets = self.coded = self.by_tcp = 0        # packets
         self.lost = 0                   # packets, of each round's worst client
         self._base = self.FIRST_SEQ
-        self._place = 0                 # bytes of the image that are announced
+        self._cohorts = []              # of those who lack something
+        self._cohort = {}               # member -> its Cohort
+        self._finished = set()          # members that get no more rounds
+        self._part = 0                  # of the image, that was filled last
+        self._place = 0                 # in the image, from where on to look for what is lacking
+        self.pass_began = self._alone_since = None             # seconds
         self._repair_salt = repair_salt
         self._farewell, self._allow_empty = farewell, allow_empty
         self._underway = collections.deque()
         self._full = None               # a buffer that waits for room in the window
-        self._filling = self._ended = self._finishing = False
+        self._started = self._filling = self._ended = False
         self._passes = collections.deque()          # Sendings of coded repair
         self._work = collections.deque()            # what takes long, as generators
         self._answered = 0              # packets of rounds that all have answered for
@@ -5294,6 +6217,7 @@ class Course(object):
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds at a known line since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
+        self._slowest = UNLIMITED       # bit/s, of who was set aside
         self._idle_since = None         # when there was nothing to multicast, while there is not
         self._through_at = None         # when the last round was through
         self._alone = {}                # client -> seconds waited for it alone since then
@@ -5303,6 +6227,7 @@ class Course(object):
 
     rate = property(lambda self: self.control.rate if self.control else self._rate)
     idle = property(lambda self: not self._underway)
+    brought = property(lambda self: self.delivered if self.image_pass == 1 else self._end)     # bytes of the image
     chained = property(lambda self: bool(self.chain and self.chain.links))
 
     # ---- what happens
@@ -5314,17 +6239,18 @@ class Course(object):
 
     def start(self):
         """All clients are here: announce what there is."""
-        self.window = min([self.dialect.window] + [member.window for member in self.roster.everyone])
-        self._through_at = self.hands.now()
-        if self.chain and self.unicast:
-            self.chain.build([member for member in self.roster.everyone if self.roster.is_here(member)], self._through_at)
-            self._publish_chain()
-        self._announce()
+        self._started, now = True, self.hands.now()
+        self._through_at = self.pass_began = now
+        self._join([member for member in self.roster.everyone if self.roster.is_here(member)], now)
 
     def filled(self, buffer):
         """The buffer is full, or the image has ended with it."""
-        self._filling, self._full, self._ended = False, buffer, buffer.ended
-        if self.roster.begun:
+        self._filling, self._full = False, buffer
+        if self._part == len(self.cuts):
+            self._ended = buffer.ended
+            if buffer.count:
+                self.cuts.append(self._place + buffer.size)
+        if self._started:
             self._announce()
 
     def complete(self, step, answers):
@@ -5332,7 +6258,6 @@ class Course(object):
         self._note_waits(step, answers)
         self.by_tcp += answers.by_tcp
         if step.kind == 'finish':
-            self.over = True
             return
         for underway in self._underway:
             if underway.round is step.round:
@@ -5344,7 +6269,7 @@ class Course(object):
             underway.ready = True
             if not step.round.buffer.count:
                 self._check_empty()
-                self._finish(step.round)
+                self._finish(frozenset(self._cohort), step.round)
             return
         if step.kind == 'sent' and not underway.heard:
             underway.heard = True
@@ -5360,7 +6285,7 @@ class Course(object):
         if sending.buffer is underway.round.buffer:             # else the step was counted with its pass
             underway.steps += 1
             underway.sent, underway.round.multicast = True, sending.last
-            underway.round.digest = self.hands.digest(underway.round.number)
+            underway.round.digest = self.hands.digest(underway.round.part)
             self.sent_packets += sending.last
         self.hands.do(Step('sent', underway.round))
         self._announce()
@@ -5409,85 +6334,293 @@ class Course(object):
     @property
     def _chains(self):
         """Whether there are rounds to come that a chain may be for."""
-        return self.chain and not (self._finishing and all(underway.sent for underway in self._underway))
-
-    def hear(self):
-        """Take the news of the roster: what clients say of their neighbours, and who has left."""
-        now = self.hands.now()
-        while self.roster.news:
-            member, said = self.roster.news.popleft()
-            if not self.chain:
-                continue
-            if said is None and self._chains:
-                self.chain.leave(member, now)
-            elif said:
-                self.chain.heard(member, said, now, self._chains)
-        self._publish_chain()
+        return self.chain and (self._cohorts or not all(underway.sent for underway in self._underway))
 
     def look(self, now):
-        """Time passes; returns whether there may be something to multicast that was not before."""
-        if not self._chains or now < self._next_look:
+        """Time passes; returns whether there may be something to multicast that was not before, or it is over."""
+        if now < self._next_look:
             return False
         self._next_look = now + self.LOOK_EVERY
+        self._look_for_the_end(now)
+        self.roster.passing = self.image_pass, self._left(now)
+        if not self._chains or not self._started:
+            return self.over
         self.chain.look(now)
         self._publish_chain()
         settling = self.chain.settling(now)
         settled, self._settling = self._settling and not settling, settling
-        return settled
+        return settled or self.over
 
-    def _publish_chain(self):
-        """Tell the clients what is new: it is for the first round of which they were not told that it was sent."""
+    def _publish_chain(self, number=None):
+        """Tell the clients what is new: it is for this round, or for the first of which they were not told that it was sent."""
         if not self.chain:
             return
-        numbers = [underway.round.number for underway in self._underway if not underway.sent]
-        messages = self.chain.changes(min(numbers) if numbers else self.rounds)
+        if number is None:
+            numbers = [underway.round.number for underway in self._underway if not underway.sent]
+            number = min(numbers) if numbers else self.rounds
+        messages = self.chain.changes(number)
         if messages:
             self.hands.do(Step('chain', messages=messages))
+
+    # ---- who lacks what
+
+    def hear(self):
+        """Take the news of the roster: who has come or left, what clients lack, and what they say of their neighbours."""
+        now = self.hands.now()
+        while self.roster.news:
+            what, member, more = self.roster.news.popleft()
+            getattr(self, '_hear_' + what)(member, more, now)
+        self._publish_chain()
+
+    def _hear_here(self, member, _more, now):
+        if self._started and member not in self._cohort and member not in self._finished:
+            self._join([member], now)
+
+    def _hear_left(self, member, _more, now):
+        if self._chains:
+            self.chain.leave(member, now)
+        if member not in self._cohort and member not in self._finished:
+            return
+        self.deserted = member.outcome != 'complete'
+        member.lacks = self.lacking(member) if self.deserted else 0
+        self._finished.discard(member)
+        self._part_from(member)
+        if member.window < self.dialect.window:
+            self.window = min([self.dialect.window] + [other.window for other in self._cohort])
+        self._look_for_the_end(now)
+        if self._started:
+            self._announce()
+
+    def _hear_relay(self, member, said, now):
+        if self.chain:
+            self.chain.heard(member, said, now, self._chains)
+
+    def _hear_lacks(self, member, lacks, now):
+        cohort = self._cohort.get(member)
+        if self._started and not cohort and member not in self._finished:
+            return                      # it has left
+        held = Held(cohort.held if cohort else [(0, self._end)] if self._started else member.have)
+        for start, stop in lacks:
+            held.remove(start, stop)
+        if not self._started:
+            member.have = held
+            return
+        self._finished.discard(member)
+        self._part_from(member)
+        member.lacked += max(lacks.size, self._end // self.MOST_LACKS)
+        if not self.roster.again:
+            self.roster.condemn(member, 'it lacks what it had, and that cannot be read again')
+        elif member.lacked > self.ENOUGH_LACKED * max(self._end, self.size or 0):
+            self.roster.condemn(member, 'it lacks what it had, again and again')
+        tell('lacks', member=member, size=lacks.size)
+        self._add([member], held if member.seek else Held([(0, held.prefix)]), member.seek, member.aside)
+        self._announce()
+
+    def lacking(self, member):
+        """Bytes of the image that a member lacks; None if its size is not known."""
+        cohort, size = self._cohort.get(member), self._end if self._ended else self.size
+        if size is None:
+            return None
+        waits = sum(underway.round.buffer.size for underway in self._underway if underway.round.number in member.rounds)
+        return max(0, size - cohort.held.size if cohort else 0) + waits
+
+    def _join(self, members, now):
+        """They take part from the next round on."""
+        alike = {}
+        for member in members:
+            alike.setdefault((tuple(member.have), member.seek, member.aside), []).append(member)
+        for (ranges, seek, aside), those in alike.items():
+            held = Held(ranges)
+            self._add(those, held if seek else Held([(0, held.prefix)]), seek, aside)
+        for member in members:
+            if member.back:
+                tell('member_back', member=member, lacks=self.lacking(member))
+            elif member.late is not None:
+                tell('member_late', member=member, lacks=self.lacking(member))
+        self.window = min([self.window] + [member.window for member in members])
+        self._alone_since = None
+        if self.chain and self.unicast:
+            self.chain.build(members, now, wait=not self.rounds)
+            self._publish_chain()
+        self._announce()
+
+    def _add(self, members, held, seek, aside):
+        """They are some of the Cohort that holds just that."""
+        for cohort in self._cohorts:
+            if cohort.seek == seek and cohort.aside == aside and cohort.held == held:
+                break
+        else:
+            cohort = Cohort(held, seek, aside)
+            self._cohorts.append(cohort)
+        cohort.members = cohort.members.union(members)
+        cohort.waits = aside or cohort.wants(self._place) == UNLIMITED
+        for member in members:
+            self._cohort[member], member.waits = cohort, cohort.waits
+
+    def _part_from(self, member):
+        """A member is in no Cohort any more."""
+        cohort = self._cohort.pop(member, None)
+        if cohort:
+            cohort.members = cohort.members.difference((member,))
+            if not cohort.members:
+                self._cohorts.remove(cohort)
+
+    @property
+    def _end(self):
+        """Bytes of the image that were read."""
+        return self.cuts[-1] if self.cuts else 0
+
+    def _wanted(self, place):
+        """The first byte from a place on that somebody lacks who is not aside; UNLIMITED if nobody lacks any."""
+        return min([cohort.wants(place) for cohort in self._cohorts if not cohort.aside] or [UNLIMITED])
+
+    def _next_part(self):
+        """Which part to bring next, in ascending order, or in another pass; None if nobody lacks any.
+
+        In the first pass each, as those behind have to be read to be cut.
+        """
+        if self._started and not self._cohorts:
+            return None
+        part = bisect.bisect_right(self.cuts, self._wanted(self._place))
+        if part == len(self.cuts) and self._ended and self._cohorts:
+            self._begin_pass()
+            part = bisect.bisect_right(self.cuts, self._wanted(0))
+        return part if part < len(self.cuts) or not self._ended else None
+
+    def _begin_pass(self):
+        """Go through the image again; those who are aside take part when nobody else lacks anything."""
+        if all(cohort.aside for cohort in self._cohorts):
+            for cohort in self._cohorts:
+                cohort.aside = False
+                for member in cohort.members:
+                    member.aside = False
+            self._seek_rate(self._slowest)
+        lacking = Held()
+        for cohort in self._cohorts:
+            for start, stop in () if cohort.aside else cohort.held.missing(0, self._end):
+                lacking.add(start, stop)
+        self.image_pass += 1
+        self._place, self.delivered, self.pass_size = 0, 0, lacking.size
+        self.pass_began = self.hands.now()
+        if self.chain:
+            self.chain.keep(self.roster.here, self.pass_began)
+        tell('pass', number=self.image_pass, size=lacking.size,
+             members=[member for cohort in self._cohorts if not cohort.aside for member in cohort.members])
+
+    def _left(self, now):
+        """Seconds that the pass may still take; None if that cannot be told."""
+        if not self.pass_size or not self.delivered:
+            return None
+        return (self.pass_size - self.delivered) * (now - self.pass_began) / self.delivered
+
+    def _see_off(self):
+        """Who lacks nothing hears the last word when it has what is under way."""
+        if not self._ended or self.dialect.ends:
+            return
+        self._check_empty()
+        for cohort in self._cohorts[:]:
+            if cohort.held.covers(0, self._end):
+                self._finish(cohort.members, None)
+
+    def _finish(self, members, last):
+        """They get no more rounds."""
+        for member in members:
+            del self._cohort[member]
+        self._cohorts = [cohort for cohort in self._cohorts if not cohort.members <= members]
+        self._finished.update(members)
+        self.hands.do(Step('finish', last, message=self._farewell(), audience=members))
+
+    def _look_for_the_end(self, now):
+        """Whether nobody is left to serve, and nobody is waited for."""
+        roster = self.roster
+        if self._cohort or self._finished or self.over:
+            return
+        if self._alone_since is None:
+            self._alone_since = now
+        waited = self._started and (now - self._alone_since >= self.linger
+                                    or roster.all_served and not roster.more)
+        if waited or roster.closing or roster.renewing:
+            self.over = roster.close()
 
     # ---- rounds
 
     def _fill(self):
-        if self._filling or self._full or self._ended:
+        if self._filling or self._full:
             return
+        part = self._next_part()
+        if part is None:
+            return
+        self._part, self._filling = part, True
+        self._place = self.cuts[part - 1] if part else 0
+        if part < len(self.cuts):
+            count = -(-(self.cuts[part] - self._place) // self.payload)
+            if count > self.dialect.seqs + 1 - self._base:
+                self._base = 0          # as if there had been another round before
+                self.rounds += 1
+        else:
+            count = self._grow()
+        self.hands.fill(self._base, count, self._place)
+
+    def _grow(self):
+        """How many packets the next part has, which nobody has read yet."""
         by_chain = self.chain and not self.multicasting         # which has no rate to be found out
         least = self.capacity // 4 if by_chain else self.FIRST_ROUND
-        limit = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
-        self._filling = True
-        self.hands.fill(self._base, limit)
+        count = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
         longest = (self.capacity if by_chain else
                    self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size))
-        self.limit = int(max(self.FIRST_ROUND, min(2 * limit, longest, self.capacity)))
+        self.limit = int(max(self.FIRST_ROUND, min(2 * count, longest, self.capacity)))
+        return count
 
     def _announce(self):
         """Announce the buffer that is full, if the window has room for it."""
         if self._full and len(self._underway) < self.window and not self.over and not self._has_time():
-            buffer = self._full
-            if buffer.count or self.dialect.ends and not self._underway:
-                self._full = None
-                self._begin_round(buffer)
-            elif not self.dialect.ends:
-                self._full = None
-                self.hands.release(buffer)
-        if self._ended and not self._full and not self._finishing and not self.dialect.ends:
-            self._check_empty()
-            self._finish(None)
+            buffer, self._full = self._full, None
+            self._begin_round(buffer)
+        if not self._full:
+            self._see_off()
         self._fill()
 
     def _has_time(self):
         """Whether a round may wait until another one is sent, so that MANY clients are told of both in one piece."""
         unsent = [underway for underway in self._underway if not underway.sent]
-        return len(unsent) > 1 and unsent[0].ready and len(self.roster.everyone) >= MANY
+        return len(unsent) > 1 and unsent[0].ready and len(unsent[0].round.audience) >= MANY
 
     def _begin_round(self, buffer):
-        underway = Underway(Round(self.rounds, buffer, self._place))
+        """Announce it to those who lack it."""
+        start, self._place = self._place, self._place + buffer.size
+        audience = self._audience(start, self._place)
+        if not audience and buffer.count or not buffer.count and not self.dialect.ends:
+            self.delivered += buffer.size
+            if buffer.count:
+                self.hands.digest(self._part)       # until then it must stay as it is
+            self.hands.release(buffer)
+            return
+        underway = Underway(Round(self.rounds, buffer, start, self._part, audience), self.image_pass)
         self._underway.append(underway)
         self.rounds += 1
         self.data += buffer.count
         self._base = (self._base + buffer.count) & self.dialect.seqs
-        self._place += buffer.size
         if self._ended and buffer.count and self.dialect.ends:
             self._full = self._end_of(buffer)
         self.hands.do(Step('announce', underway.round))
+        if self.chain:
+            self.chain.among(audience, self.hands.now())
+            self._publish_chain(underway.round.number)
+
+    def _audience(self, start, stop):
+        """Those who lack some of a part of the image; from now on it is under way to them."""
+        if start == stop:               # the end, for all
+            return frozenset(self._cohort)
+        cohorts = [cohort for cohort in self._cohorts if not cohort.aside and cohort.wants(start) < stop]
+        for cohort in cohorts:
+            cohort.held.add(start, stop)
+            if cohort.waits:
+                cohort.waits = False
+                for member in cohort.members:
+                    member.waits = False
+        if len(cohorts) == 1:
+            return cohorts[0].members
+        return frozenset().union(*[cohort.members for cohort in cohorts])
 
     def _end_of(self, buffer):
         """The round of 0 packets that ends the image in the base protocol."""
@@ -5496,13 +6629,8 @@ class Course(object):
         return end
 
     def _check_empty(self):
-        if not self._place and not self._allow_empty:
+        if not self.cuts and not self._allow_empty:
             raise Failure(EMPTY)
-
-    def _finish(self, last):
-        """From now on a client that has everything hears the last word."""
-        self._finishing = True
-        self.hands.do(Step('finish', last, message=self._farewell()))
 
     def _go_on(self, underway):
         """All have answered: repair what is missing, or be through with the round."""
@@ -5553,7 +6681,8 @@ class Course(object):
         """All who are here have the round."""
         self._underway.remove(underway)
         self.hands.release(underway.round.buffer)
-        self.delivered += underway.round.buffer.size
+        if underway.image_pass == self.image_pass:
+            self.delivered += underway.round.buffer.size
         now = self.hands.now()
         self._look_for_holdup(now)
         if self._chains:
@@ -5591,7 +6720,7 @@ class Course(object):
             return
         now, silent = self.hands.now(), len(answers.deaf)
         if self._chains:
-            self.chain.learn(self.roster.here, now)
+            self.chain.learn([member for member in self.roster.here if member in done.audience], now)
             self._publish_chain()
         self._look_for_the_deaf(answers, now)
         if answers.hearing:
@@ -5602,7 +6731,8 @@ class Course(object):
             self._last_heard = now
         self._silent = self._silent + 1 if silent and not answers.hearing else 0
         if self._silent:
-            self.multicasting = self.multicasting and self._silent < self.SILENT
+            by_chain = self.chained and self.chain.mute
+            self.multicasting = self.multicasting and self._silent < self.SILENT and not by_chain
             if now - self._last_heard > self.PATIENCE:
                 self.warn_of_silence()
         elif not self.multicasting:
@@ -5673,22 +6803,44 @@ class Course(object):
         self._lately, self._lately_since = {}, now
 
     def _judge(self, goodput, seconds, now):
-        """Drop the client that alone has held the session below --min-rate."""
+        """Set the client aside that alone has held the others below --min-rate."""
         culprit = self._brake
         for member in self._alone:
             if self._alone[member] > seconds / 2:
                 culprit = member
-        here = self.roster.here
-        if goodput >= self.min_rate or culprit not in here or len(here) < 2:
+        cohort = self._cohort.get(culprit)
+        others = [other for other in self._cohorts if not other.aside and (other is not cohort or len(other.members) > 1)]
+        endurance = self.ENDURANCE if self.roster.again else self.LAST_ENDURANCE
+        if goodput >= self.min_rate or not cohort or not others:
             self._held_by = None
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
-        elif now - self._held_by[1] >= self.ENDURANCE:
-            self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
-                                % (bits(self.min_rate), bits(goodput)))
+        elif now - self._held_by[1] >= endurance and self._chains and self.chain.relieve(culprit, now):
+            self._held_by = None        # it gets its packets from another one now
+            self._publish_chain()
+        elif now - self._held_by[1] >= endurance:
             self._held_by = self._brake = None
-            if self.control:
-                self.control = RateControl()
+            if self.roster.again:
+                self._set_aside(culprit, cohort, goodput)
+            else:
+                self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
+                                    % (bits(self.min_rate), bits(goodput)))
+            self._seek_rate(self.min_rate)
+
+    def _seek_rate(self, begin):
+        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin."""
+        if self.control:
+            self.control = RateControl()
+            self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
+            self._answered, self.limit = 0, self.FIRST_ROUND
+
+    def _set_aside(self, member, cohort, goodput):
+        """It goes on when nobody else lacks anything."""
+        member.aside = True
+        self._slowest = min(self._slowest, goodput)
+        self._part_from(member)
+        self._add([member], Held(cohort.held), cohort.seek, True)
+        tell('aside', member=member, least=self.min_rate, rate=goodput)
 
     # ---- repair
 
@@ -5737,11 +6889,19 @@ WORDS = {
     'only_here': (WARNING, 'only this host hears what is multicast from %(address)s'),
     'transfer_started': (DEBUG, 'sending from the interface with MTU %(mtu)d, %(payload)d bytes a packet, '
                          'by %(way)s'),
+    'renewed': (INFO, 'there is another image now: %(name)s, %(size)s'),
+    'wind_up': (INFO, 'ending when %(here)s served'),
     'started_without': (INFO, 'starting with %(here)d of %(places)s'),
     'listed_twice': (WARNING, '%(names)s: twice on the list of hosts'),
     'stranger': (INFO, '%(member)s: %(reason)s'),
     'refused': (INFO, '%(member)s: refused, %(reason)s'),
     'member_here': (INFO, '%(member)s is here, %(here)d of %(places)d'),
+    'member_late': (INFO, '%(member)s is here, late, and lacks %(lacks)s'),
+    'member_back': (INFO, '%(member)s is back, and lacks %(lacks)s'),
+    'lacks': (WARNING, '%(member)s does not hold %(size)s that it held, and gets it again'),
+    'pass': (INFO, 'pass %(number)d brings %(size)s to %(names)s'),
+    'aside': (WARNING, '%(member)s alone kept the transfer below %(least)s, at %(rate)s, so it gets the rest after the '
+              'others'),
     'member_left': (WARNING, '%(member)s: %(reason)s'),
     'member_lost': (WARNING, '%(member)s: %(reason)s'),
     'member_served': (INFO, '%(member)s has everything'),
@@ -5771,6 +6931,11 @@ WORDS = {
     'connected': (INFO, 'connected to %(address)s, multicast of group %(group)s to %(local_ip)s'),
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
+    'broken': (WARNING, '%(reason)s; trying for %(seconds).0f s to get on with it'),
+    'back': (INFO, 'the server is there again; going on with the %(count)d bytes that are here'),
+    'resumed': (INFO, 'going on with %(count)d bytes that an earlier run has left'),
+    'doubted': (WARNING, '%(count)d bytes that were here are not as the server has them, and are asked for again'),
+    'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
@@ -5789,7 +6954,7 @@ def causes(payload):
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
 CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 'nothing was heard of it',
           'writing': 'its disk or command', 'receiving': 'its network',
-          'following': 'the client before it', 'relaying': 'the client behind it'}
+          'verifying': 'reading back what it wrote', 'following': 'the client before it', 'relaying': 'the client behind it'}
 
 
 # What brings the image where multicast does not, in words.
@@ -5806,11 +6971,17 @@ def in_words(what, facts):
     words = dict(facts)
     if 'payload' in words:
         words['causes'] = causes(words['payload'])
-    for key in ('rate', 'achieved'):
+    for key in ('rate', 'achieved', 'least'):
         if key in words:
             words[key] = bits(words[key])
     if 'carrier' in words:
         words['carrier'] = CARRIERS[words['carrier']]
+    if what == 'wind_up':
+        words['here'] = 'those %d who are here are' % words['here'] if words['here'] else 'all are'
+    if what in ('pass', 'lacks', 'renewed'):
+        words['size'] = amount(words['size'])
+    if 'lacks' in words:
+        words['lacks'] = 'some' if words['lacks'] is None else amount(words['lacks'])
     if 'share' in words:
         words['share'] = 100 * words['share']
     if 'cause' in words:
@@ -5967,6 +7138,8 @@ def state_lines(job, now, all_hosts):
         text += ', which has %d' % status.size
     if status.places is not None:
         text += ', %s of %s here' % (status.here, counted(status.places, 'client'))
+    if status.image_pass > 1:
+        text = 'pass %d, %s' % (status.image_pass, text)
     lines = [text + (', waiting for ' + status.waits if status.waits else '')]
     if all_hosts:
         lines += job.hosts()
@@ -5979,13 +7152,17 @@ class Status(object):
     """How a transfer stands, at either end.
 
     begun       whether rounds are under way
-    bytes, size of the image, as far as it got and in all (None: not known)
+    image_pass  through the image, from 1
+    bytes, size of the pass, as far as it got and in all (None: not known)
+    before      bytes of these that were there at the start
     here, places    clients
     waits       who or what it waits for, in words; at the server's start, until when
-    seconds     since the first round
+    seconds     since the first round, of the pass
     lost, repaired  shares of the packets
     carrier     what brings the packets
     """
+
+    image_pass, before = 1, 0
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
@@ -5997,7 +7174,7 @@ def member_in_words(member):
         return 'has everything' if member.outcome == 'complete' else member.outcome
     owes = member.owes
     if not owes:
-        return 'waits for the others'
+        return 'waits for the next pass' if member.waits else 'waits for the others'
     if member.busy:
         return CAUSES.get(member.busy, member.busy)
     return 'no ' + owes
@@ -6016,6 +7193,8 @@ def server_status(server, now):
             left = max(0, roster.start_by - now)
             waits += ', at most for %s' % duration(left) if left else ', at least %d of them' % (
                 roster.enough - len(here)) if roster.enough > len(here) else ''
+    elif not here:
+        waits = 'somebody to come'
     elif roster.waiting:
         waits = 'what makes the image'
     else:
@@ -6025,9 +7204,9 @@ def server_status(server, now):
                                                      if len(late) > 3 else '')
     sent = max(1, course.data)
     return Status(
-        seconds=now - (server.started or now),
-        begun=roster.begun, bytes=course.delivered, size=server.source.size or server.options.size,
-        here=len(here), places=roster.places, waits=waits, lost=course.lost / sent,
+        seconds=now - (course.pass_began or now),
+        begun=roster.begun, bytes=course.delivered, size=course.pass_size, image_pass=course.image_pass,
+        here=len(here), places=max(len(here), roster.places), waits=waits, lost=course.lost / sent,
         repaired=(course.coded + course.by_tcp) / sent, rate=course.rate,
         carrier=' and '.join(['multicast'] * course.multicasting + ['chain'] * course.chained) or 'TCP')
 
@@ -6040,10 +7219,15 @@ def client_status(client, now):
     if not client.receiver:
         waits = 'a server at %s port %d (%s)' % (
             client.options.server_ip, client.options.port, client.reason or 'no answer yet')
-        return Status(begun=False, seconds=0, bytes=0, size=None, here=None, places=None, waits=waits,
+        return Status(begun=False, image_pass=1, seconds=0, bytes=client.copy.bytes if client.copy else 0, size=None,
+                      here=None, places=None, waits=waits,
                       lost=0, repaired=0, carrier='')
-    if not window.begun:
+    if 'starts_in' in says:
+        waits = 'the next pass' + (', in about %s' % duration(says['starts_in']) if says['starts_in'] else '')
+    elif not window.begun:
         waits = 'the start'
+    elif window.over and client.writer.checking:
+        waits = CAUSES['verifying']
     elif window.owing == 'writing':
         waits = 'the output'
     elif says.get('waiting'):
@@ -6052,8 +7236,8 @@ def client_status(client, now):
         waits = 'the server, or its other clients'
     packets = max(1, window.by_multicast + window.by_chain + window.by_tcp + window.coded)
     return Status(
-        seconds=now - (client.started or now),
-        begun=window.begun, bytes=client.writer.bytes if client.writer else 0,
+        seconds=now - (client.started or now), image_pass=says.get('pass') or 1,
+        begun=window.begun, bytes=client.copy.bytes, before=client.copy.resumed,
         size=client.image.get('size'), waits=waits,
         here=None if window.begun else here, places=None if window.begun else places,
         lost=(window.by_tcp + window.coded) / packets, repaired=(window.by_tcp + window.coded) / packets,
@@ -6107,6 +7291,8 @@ class Progress(object):
         self._next = now + self._every
         if self._first is None:
             self._first = now
+        if self._samples and self._samples[-1][1] > status.bytes:       # another pass
+            self._samples.clear()
         if not self._samples or self._samples[-1][1] != status.bytes:
             self._samples.append((now, status.bytes))
         while len(self._samples) > 2 and now - self._samples[0][0] > self.RECENT:
@@ -6125,11 +7311,13 @@ class Progress(object):
             return self._fit(['waiting for ' + status.waits] + parts, width)
         first, last = self._samples[0], self._samples[-1]
         stuck = now - last[0] > self.STUCK
-        average = 8 * status.bytes / max(1e-3, status.seconds)
+        average = 8 * (status.bytes - status.before) / max(1e-3, status.seconds)
         recent = 8 * (last[1] - first[1]) / max(1e-6, now - first[0])
         parts = [amount(status.bytes)]
         if status.size:
             parts = ['%d %%' % (100 * status.bytes / status.size)]
+        if status.image_pass > 1:
+            parts[0] = 'pass %d, %s' % (status.image_pass, parts[0])
         if stuck and status.waits:
             parts.append('waiting for ' + status.waits)
         else:
@@ -6170,7 +7358,9 @@ def server_rows(server):
             'by_chain': member.figures.get('by_chain', 0),
             'waited_for': dict((cause, round(seconds, 3)) for cause, seconds in member.waited.items()),
             'overflows': member.figures.get('overflows'),
-            'seconds': member.ended and server.started and round(max(0, member.ended - server.started), 3)})
+            'late': member.late and round(member.late, 3), 'lacks': 0 if complete else lacks_of(server, member),
+            'seconds': member.ended and server.started and round(
+                max(0, member.ended - server.started - (member.late or 0)), 3)})
     missing = server.roster.missing
     for (host, address), why in server.roster.refused:
         rows.append({'host': host, 'address': address, 'result': 'refused', 'reason': why,
@@ -6186,12 +7376,17 @@ def server_rows(server):
     rows.sort(key=lambda row: (worst.index(row['result']), -sum(row.get('waited_for', {}).values()),
                                -row.get('lost', 0)))
     for row in rows:
-        for key in ('lost', 'seconds', 'overflows'):
+        for key in ('lost', 'seconds', 'overflows', 'late', 'lacks'):
             row.setdefault(key, None)
         row.setdefault('repaired', {'multicast': 0, 'tcp': 0})
         row.setdefault('by_chain', 0)
         row.setdefault('waited_for', {})
     return rows
+
+
+def lacks_of(server, member):
+    """Bytes of the image that a member lacks, or lacked when it left; None if nobody knows."""
+    return server.course.lacking(member) if member.lacks is None and server.course else member.lacks
 
 
 def whose(failure):
@@ -6208,15 +7403,18 @@ def named(row):
 def host_table(rows, most):
     """Lines of a table of hosts, `most` at the most."""
     head = ('host', 'address', 'result', 'lost', 'coded', 'TCP', 'chain', 'held up', 'seconds')
-    lines = [head]
+    passes = any(row['late'] is not None or row['lacks'] for row in rows)      # else nobody came late, or lacks any
+    lines = [head + ('late', 'lacks')[:2 * passes]]
     for row in rows[:most]:
         waited = sorted(row['waited_for'].items(), key=lambda item: -item[1])
         held = '%.1f s, %s' % waited[0][::-1] if waited and waited[0][1] >= 0.1 else '-'
         lines.append((row['host'] or '?', row['address'] or '?', row['result'],
                       '-' if row['lost'] is None else str(row['lost']), str(row['repaired']['multicast']),
                       str(row['repaired']['tcp']), str(row['by_chain']), held,
-                      '-' if not row['seconds'] else '%.1f' % row['seconds']))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+                      '-' if not row['seconds'] else '%.1f' % row['seconds'])
+                     + ('-' if row['late'] is None else '%.1f' % row['late'],
+                        amount(row['lacks']) if row['lacks'] else '-')[:2 * passes])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield '  '.join(part.ljust(width) for part, width in zip(line, widths)).rstrip()
     if len(rows) > most:
@@ -6256,9 +7454,10 @@ def server_summary(server, rows, most):
         yield ERROR, '%s never came%s' % (
             counted(len(absent), 'client'), ': ' + listed(absent, 200) if roster.hosts else '')
     served = len([row for row in rows if row['result'] == 'complete'])
-    yield INFO, '%d of %s %s the image' % (served, counted(roster.places, 'client'),
-                                           'has' if roster.places == 1 else 'have')
-    if server.source.digest() and served:
+    count = roster.served if roster.more else roster.places
+    yield INFO, '%s%s %s the image' % ('' if roster.more else '%d of ' % served, counted(count, 'client'),
+                                       'has' if count == 1 else 'have')
+    if served and not roster.forever and server.source.digest():
         yield DIGEST, digest_line(hexadecimal(server.source.digest()),
                                   server.source.size is not None and server.options.input)
 
@@ -6266,7 +7465,7 @@ def server_summary(server, rows, most):
 def client_summary(client):
     """(level, line) of how a client's transfer went well."""
     window, seconds = client.window, client.ended - client.started
-    size = client.writer.bytes
+    size = client.copy.bytes
     if size and not window.by_multicast and not client.unicast and not client.deaf:
         carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
         yield WARNING, 'multicast does not reach this host, everything came %s; %s' % (carrier, causes(window.payload))
@@ -6275,11 +7474,17 @@ def client_summary(client):
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
     by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
+    copy = client.copy
+    if copy.resumed:
+        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
+    if copy.checked:
+        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s%s' % (
-        counted(size, 'byte'), seconds, bits(size * 8 / max(1e-6, seconds)),
-        counted(window.coded, 'packet'), window.by_tcp, by_chain, '' if window.digest else '; without a digest')
-    if client.writer.hash:
-        yield DIGEST, digest_line(client.writer.hash.hexdigest(), client.sink.is_file and client.options.output)
+        counted(size, 'byte'), seconds, bits(max(0, size - copy.resumed) * 8 / max(1e-6, seconds)),
+        counted(window.coded, 'packet'), window.by_tcp, by_chain,
+        '' if window.digest else '; without a digest')
+    if copy.hash:
+        yield DIGEST, digest_line(copy.hash.hexdigest(), client.sink.is_file and client.options.output)
 
 
 def digest_line(digest, path):
@@ -6338,11 +7543,11 @@ class JsonReport(object):
         status = self._job.status(now)
         if status is None or not status.begun:
             return
-        before = self._steps[-1] if self._steps else {'seconds': 0, 'bytes': 0}
+        before = self._steps[-1] if self._steps else {'seconds': 0, 'bytes': 0, 'pass': 1}
         seconds = round(now - (self._job.started or now), 3)
-        moved = status.bytes - before['bytes']
+        moved = status.bytes - (before['bytes'] if before['pass'] == status.image_pass else 0)
         self._steps.append({
-            'seconds': seconds, 'bytes': status.bytes,
+            'seconds': seconds, 'bytes': status.bytes, 'pass': status.image_pass,
             'rate': round(8 * moved / max(1e-3, seconds - before['seconds'])),
             'loss': round(status.lost, 6), 'waited_for': None if moved else status.waits or None})
         if len(self._steps) > self.MOST_STEPS:
@@ -6376,7 +7581,7 @@ def server_report(server):
     course = server.course
     payload, rows = course.payload if course else 0, server_rows(server)
     return {
-        'bytes': course.delivered if course else 0,
+        'bytes': course.brought if course else 0,
         'sha256': hexadecimal(server.source.digest()) or None,
         'carried': {'multicast': course.sent_packets * payload, 'coded': course.coded * payload,
                     'tcp': course.by_tcp * payload,
@@ -6386,11 +7591,12 @@ def server_report(server):
 
 def client_report(client):
     """The keys of a client's report."""
-    window, writer = client.window, client.writer
+    window, copy = client.window, client.copy
     payload = window.payload if window else 0
-    digest = writer.hash.hexdigest() if writer and writer.hash else None
+    digest = copy.hash.hexdigest() if copy and copy.hash else None
     return {
-        'bytes': writer.bytes if writer else 0, 'sha256': digest,
+        'bytes': copy.bytes if copy else 0, 'sha256': digest, 'resumed': copy.resumed if copy else 0,
+        'verified': {'bytes': copy.checked, 'seconds': round(copy.check_seconds, 3)} if copy else None,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
                     'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
@@ -6405,9 +7611,10 @@ def client_report(client):
 class Session(object):
     """What is agreed for a transfer; nobody changes it once clients come."""
 
-    def __init__(self, options, payload, name, size, image, source):
+    def __init__(self, options, payload, name, size, image, source, again=False, outdated=None):
         """payload: bytes in a full packet; name, size: of the image; image: what tells
-        it from others; source: (address, port) that the multicast comes from."""
+        it from others; source: (address, port) that the multicast comes from; again: whether the
+        image can be read again; outdated(): whether there is another one for those who come now."""
         self.dialect = BaseDialect if options.compat else SessionDialect
         self.group, self.port = options.group, options.port
         self.per_thread = options.clients_per_thread
@@ -6419,6 +7626,7 @@ class Session(object):
         self.payload = payload
         self.salt, self.repair_salt = self.dialect.salts()
         self.digest = self.dialect.talks and not options.no_digest
+        self.image, self.outdated = image, outdated
         self.group_info = pack_group_info(self.group, self.port, self.dialect.padding)
         self.welcome = pack_frame(WELCOME, {
             'version': __version__, 'salt': self.salt,
@@ -6426,7 +7634,7 @@ class Session(object):
             'name': name and printable(name), 'size': size,
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
-            'source': source, 'unicast': self.unicast})
+            'again': again, 'source': source, 'unicast': self.unicast})
 
 
 class Peer(Connection):
@@ -6438,6 +7646,7 @@ class Peer(Connection):
         # (Round, Request) whose packets wait until those before are out: short messages overtake them.
         self.asked = collections.deque()
         self.waiting = dict(waiting=None)           # what it was told that it waits for
+        self.hello = None               # of who waits for another image
 
     def __str__(self):
         return str(self.member)
@@ -6460,9 +7669,10 @@ class TcpServer(threading.Thread):
     AT_ONCE = 64                        # connections to accept in a turn
     NEWS = 1.0                          # seconds between two words to a client that waits
 
-    def __init__(self, session, roster, parent, link, listener=None, number=1):
+    def __init__(self, session, roster, parent, link, listener=None, number=1, held=()):
         """parent: the thread above, whose `failure` is ours, too; link: ours; listener: a
-        socket that listens, for the first; number: in the chain, from 1."""
+        socket that listens, for the first; number: in the chain, from 1; held: connections
+        that another first one had, of those who are no clients yet."""
         threading.Thread.__init__(self, name='tcp-server-%d' % number)
         self.daemon = True
         self.session, self.roster = session, roster
@@ -6471,6 +7681,7 @@ class TcpServer(threading.Thread):
         self.number = number
         self.child = None
         self.window = ServerWindow(session.dialect, session.stall_timeout)
+        self.held = list(held)          # connections that are there at the beginning, or left at the end
         self.inbox = collections.deque()        # Steps from the parent
         self.results = collections.deque()      # (Step, Answers) of what is complete here and below
         self.passed_on = collections.deque()    # clients for the child
@@ -6481,7 +7692,9 @@ class TcpServer(threading.Thread):
         self._accepting = None          # the accept step, until it is complete
         self._sentences = 0             # that were looked at
         self._here, self._below = {}, {}        # Step -> Answers: complete here only, or below only
+        self._left_below = set()        # Steps that the child was left, too: it may be younger than others
         self._over = False
+        self._news = False              # there is some for the parent
         self._tick = TICK
         self._next_look = 0.0
         self._late = None               # the step whose completion is waited for,
@@ -6502,6 +7715,9 @@ class TcpServer(threading.Thread):
                     self.link.release_child()
                 self._look_at_clocks()
                 self._advance()
+                if self._news:          # after what is complete: that of who has just left, too
+                    self._news = False
+                    self.link.release_parent()
         except Failure as error:
             self.failure = error.reason
         except Exception as error:      # pylint: disable=broad-except
@@ -6515,6 +7731,8 @@ class TcpServer(threading.Thread):
             if self.listener:
                 self._unwatch(self.listener.fileno())
             self.link.close()
+            if self.roster.renewing and not self.failure:
+                self.held, self._pending = self._pending, []
             self._farewell()
 
     def _watch(self, fd, handler, *args):
@@ -6541,22 +7759,19 @@ class TcpServer(threading.Thread):
             if not self.roster.begin(monotonic()):
                 return
             self.results.append((self._accepting, Answers()))
-            self.link.release_parent()
-            self._accepting = None
+            self._accepting, self._news = None, True
         alone = self.link.child_fd is None
         for awaited in self.window.complete():
             self._here[awaited.step] = awaited.answers
-        through = [step for step in self._here if alone or step in self._below]
+        through = [step for step in self._here
+                   if alone or step in self._below or step not in self._left_below]
         for step in through:
             answers = self._here.pop(step)
+            self._left_below.discard(step)
             if step in self._below:
                 answers.add(self._below.pop(step))
             self.results.append((step, answers))
-        if through:
-            self.link.release_parent()
-        if (self.roster.begun and not self._peers and alone
-                and all(member.placed for member in self.roster.here)):
-            self._over = True           # nobody is left to serve, or on the way here
+        self._news = self._news or bool(through)
 
     def _look_at_clocks(self):
         now = monotonic()
@@ -6567,17 +7782,23 @@ class TcpServer(threading.Thread):
         roster = self.roster
         waiting = dict(waiting=roster.waiting) if roster.begun else dict(
             here=len(roster.here), places=roster.places)
+        image_pass, left = roster.passing
+        if image_pass > 1:
+            waiting['pass'] = image_pass
+        waiting_for_pass = dict(waiting, starts_in=left and round(left), **{'pass': image_pass})
         for peer in self._pending[:]:
-            if now - peer.since > GREETING_TIME:
+            if peer.hello:
+                self._safely(peer, peer.show_life, ALIVE)
+            elif now - peer.since > GREETING_TIME:
                 self._drop(peer, 'no HELLO within %d s' % GREETING_TIME)
         for member, peer in list(self._peers.items()):
             if peer.outgoing.size or member.owes:
                 peer.look_at_kernel()
                 reason = self.window.stalled(member, peer.moved, now)
                 if reason:
-                    self._drop(peer, reason)
+                    self._drop(peer, reason, again=roster.again)
                     continue
-            self._safely(peer, self._show_life, peer, waiting, now)
+            self._safely(peer, self._show_life, peer, waiting_for_pass if member.waits else waiting, now)
         for peer in self._leaving[:]:
             if now > peer.leaving:
                 self._close(peer)
@@ -6609,7 +7830,9 @@ class TcpServer(threading.Thread):
         except LinkClosed:
             self._unwatch(self.link.parent_fd)
             self.failure = getattr(self.parent, 'failure', None)
-            self._dismiss_all(self.failure or 'the server has stopped')
+            if self.failure or not self.roster.closed:
+                self._dismiss_all(self.failure or 'the server has stopped')
+            self._over = True           # who is not through with the greetings may find another server
             return
         self._take_those_passed_on()
         self._carry_out_sentences()
@@ -6630,9 +7853,16 @@ class TcpServer(threading.Thread):
         if step.kind == 'accept':
             self._accepting = step
             self._watch(self.listener.fileno(), self._on_connection)
+            held, self.held = self.held, []
+            for peer in held:
+                self._pending.append(peer)
+                self._watch(peer.fileno(), self._on_peer, peer)
+                if peer.hello:
+                    self._safely(peer, self._on_hello, peer, peer.hello)
             return []
         if self.link.child_fd is not None:
             self.child.inbox.append(step)
+            self._left_below.add(step)
         if step.kind == 'abort':
             self._dismiss_all(step.message)
             return []
@@ -6661,8 +7891,8 @@ class TcpServer(threading.Thread):
             if verb == 'packets':
                 peer.asked.append(argument)
                 self._send(peer)
-            elif verb == 'relay':
-                self._bring((member, argument))
+            elif verb in ('relay', 'lacks'):
+                self._bring(verb, member, argument)
             else:
                 tell('member_served', member=member)
                 self._close(peer)
@@ -6679,10 +7909,10 @@ class TcpServer(threading.Thread):
             [buffer.view(start, stop) for start, stop in parts] if self.session.digest else
             [data for start, stop in parts for data in buffer.packets(start, stop)])
 
-    def _bring(self, news):
+    def _bring(self, what, member, more=None):
         """There is something for the roster's reader."""
-        self.roster.news.append(news)
-        self.link.release_parent()
+        self.roster.news.append((what, member, more))
+        self._news = True
 
     def _on_child(self, _event):
         try:
@@ -6696,8 +7926,7 @@ class TcpServer(threading.Thread):
         while self.child.results:
             step, answers = self.child.results.popleft()
             self._below[step] = answers
-        if self.roster.news:
-            self.link.release_parent()
+        self._news = self._news or bool(self.roster.news)
 
     # ---- connections
 
@@ -6742,26 +7971,31 @@ class TcpServer(threading.Thread):
     def _welcome(self, peer):
         """Give a place to whoever may become a client, or say why not.  Raises Failure."""
         member = peer.member
-        twin = None if self.roster.begun else self.roster.twin(member)
-        if twin:                        # its thread may be another one
-            self.roster.condemn(twin, 'replaced by a later client of the same host')
-            self.roster.leave(twin)
-            self._carry_out_sentences()
-            self.link.release_child()
-        reason = self.roster.why_not(member)
-        if reason:
-            if self.session.dialect.greets:         # else it may be anybody
-                self.roster.refuse(member, reason)
-            tell('refused', member=member, reason=reason)
-            self._drop(peer, 'refused: ' + reason)
-            return
-        if self.session.dialect.greets:
+        twin = self.roster.twin(member)
+        why = self.roster.why_not(twin, member)
+        if self.session.dialect.greets and not why:
             self._send(peer, self.session.welcome)
             if peer.leaving or not peer.open:
                 return
+        if not why:
+            here = self.roster.admit(member, monotonic(), twin)
+            if self.roster.closed:
+                self.roster.turn_away(member)
+                why = CLOSING
+        if why:
+            if self.session.dialect.greets:         # else it may be anybody
+                self.roster.refuse(member, why)
+            tell('refused', member=member, reason=why)
+            self._drop(peer, 'refused: ' + why)
+            return
         self._pending.remove(peer)
-        tell('member_here', member=member, here=self.roster.admit(member), places=self.roster.places)
+        if not self.roster.begun:       # else there is more to say of it
+            tell('member_here', member=member, here=here, places=self.roster.places)
+        if twin:                        # its thread may be another one
+            self._carry_out_sentences()
+            self.link.release_child()
         self._take(peer)
+        self._bring('here', member)
         self._advance()
 
     def _take(self, peer):
@@ -6846,6 +8080,15 @@ class TcpServer(threading.Thread):
         if not peer.member.window:
             raise ProtocolError('a window of no rounds')
         peer.member.willing = fields.get('relay') is True
+        peer.member.seek = fields.get('seek') is True
+        peer.member.who = name_of(fields, 'who', optional=True) if 'who' in fields else None
+        held = Held.from_list(fields.get('have', []))
+        if fields.get('image') == self.session.image:
+            peer.member.have = held
+        peer.hello = None
+        if self.session.outdated and self.session.outdated():
+            self.roster.renewing, peer.hello = True, message
+            return
         peer.alive_every = alive_every(stall_of(fields))
         self._welcome(peer)
 
@@ -6870,10 +8113,10 @@ class TcpServer(threading.Thread):
 
     # ---- farewells
 
-    def _drop(self, peer, reason, told=True):
+    def _drop(self, peer, reason, told=True, again=False):
         """End with one client; the others do not notice.
 
-        told: whether it can be told why.
+        told: whether it can be told why; again: whether it may come again.
         """
         member = peer.member
         if self._forget(member):
@@ -6889,7 +8132,8 @@ class TcpServer(threading.Thread):
         if told and not peer.leaving and self.session.dialect.talks:
             self._leaving.append(peer)
             try:
-                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY))
+                peer.leave(self.session.dialect.bye(ok=False, reason=reason, empty=reason == EMPTY,
+                                                     again=again))
                 self._send(peer)
             except Gone:
                 self._close(peer)
@@ -6903,7 +8147,7 @@ class TcpServer(threading.Thread):
             return False
         del self._peers[member]
         self.window.leave(member)
-        self._bring((member, None))
+        self._bring('left', member)
         return True
 
     def _close(self, peer):
@@ -6961,7 +8205,8 @@ class Multicaster(object):
         self.options, self.source, self.signals = options, source, signals
         self.sender = self.listener = self.session = self.tcp = self.course = None
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
-        self.roster = Roster(options.clients, options.min_clients, start_by, options.listed, options.more)
+        self.roster = Roster(options.clients, options.min_clients, start_by, options.more, options.forever,
+                             options.most, options.listed)
         self.link = SemLink()
         self.pacer = Pacer()
         self.failure = None
@@ -6983,13 +8228,19 @@ class Multicaster(object):
         except OS_ERRORS as error:
             raise Failure('cannot multicast to %s from %s: %s' % (
                 options.group, options.local_ip, explain(error)), USAGE)
-        payload = payload_for(self._mtu(options.mtu))
-        self.session = Session(options, payload, options.name or self.source.name,
-                               self.source.size or options.size, self.source.image(),
-                               self.sender.sock.getsockname())
         self.listener = self._listen(options.port)
-        self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener)
+        self._prepare()
+
+    def _prepare(self, held=()):
+        """Make all that serves the image of the source; held: connections of clients that have waited for it."""
+        options, source = self.options, self.source
+        payload = payload_for(self._mtu(options.mtu))
+        self.session = Session(options, payload, options.name or source.name, source.size or options.size, source.image(),
+                               self.sender.sock.getsockname(), source.again,
+                               source.replaced if options.forever and source.path is not None else None)
+        self.tcp = TcpServer(self.session, self.roster, self, self.link.spawn(), self.listener, held=held)
         dialect = self.session.dialect
+        self.roster.again = dialect.greets and source.again
         size = (self.LARGE_ROUND if options.clients >= MANY
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
@@ -6999,7 +8250,8 @@ class Multicaster(object):
         self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
-                             Chain(dialect) if dialect.talks and options.chain != 'never' else None)
+                             Chain(dialect) if dialect.talks and options.chain != 'never' else None,
+                             UNLIMITED if options.forever else options.linger, source.size or options.size)
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -7030,6 +8282,8 @@ class Multicaster(object):
         """Serve the image; returns an exit code.  Raises Failure if it cannot begin."""
         with uninterruptible:
             self._open()
+        if self.options.forever:
+            self.signals.wind_up, self.signals.hurry = self._wind_up, self._hurry
         try:
             self.failure = self._serve()
             self.signals.over()         # from here on the verdict stands
@@ -7049,40 +8303,74 @@ class Multicaster(object):
     def _serve(self):
         """Serve the image; returns None, or why not."""
         try:
-            with uninterruptible:
-                start_thread(self.tcp)
-            self.source.start()
             tell('server_started', interface=self.options.interface, address=self.options.local_ip,
                  group=self.session.group, port=self.session.port, places=self.roster.places)
             if self.roster.hosts and self.roster.hosts.twice:
                 tell('listed_twice', names=listed(self.roster.hosts.twice))
             if self.options.local_ip.startswith('127.'):
                 tell('only_here', address=self.options.local_ip)
-            self.course.begin()
-            self._accepting = Step('accept')
-            self.do(self._accepting)
-            while self._accepting:
-                self._wait()
-            self.started = monotonic()
-            if len(self.roster.everyone) < self.roster.places:
-                tell('started_without', here=len(self.roster.everyone), places=self.roster.places)
-            tell('transfer_started', mtu=self.sender.mtu, payload=self.session.payload,
-                 way=self.sender.way)
-            self.course.start()
-            while not self.course.over:
-                sending = self.course.next()
-                if sending:
-                    self._multicast(sending)
-                    self._wait(monotonic())
-                else:
-                    self._wait()
+            self._serve_image()
+            while self.roster.renewing and not self.roster.closing:
+                self._renew()
+                self._serve_image()
+            if self.course.deserted and not self.roster.served and not self.roster.forever:
+                return self.tcp.failure or 'no client is left'
         except LinkClosed:
-            return None if self.course.over else self.tcp.failure or 'no client is left'
+            return self.tcp.failure or 'the threads for TCP have ended'
         except Failure as error:
             return error.reason
         except Exception as error:      # pylint: disable=broad-except
             return internal_error(error)
         return None
+
+    def _serve_image(self):
+        """Serve one image until nobody is left who came for it.  Raises LinkClosed, Failure."""
+        with uninterruptible:
+            start_thread(self.tcp)
+        self.source.start()
+        self.course.begin()
+        self._accepting = Step('accept')
+        self.do(self._accepting)
+        while self._accepting and not self.course.over:
+            self._wait()
+        if not self.started and not self.course.over:
+            self.started = monotonic()
+            if len(self.roster.everyone) < self.roster.places:
+                tell('started_without', here=len(self.roster.everyone), places=self.roster.places)
+            tell('transfer_started', mtu=self.sender.mtu, payload=self.session.payload,
+                 way=self.sender.way)
+        if not self.course.over:
+            self.course.start()
+        while not self.course.over:
+            sending = self.course.next()
+            if sending:
+                self._multicast(sending)
+                self._wait(monotonic())
+            else:
+                self._wait()
+
+    def _renew(self):
+        """Another image is there for those who came last.  Raises Failure."""
+        self.link.close()
+        for thread in self._threads():
+            thread.join(2 * FAREWELL_TIME)
+        self.source.close()
+        options, held = self.options, self.tcp.held
+        with uninterruptible:
+            self.source = Source(options.input, None, not options.no_digest)
+            self.link, self._upcoming, self._accepting = SemLink(), None, None
+            self.roster.renewing = self.roster.closed = False
+            self._prepare(held)
+        tell('renewed', name=self.source.name, size=self.source.size)
+
+    def _wind_up(self):
+        """Serve those who are here, and nobody else."""
+        self.roster.hurry = self.roster.closing = True
+        tell('wind_up', here=len(self.roster.here))
+
+    def _hurry(self):
+        """Begin with those who are here."""
+        self.roster.hurry = bool(self.roster.here)
 
     def _last_word(self):
         """The BYE that ends a good session."""
@@ -7099,14 +8387,14 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        served = [member for member in roster.everyone if member.outcome == 'complete']
-        complete = len(served) == roster.places and all(why == UNINVITED for _, why in roster.refused)
+        failed = [member for member in roster.everyone if member.outcome != 'complete']
+        complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
         if course.data and not course.multicasting and not course.unicast:
             course.warn_of_silence()
-        code = OK if complete else PARTLY if served else FAILED
-        tell('server_ended', server=self, code=code, served=len(served))
+        code = OK if complete else PARTLY if roster.served else FAILED
+        tell('server_ended', server=self, code=code, served=roster.served)
         return code
 
     def close(self):
@@ -7115,7 +8403,7 @@ class Multicaster(object):
         self.link.close()
         if self.tcp and not self.tcp.ident:
             self.tcp.link.close()
-        for end in (self.listener, self.sender, self.source):
+        for end in [self.listener, self.sender, self.source] + (self.tcp.held if self.tcp else []):
             if end:
                 end.close()
 
@@ -7134,16 +8422,17 @@ class Multicaster(object):
             self._news = False
             self.link.release_child()
 
-    def fill(self, base, limit):
-        """Begin to fill a buffer that is not in use."""
+    def fill(self, base, limit, place):
+        """Begin to fill a buffer that is not in use, from a place in the image on."""
+        self.source.seek(place)
         self._upcoming = self._buffers.pop()
         self._upcoming.start(base, 0, 0)
         self._upcoming.limit = limit
         self._fed = None
 
-    def digest(self, number):
-        """The image's digest through a round; b'' without digests."""
-        return self.source.digest(number + 1)
+    def digest(self, part):
+        """The image's digest through a part; b'' without digests."""
+        return self.source.digest(part + 1)
 
     def release(self, buffer):
         """It is not in use any more."""
@@ -7293,9 +8582,12 @@ class Multicaster(object):
 
     def hosts(self):
         """A line on each client."""
-        return ['%s: %s, lost %s' % (member, member_in_words(member), counted(member.lost, 'packet'))
-                for member in self.roster.here] + [
-                    '%s: it has not come' % name for name in self.roster.missing if name]
+        lines = []
+        for member in self.roster.here:
+            lacks = lacks_of(self, member)
+            lines.append('%s: %s, lost %s%s' % (member, member_in_words(member), counted(member.lost, 'packet'),
+                                                ', lacks ' + amount(lacks) if lacks else ''))
+        return lines + ['%s: it has not come' % name for name in self.roster.missing if name]
 
     def debtors(self):
         """The clients for whom the oldest steps of the threads wait."""
@@ -7314,7 +8606,7 @@ class Client(object):
     """Receives one image: the hands of a ClientWindow."""
 
     NAP = 0.001                         # seconds, to let datagrams gather
-    LONG_NAP = 0.004                    # the same for what comes by TCP, which nobody loses
+    LONG_NAP = 0.008                    # the same for what comes by TCP, which nobody loses
     AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
@@ -7325,7 +8617,8 @@ class Client(object):
     def __init__(self, options, signals):
         """options: of the command line; signals: a StopInOrder."""
         self.options, self.signals = options, signals
-        self.sink = Sink(options.output, options.pipe)
+        self.sink = Sink(options.output, options.pipe, options.resume)
+        self.copy = None                # Copy, once the sink is open
         self.server = None              # Connection
         self.dialect = None             # until the server's is known
         self.receiver = None            # DatagramReceiver
@@ -7342,6 +8635,9 @@ class Client(object):
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.says = {}                  # what the server said of its state
+        self._again = False             # the server can bring what was missed, if the connection breaks
+        self._give_up_at = None         # when to try no more to come back, seconds
+        self._back_at = self._had = 0   # when we last came back, and the bytes that we had
         self._group = self._source = None           # (address, port) of the multicast, and of its sender
         self._stall_timeout = 0
         self._flowing = False           # data has come, so the sink has been started
@@ -7359,9 +8655,15 @@ class Client(object):
         """Receive the image; returns an exit code.  Raises Failure."""
         try:
             try:
-                self.sink.open()
+                self.copy = Copy(self.sink.open(), self.options.expect_sha256 is not None)
                 self._connect()
-                self._transfer()
+                while True:
+                    try:
+                        self._transfer()
+                        if self._complete():
+                            break
+                    except (Lost, Refused) as error:
+                        self._come_again(error)
                 self._finish()
                 self.signals.over()     # from here on the verdict stands
             except ProtocolError as error:
@@ -7376,7 +8678,7 @@ class Client(object):
             self.ended = monotonic()
             self.sink.end()
             self._say_bye(error)
-            if not (self.window and self.window.begun) and error.code == FAILED:
+            if not (self._flowing or self.window and self.window.begun) and error.code == FAILED:
                 error.code = NOT_STARTED
             self.failure, self.refused = error.reason, isinstance(error, Refused)
             tell('client_ended', client=self, code=error.code)
@@ -7390,15 +8692,21 @@ class Client(object):
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
+        if self.writer and self.sink.journal:       # which it may be about to add to
+            self.writer.close()
         self.sink.close()
         if self.writer:
             self.writer.close()
+        self._disconnect()
+
+    def _disconnect(self):
         if self.relay:
             self.relay.close()
         if self.server:
             self.server.close()
         if self.receiver:
             self.receiver.close()
+            self.receiver = None
 
     def _say_bye(self, failure):
         """Tell the server why; if it does not listen, it learns it from the connection's end."""
@@ -7437,10 +8745,10 @@ class Client(object):
 
     # ---- the greetings
 
-    def _connect(self):
-        """Reach the server and agree on a session.  Raises Failure."""
+    def _connect(self, broken=None):
+        """Reach the server and agree on a session; broken: how the connection before this one ended.  Raises Failure."""
         options = self.options
-        deadline = monotonic() + options.wait
+        deadline = self._give_up_at or monotonic() + options.wait
         tell('connecting', address=options.server_ip, port=options.port)
         said = None
         while True:
@@ -7462,7 +8770,7 @@ class Client(object):
                 self.reason = error.reason
             self.server.close()
             if monotonic() > deadline:
-                raise Failure('no kmcast server at %s port %d: %s' % (
+                raise broken or Failure('no kmcast server at %s port %d: %s' % (
                     options.server_ip, options.port, self.reason), NOT_STARTED)
             if self.reason != said:
                 said = self.reason
@@ -7470,7 +8778,6 @@ class Client(object):
                      seconds=max(0, deadline - monotonic()))
             tell.look(monotonic())
             time.sleep(self.RETRY)
-        self._check_image()
         self._stall_timeout = options.stall_timeout
         if options.stall_timeout is None:
             # A server of the base protocol has no way to say that it is alive.
@@ -7478,9 +8785,40 @@ class Client(object):
         self.server.begin(self._stall_timeout)
         self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
         self._join()
+        if self.writer:
+            self.writer.go_on()
+            return
         with uninterruptible:
-            self.writer = Writer(self.sink, self.window.digest, options.expect_sha256 is not None)
+            self.writer = Writer(self.copy)
             start_thread(self.writer)
+
+    def _come_again(self, error):
+        """The connection broke, of which `error` tells: connect again, and go on.  Raises Failure, LinkClosed."""
+        if not self._again or isinstance(error, Refused) and not error.again:
+            raise error
+        now, wait = monotonic(), self.options.wait
+        if self._give_up_at is None or self.copy.bytes > self._had or now - self._back_at > wait:
+            self._give_up_at = now + wait
+        if now > self._give_up_at:      # it came back all the time, for nothing
+            raise error
+        tell('broken', reason=error.reason, seconds=self._give_up_at - now)
+        self._disconnect()
+        self.says, self._fields = {}, None
+        self._pause()
+        time.sleep(self.RETRY)
+        self._connect(error)
+        self._back_at, self._had = monotonic(), self.copy.bytes
+        tell('back', count=self.copy.bytes)
+
+    def _pause(self):
+        """Let the writer finish what it has, and stop.  Raises Failure, LinkClosed."""
+        writer, since = self.writer, monotonic()
+        writer.pause()
+        while not writer.through:
+            if self._poll([(writer.link.child_fd, select.POLLIN)], TICK):
+                writer.link.wait_child()
+            self._look_at_output(since)
+        writer.results.clear()          # of the rounds of the old connection
 
     def _reach(self, seconds):
         """Connect, in at most so many seconds.  Raises OS_ERRORS."""
@@ -7490,13 +8828,10 @@ class Client(object):
         while number in (errno.EINPROGRESS, errno.EALREADY) and monotonic() < deadline:
             tell.look(monotonic())
             if self._poll([(sock, select.POLLOUT)], min(TICK, deadline - monotonic())):
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                number = self.server.reached()
         if number in (errno.EINPROGRESS, errno.EALREADY):
             number = errno.ETIMEDOUT
-        if not number and sock.getsockname() == sock.getpeername():
-            # Nobody listens there, but the kernel chose the same port for our
-            # end, and has connected us to ourselves.
-            number = errno.ECONNREFUSED
+        number = number or self.server.reached()
         if number:
             raise socket.error(number, os.strerror(number))
         self.server.heard = monotonic()
@@ -7520,7 +8855,8 @@ class Client(object):
         self._group = group, port
         if version is None:
             self.dialect = BaseDialect
-            self.window = ClientWindow(BaseDialect, payload_for(1500), checks=[plain_crc, c_sum])
+            self._check_image(True)
+            self._begin(None, payload_for(1500), checks=[plain_crc, c_sum])
             return
         if version != SESSION_VERSION:
             raise ProtocolError('it speaks version %d, and this kmcast version %d; run the same file '
@@ -7529,8 +8865,9 @@ class Client(object):
         try:
             self.server.send(pack_frame(HELLO, {
                 'version': __version__, 'host': printable(socket.gethostname()),
-                'window': SessionDialect.window, 'seek': False, 'relay': True,
-                'stall': STALL if stall is None else stall}))
+                'window': SessionDialect.window, 'relay': True, 'stall': STALL if stall is None else stall,
+                'seek': self.copy.sink.seeks, 'image': self.copy.image, 'have': self.copy.held.to_list(),
+                'who': self.copy.who}))
         except Gone as error:
             raise Lost('lost the server: %s' % error)
         self.dialect = SessionDialect
@@ -7539,7 +8876,7 @@ class Client(object):
             message = self._next_message(lambda head: self.dialect.server_message_size(head, 0))
             kind = message[:1]
         if kind == BYE:
-            raise Refused('the server says: %s' % field(unpack_frame(message[5:]), 'reason', TEXT))
+            raise refusal(unpack_frame(message[5:]))
         if kind != WELCOME:
             raise ProtocolError('signal 0x%02x out of turn' % ord(kind))
         self._on_welcome(unpack_frame(message[5:]))
@@ -7564,22 +8901,45 @@ class Client(object):
             raise ProtocolError('a frame without a proper "source"')
         self._source = str(source[0]), source[1]
         self.unicast = fields.get('unicast') is True
+        self._again = fields.get('again') is True
         self.server.alive_every = alive_every(stall_of(fields))
-        self.window = ClientWindow(SessionDialect, payload, salts, digest is not None)
+        self._check_image(digest is not None)
+        self._say_lack(self._begin(name_of(fields, 'image'), payload, salts, digest is not None))
+        if self.image['size'] is not None:
+            self.sink.expect(self.image['size'])
 
-    def _check_image(self):
-        """Before anything is written: is it the image that is wanted, and is there room?  Raises Failure."""
+    def _check_image(self, telling):
+        """Before anything is written: is it the image that is expected?  Raises Failure.
+
+        telling: whether the session can tell at its end, as it has digests, or its rounds come in order.
+        """
         name, size, wanted = self.image.get('name'), self.image.get('size'), self.options.expect_name
         if wanted is not None and not fnmatch.fnmatchcase(name or '', wanted):
             raise Failure('the image is %s, and not %s (--expect-name)' % (name or 'without a name', printable(wanted)))
         if size is not None:
             self._check_size(size)
-            self.sink.expect(size)
+        if self.options.expect_sha256 and not telling:
+            raise Failure('without digests (--no-digest of the server) nobody can tell whether --expect-sha256 is right')
 
     def _check_size(self, size):
         if self.options.expect_size not in (None, size):
             raise Failure('the image has %s, and not %d (--expect-size)' % (
                 counted(size, 'byte'), self.options.expect_size))
+
+    def _begin(self, image, payload, salts=(0, 0), digest=False, checks=None):      # pylint: disable=too-many-arguments
+        """A session begins; returns what we said that we hold, and do not: (start, stop) of each.  Raises Failure.
+
+        image: its name, None in the base protocol; else as ClientWindow has it.
+        """
+        lost = self.copy.begin(image, digest)
+        place = None if self.sink.seeks and image else self.copy.verified
+        window = ClientWindow(self.dialect, payload, salts, digest, checks, place)
+        if self.window:
+            window.take_over(self.window)
+        elif self.copy.resumed:
+            tell('resumed', count=self.copy.resumed)
+        self.window = window
+        return lost
 
     def _join(self):
         """Join the group.  Raises Failure."""
@@ -7608,12 +8968,14 @@ class Client(object):
         everything = select.poll()
         for fd in (tcp, link, udp):
             everything.register(fd, select.POLLIN)
-        self._output = self.sink.written, monotonic()
+        self._output = self._put, monotonic()
+        self._heard_at = self.started and monotonic()
         relay, fds = self.relay, []
         relay.poll_with(control, everything)
         self._hear()                    # what came with the greetings
         while not window.over:
-            self._listen()
+            if udp in fds or window.deadline is not None:       # datagrams are taken before a round is answered for
+                self._listen()
             now = monotonic()
             if relay.active:
                 relay.turn(fds, now)
@@ -7625,8 +8987,9 @@ class Client(object):
             fds = [fd for fd, _ in ready(everything, wait)]
             if fds == [udp] and ample and window.deadline is None:
                 # Let some more gather, unless somebody else has something to say.
-                fds = [fd for fd, _ in ready(control, self.NAP)]
-            elif relay.trickles and fds == [relay.upstream_fd] or self._trickles and fds == [tcp]:
+                fds += [fd for fd, _ in ready(control, self.NAP)]
+            elif fds and (relay.trickles or self._trickles) and set(fds) <= set(
+                    relay.streams + [tcp] if self._trickles else relay.streams):
                 time.sleep(self.LONG_NAP)
             if link in fds:
                 self._look_at_writer()
@@ -7637,19 +9000,33 @@ class Client(object):
         self.started = self.started or monotonic()  # an empty image has no rounds
 
     def _look_at_writer(self):
-        """Hear what has become of the rounds that the writer has.  Raises LinkClosed."""
-        window, writer = self.window, self.writer
+        """The writer may have something to say.  Raises LinkClosed."""
         try:
-            writer.link.wait_child()
+            self.writer.link.wait_child()
         finally:
-            while writer.results:
-                what, incoming = writer.results.popleft()
-                if what == writer.WRITTEN:
-                    self._carry_out(window.written())
-                elif what == writer.VERIFIED:
-                    self._carry_out(window.verified(incoming))
-                else:
-                    self._carry_out(window.damaged(incoming))
+            self._hear_writer()
+
+    def _hear_writer(self):
+        """Hear what has become of what the writer has."""
+        window, writer = self.window, self.writer
+        while writer.results:
+            what, about = writer.results.popleft()
+            if what == writer.WRITTEN:
+                self._carry_out(window.written())
+            elif what == writer.VERIFIED:
+                self._carry_out(window.verified(about))
+            elif what == writer.DAMAGED:
+                self._carry_out(window.damaged(about))
+            elif what == writer.DOUBTED:
+                tell('doubted', count=sum(stop - start for start, stop in about))
+                self._say_lack(about)
+
+    def _say_lack(self, ranges):
+        """Tell the server of what is not here after all."""
+        for first in range(0, len(ranges), Held.MOST):
+            self.server.outgoing.put_tail(self.dialect.lack([list(pair) for pair in ranges[first:first + Held.MOST]]))
+        if ranges:
+            self._flush()
 
     def _listen(self):
         """Take the datagrams that have arrived."""
@@ -7670,10 +9047,11 @@ class Client(object):
             more, got = True, 0
             while more and (got < self.AT_ONCE or server.incoming.count):       # a follower waits for some of it
                 if window.wants is not None:
-                    more = server.read_into(window.wants)
-                    got += more
-                    self._carry_out(window.filled(more))
-                    self._trickles = got < self.relay.LITTLE and window.wants is not None
+                    room = len(window.wants)
+                    size = server.read_into(window.wants)
+                    got, more = got + size, size == room
+                    self._carry_out(window.filled(size))
+                    self._trickles = not more and window.wants is not None
                 else:
                     for message in server.messages(window.size_of):
                         self._carry_out(window.heard(message, monotonic()))
@@ -7699,17 +9077,22 @@ class Client(object):
                 self._flush()
             elif verb == 'write':
                 self.writer.give(argument)
+            elif verb == 'differs':
+                self.writer.doubt(argument)
             elif verb == 'begin':
-                self._flowing = True
-                self.sink.start()
+                self._start()
             elif verb == 'upstream':
                 self.relay.follow(*argument)
             elif verb == 'follower':
                 self.relay.serve(argument)
             elif verb == 'state':
-                self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places')
+                self.says = dict((key, field(argument, key, NUMBER)) for key in ('here', 'places', 'pass')
                                  if key in argument)
                 self.says['waiting'] = field(dict({'waiting': None}, **argument), 'waiting', TEXT, True)
+                if 'starts_in' in argument:         # a client that waits for the next pass
+                    seconds = argument['starts_in']
+                    good = isinstance(seconds, NUMBER + (float,)) and 0 <= seconds < 1 << 32
+                    self.says['starts_in'] = seconds if good else None
             else:
                 self._fields = argument
 
@@ -7729,8 +9112,8 @@ class Client(object):
             self.started = self._heard_at = now
         tell.look(now)
         self.sink.look()
-        if self.sink.written != self._output[0] or not window.writing:
-            self._output = self.sink.written, now
+        if self._put != self._output[0] or not window.writing:
+            self._output = self._put, now
         owing = window.owing
         if self.dialect.talks or owing != 'writing':        # a server of the base protocol may be silent then
             self._check_stall()
@@ -7745,7 +9128,7 @@ class Client(object):
         elif owing in ('following', 'relaying'):        # that is for the server to judge
             moved = True
         else:
-            moved = self.sink.written != self._shown
+            moved = self._put != self._shown
             if self._stall_timeout and now - self._output[1] > self._stall_timeout:
                 raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
         if moved:
@@ -7763,7 +9146,12 @@ class Client(object):
             except Gone:
                 pass                    # reading will tell why
         if self.server.told != told:
-            self._shown = self.sink.written
+            self._shown = self._put
+
+    @property
+    def _put(self):
+        """Bytes that the output has taken, or given back."""
+        return self.sink.written + self.copy.checked
 
     def _say_state(self, busy):
         """Tell the server what we do while it waits for us, and figures for its report."""
@@ -7800,38 +9188,71 @@ class Client(object):
 
     # ---- the end
 
-    def _finish(self):
-        """All has come: verify it, and make it final.  Raises Failure, LinkClosed."""
-        window, began = self.window, monotonic()
+    def _complete(self):
+        """Whether the server's last word has come, and all is here and verified.  Raises Failure, LinkClosed."""
+        window, writer, copy, since = self.window, self.writer, self.copy, monotonic()
+        if not window.over:
+            return False
         self.relay.follow(0, None, None)
         while window.unwritten:
-            tell.look(monotonic())
-            self.sink.look()
-            if self.writer.link.child_fd in self._serve_while([(self.writer.link.child_fd, select.POLLIN)]):
-                self._look_at_writer()
-            if self.sink.written != self._output[0]:
-                self._output = self.sink.written, monotonic()
-            if self.sink.written != self._shown:
-                self._show_life()
-            if self._stall_timeout and monotonic() - max(began, self._output[1]) > self._stall_timeout:
-                raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
-        if self._fields is not None:
-            expected = field(self._fields, 'bytes', NUMBER)
-            if expected != self.writer.bytes:
-                raise Failure('the image has %d bytes, not %d' % (self.writer.bytes, expected))
-            digest = field(self._fields, 'sha256', TEXT, optional=True)
-            if window.digest and digest != self.writer.hash.hexdigest():
-                raise Failure('the digest of the image differs')
-        elif not self.writer.bytes and not self.options.allow_empty:
-            raise Failure(EMPTY)
-        self._check_size(self.writer.bytes)
-        if self.options.expect_sha256 not in (None, self.writer.hash and self.writer.hash.hexdigest()):
-            raise Failure('the image has another SHA-256 than --expect-sha256 says: %s' % self.writer.hash.hexdigest())
-        if not self._flowing:
-            self.sink.start()
+            self._wait_for_writer(since)
+        if self._fields is None:
+            if not copy.bytes and not self.options.allow_empty:
+                raise Failure(EMPTY)
+            return True
+        size = field(self._fields, 'bytes', NUMBER)
+        digest = window.digest and binascii.unhexlify(digest_in(self._fields, 'sha256'))
+        writer.end(size, digest)
+        since, state_at = monotonic(), monotonic() + self.STATE_EVERY
+        while not writer.through or writer.checking:
+            self._wait_for_writer(since)
+            if monotonic() > state_at:
+                state_at = monotonic() + 5 * self.STATE_EVERY
+                self._say_state('verifying')
+        self._hear_writer()
+        if copy.verified == size:
+            return True
+        if copy.bytes >= size or any(not copy.doubted.covers(*pair) for pair in copy.held.missing(0, size)):
+            raise Failure('the image has %d bytes, not %d' % (copy.bytes, size))
+        window.go_on()                  # what was in doubt is still to come
+        return False
+
+    def _finish(self):
+        """All is here and verified: make it final.  Raises Failure."""
+        self._check_size(self.copy.bytes)
+        digest = self.copy.hash and self.copy.hash.hexdigest()
+        if self.options.expect_sha256 not in (None, digest):
+            raise Failure('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
+        self._start()
         self.overflows = self.receiver.overflows()
         self.writer.commit()
         self._await_end()
+
+    def _start(self):
+        """The first data has come, or will never."""
+        if not self._flowing:
+            self._flowing = True
+            self.sink.start()
+
+    def _wait_for_writer(self, since):
+        """Wait until the writer has something to say, or for a while; it began to be waited for at `since`.
+
+        Raises Failure where its output takes nothing, LinkClosed.
+        """
+        if self.writer.link.child_fd in self._serve_while([(self.writer.link.child_fd, select.POLLIN)]):
+            self._look_at_writer()
+        self._look_at_output(since)
+        if self._put != self._shown:
+            self._show_life()
+
+    def _look_at_output(self, since):
+        """Raises Failure when the output, which is waited for since then, has taken nothing for too long."""
+        tell.look(monotonic())
+        self.sink.look()
+        if self._put != self._output[0]:
+            self._output = self._put, monotonic()
+        if self._stall_timeout and monotonic() - max(since, self._output[1]) > self._stall_timeout:
+            raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
 
     def _await_end(self):
         """Wait until the image is final, however long it takes.  Raises Failure."""
@@ -8214,7 +9635,6 @@ def read_report(path):
 # ---------------------------------------------------------------------------
 
 GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
-MOST_CLIENTS = 10000                    # of one server
 
 
 def whole_number(least, most):
@@ -8421,7 +9841,9 @@ def command_line():
     server.add('what', '--name', help='what to call the image (the name of FILE)')
     server.add('where', '--hosts', metavar='FILE',
                help='in the place of CLIENTS: names or addresses, one a line; -: stdin')
-    server.add('where', '--more', action='store_true', help='also take hosts beyond the list')
+    server.add('where', '--more', action='store_true', help='also take hosts beyond CLIENTS, or the list')
+    server.add('what', '--spool', type=file_type, metavar='FILE',
+               help='keep what comes by a pipe there, for who comes late')
     server.add('where', '--group', type=group_type, default=GROUP, help='multicast group (%s)' % GROUP)
     server.add('where', '--ttl', type=whole_number(0, 255), default=8, help='routers that multicast may pass (8)')
     server.add('where', '--unicast', action='store_true',
@@ -8432,11 +9854,14 @@ def command_line():
                help='start after so long, even if not all came')
     server.add('when', '--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
                help='how many must be there for --start-wait to start (1)')
+    server.add('when', '--linger', type=seconds_type, default=0, metavar='SECONDS',
+               help='wait so long for others when all who are here have it (0)')
+    server.add('when', '--forever', action='store_true', help='serve whoever comes, until SIGTERM; SIGUSR1 starts')
     add_of_both(server)
     server.add('speed', '--rate', type=rate_type, default='auto',
                help='bit/s as in 940M; auto: as the slowest link; max (auto)')
     server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
-               help='drop a host that alone keeps all slower for 10 s')
+               help='a host that alone keeps all slower gets the rest after the others')
     server.add('speed', '--mtu', type=whole_number(256, 9000), metavar='BYTES',
                help='largest IP packet (1500, or the interface\'s if that is less)')
     server.add('speed', '--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
@@ -8461,7 +9886,8 @@ def command_line():
                help='it appears when complete and verified; -: standard output (-)')
     client.add('where', '--pipe', metavar='COMMAND', help='write to its standard input; it must exit with 0')
     client.add('when', '--wait', type=seconds_type, default=60.0, metavar='SECONDS',
-               help='how long to try to reach the server (60)')
+               help='how long to try to reach the server, also when it is lost (60)')
+    client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
     add_of_both(client)
 
     demo = command('demo', 'a server and some clients on this host, to see it work',
@@ -8548,8 +9974,6 @@ def server_command(options, signals):
     options.listed = read_hosts(options)
     if options.listed:
         options.clients = len(options.listed.names)
-    elif options.more:
-        raise Failure('--more needs --hosts FILE', USAGE)
     port_like = options.clients >= 1024 and options.port < 1024
     if options.clients > MOST_CLIENTS or port_like:
         raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
@@ -8561,11 +9985,16 @@ def server_command(options, signals):
         raise Failure('--min-clients needs --start-wait SECONDS', USAGE)
     if options.clients_per_thread is None:
         options.clients_per_thread = CLIENTS_PER_THREAD if options.clients < MANY else options.clients
+    if options.compat and (options.more or options.linger or options.forever or options.spool):
+        raise Failure('nobody can come late with --compat: it takes no --more, --linger, --forever or --spool', USAGE)
     allow_descriptors(options)
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
     options.interface = '%s (%s)' % names[0] if names else options.local_ip
-    source = Source(options.input, options.pipe, not (options.no_digest or options.compat))
+    source = Source(options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
+    if options.forever and not source.again:
+        source.close()
+        raise Failure('--forever needs an image that can be read again: -i FILE, or --spool FILE', USAGE)
     return Multicaster(options, source, signals)
 
 
@@ -8573,6 +10002,8 @@ def client_command(options, signals):
     """`kmcast client`: what will do it.  Raises Failure."""
     if options.output and options.pipe is not None:
         raise Failure('give one of --output and --pipe', USAGE)
+    if options.resume and not options.output:
+        raise Failure('--resume needs --output FILE', USAGE)
     if re.match(r'[0-9.]*$', options.server_ip) and not is_address(options.server_ip):
         raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
     # `auto` is the address of the connection to the server, once there is one.

@@ -18,6 +18,8 @@ transfer a child that calls kmcast.main(), so a case costs milliseconds.
     server   one connection a case; PEERS of them beside one or two real clients in each transfer. The real clients must get
              the image, undamaged peers must be served, and the server must end in time with the right exit code, no thread
              or descriptor left and a bounded log
+    relay    one transfer a case to a client in a chain. What its upstream sends is damaged, and so is who comes to its relay port;
+             the server is honest. It must get the image, serve the follower that was named, and leave
     parsers  the functions that read a peer's bytes, called directly, against models where there are some
 In all cases: no traceback, no "internal error", and memory within a bound.
 
@@ -1002,6 +1004,150 @@ def fuzz_server(findings, nursery_, sessions, seed, worker, folder):
                 findings.add(case.number, "the server got %s wrong" % case.wrong, said)
 
 
+class ChainCase(object):
+    """A client between neighbours of ours, and a server that gives it all that they do not bring."""
+
+    PAYLOAD = 64
+
+    def __init__(self, seed, number):
+        self.generator = generator = random.Random("relay %d %d" % (seed, number))
+        self.digest = generator.choice(("sha256", "sha256", None))
+        self.parts = [random_bytes(generator, self.PAYLOAD * generator.choice((1, 2, 7, 700)) - generator.randrange(self.PAYLOAD))
+                      for _ in range(generator.randrange(1, 5))]
+        self.honest = generator.randrange(4) == 0           # the upstream
+        self.token, self.upstream_token = random_bytes(generator, 16), random_bytes(generator, 16)
+        self.wrong = []
+
+    image = property(lambda self: b"".join(self.parts))
+
+    def play(self, server):
+        """Be the server of a client that has connected, and have neighbours beside it."""
+        server.greet(payload=self.PAYLOAD, digest=self.digest)
+        server.fields_of_welcome.update(payload=self.PAYLOAD, digest=self.digest)
+        server.payload, server.check = self.PAYLOAD, wire.SESSION.check(self.digest)
+        server.say(wire.follower(self.token))
+        comers = self._come(server.expect(wire.RELAY).fields["port"])
+        listener = socket.socket()
+        listener.bind((LOOPBACK, 0))
+        listener.listen(5)
+        listener.settimeout(CASE_LIMIT)
+        server.say(wire.upstream(0, listener.getsockname()[1], self.upstream_token))
+        upstream = listener.accept()[0]
+        listener.close()
+        rounds = server.start_rounds(self.parts)
+        neighbours = [threading.Thread(target=self._lead_it, args=(upstream,)),
+                      threading.Thread(target=self._take, args=(comers[-1],))]
+        for thread in neighbours:
+            thread.start()
+        server.say(*[server.sent(what) for what in rounds])
+        left = set(what.number for what in rounds)
+        while left:
+            message = server.hear()
+            if message.kind == REQUEST:
+                server.give(message.places, message.round)
+            elif message.kind == SUMS:
+                server.say(server.dialect.sums(message.round, wire.sums_of(server.payloads(message.round))))
+            elif message.kind == DONE:
+                left.discard(message.round.number)
+        server.last_words()
+        while server.hear().kind != DONE:
+            pass
+        for thread in neighbours:
+            thread.join()
+        for sock in comers + [upstream]:
+            sock.close()
+
+    def _lead_it(self, sock):
+        """Be its upstream."""
+        generator, stream = random.Random(self.generator.random()), []
+        for number, part in enumerate(self.parts):
+            step = self.PAYLOAD * generator.choice((1, 3, 100, 1000))
+            starts = list(range(0, len(part), step))
+            if generator.randrange(2):
+                generator.shuffle(starts)
+            stream += [wire.piece(number, start // self.PAYLOAD, part[start:start + step], self.digest) for start in starts]
+            stream += [wire.STILL_HERE] * generator.randrange(2) + [wire.piece(number, 0, b"")]
+        data = b"".join(stream)
+        for _ in range(0 if self.honest else generator.randrange(1, 4)):
+            data = change_bytes(generator, data)
+        try:
+            sock.settimeout(CASE_LIMIT)
+            for size in iter(lambda: generator.choice((1, 5, 100, 4000, 300000)), 0):
+                if not data:
+                    break
+                sock.sendall(data[:size])
+                data = data[size:]
+            if not self.honest:         # else it waits for what does not come
+                wire.reset(sock) if generator.randrange(2) else sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass                        # it does not want to hear that
+
+    def _come(self, port):
+        """Be who comes to its relay port: strangers, and at last the follower; returns the connections."""
+        generator, comers = self.generator, []
+        for _ in range(generator.choice((0, 1, 5, 20))):
+            words = b"x" + self.token[1:] + U32.pack(generator.choice((0, 1, 5, MASK)))
+            comers.append(generator.choice((b"", words[:19], random_bytes(generator, 300), words, change_bytes(generator, words))))
+        comers = [words for words in comers if not words.startswith(self.token)] + [self.token + U32.pack(0)]
+        return [self._connect(port, words) for words in comers]
+
+    @staticmethod
+    def _connect(port, words):
+        sock = socket.create_connection((LOOPBACK, port), CASE_LIMIT)
+        try:
+            sock.sendall(words)
+        except OSError:
+            pass                        # it was a stranger too many
+        return sock
+
+    def _take(self, sock):
+        """Be the follower: take pieces up to the last mark. Of an honest upstream they are rounds, as far as it came in time."""
+        end, found, marks = wire.End(sock), {}, set()
+        try:
+            while len(marks) < len(self.parts):
+                head = end.read(12)
+                number, first, size = struct.unpack("<3I", head)
+                if size:
+                    data = found[number, first] = end.read(size)
+                    if not self.digest and end.read(4) != U32.pack(zlib.crc32(head + data) & MASK):
+                        self.wrong.append("a piece with a wrong checksum")
+                elif number != MASK:
+                    marks.add(number)
+        except (OSError, wire.Unexpected) as error:
+            self.wrong.append("the follower: %r" % (error,))
+        for number in marks if self.honest or not self.digest else ():
+            whole = b"".join(found[key] for key in sorted(found) if key[0] == number)
+            if whole not in (b"", self.parts[number]):
+                self.wrong.append("the follower got other bytes")
+
+
+def fuzz_relay(findings, nursery_, numbers, seed, worker, folder):
+    """Play the cases that the iterator `numbers` gives, one after the other."""
+    server = wire.Server(window=4, unicast=True)
+    out, err = os.path.join(folder, "out"), os.path.join(folder, "err")
+    for number in numbers:
+        case, wrong = ChainCase(seed, number), []
+        job = nursery_.start(["client", "--wait", 0, LOOPBACK, LOOPBACK, server.port], out, err)
+        try:
+            case.play(server.accept())
+        except (OSError, wire.Unexpected) as error:
+            wrong.append("the server heard %r" % (error,))
+        server.sock.close()
+        if not job.ended.wait(CASE_LIMIT):
+            wrong.append("the client hangs")
+            job.kill()
+        wrong += judge_process(job, "the client") + case.wrong
+        with open(out, "rb") as output:
+            if job.code != 0 or output.read() != case.image:
+                wrong.append("exit code %d, or other bytes" % job.code)
+        if job.threads or job.descriptors > 0:
+            wrong.append("%d threads and %d descriptors were left" % (job.threads, job.descriptors))
+        findings.done(job)
+        if wrong:
+            findings.add(number, "; ".join(wrong), "digest %s, honest %s\n%s" % (case.digest, case.honest, job.stderr()))
+    server.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsers
 
@@ -1388,7 +1534,7 @@ class Numbers(object):
 
 
 def fuzz(endpoint, rounds, seed, python, only=None, jobs=4):
-    """Fuzz the server or the client. only: a pair of the first and the last case, or None. Returns an exit code."""
+    """Fuzz the server, the client or its relay port. only: a pair of the first and the last case, or None. Returns an exit code."""
     findings = Findings(endpoint, seed, python)
     first, last = only or (0, rounds - 1)
     if endpoint == "server":
@@ -1403,7 +1549,7 @@ def fuzz(endpoint, rounds, seed, python, only=None, jobs=4):
         own = os.path.join(folder, str(worker))
         os.mkdir(own)
         try:
-            (fuzz_server if endpoint == "server" else fuzz_client)(findings, nursery_, work, seed, worker, own)
+            {"server": fuzz_server, "client": fuzz_client, "relay": fuzz_relay}[endpoint](findings, nursery_, work, seed, worker, own)
         except Exception:               # pylint: disable=broad-except
             broken.append(traceback.format_exc())
     try:
@@ -1427,7 +1573,7 @@ def main():
     if sys.argv[1:2] == ["--nursery"]:
         return nursery()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--endpoint", choices=("server", "client", "parsers"), default="client")
+    parser.add_argument("--endpoint", choices=("server", "client", "relay", "parsers"), default="client")
     parser.add_argument("--rounds", type=int, default=1000, help="how many cases (1000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="the interpreter of what is played to")

@@ -131,7 +131,7 @@ class Server(kmcast.Multicaster):
     def now(self):
         return self.clock
 
-    def fill(self, base, limit):
+    def fill(self, base, limit, _place):
         self._later(0.0, lambda: self.course.filled(self.image.buffer(base, limit)))
 
     def digest(self, _number):

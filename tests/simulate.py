@@ -47,10 +47,12 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import struct
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -122,6 +124,9 @@ class Plan:
         packets = min(packets, 30 * self.capacity)
         size = max(0, packets * self.payload - r.choice([0, 0, 1, self.payload // 2]))
         self.image = r.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[1:]
+        self.again = not self.compat and r.random() < 0.5        # the image can be read again
+        self.linger = r.choice([0, 0, 0.5, 5]) if self.again else 0
+        self.more = self.again and r.random() < 0.2
         self.size_known = r.random() < 0.5
         self.allow_empty = r.random() < 0.5
         self.per_thread = r.choice([1, 2, 3, 64])
@@ -130,7 +135,7 @@ class Plan:
         self.server_stall = r.choice([3 if self.compat else 8, 15, 30]) if r.random() < 0.9 else 0
         self.client_stall = 0 if self.compat else r.choice([8, 15, 30, 0])
         self.rate = r.choice(["auto", "auto", "auto", "1M", "50M", "max"])
-        self.min_rate = "1M" if not self.compat and r.random() < 0.05 else None
+        self.min_rate = "1M" if not self.compat and r.random() < (0.2 if self.again else 0.05) else None
         self.chain = r.choice(["auto"] * 8 + ["always", "never"]) if not self.compat else "auto"
         self.unicast = r.random() < 0.15 or self.chain == "always"
         self.first_seq = r.choice([0, 0, r.getrandbits(32), 2**32 - r.randrange(1, 200)])
@@ -146,6 +151,9 @@ class Plan:
         if self.server_fault == "hang" and not self.client_stall:
             self.server_fault = "crash"                          # without a timeout all would wait, as they should
         self.fault_at = 10 ** r.uniform(-2.5, 1)
+        if self.again and r.random() < 0.1:
+            self.server_fault = r.choice(["crash", "power"])
+        self.restart = self.again and self.server_fault in ("crash", "power") and 10 ** r.uniform(-1, 0.7)
         count = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 8])
         self.clients = [ClientPlan(r, self, number) for number in range(1, count + 1)]
         if r.random() < 0.15:                                    # no multicast at all, for a while or for ever
@@ -160,7 +168,7 @@ class Plan:
         self.relay_strangers = [(r.uniform(0, 3), r.choice(self.clients)) for _ in range(r.choice([0] * 10 + [1, 12]))]
         self.places = count
         self.start_wait = None
-        if r.random() < 0.2 or any(client.fatal for client in self.clients):
+        if r.random() < (0.7 if self.again else 0.2) or any(client.fatal for client in self.clients):
             self.start_wait = r.uniform(0.05, 1.5)               # else it would wait for who is gone, as it should
         if r.random() < 0.03:
             self.places = max(1, self.places - 1)                # one client too many
@@ -172,6 +180,8 @@ class Plan:
                  "--clients-per-thread", str(self.per_thread)]
         texts += ["--compat"] if self.compat else [] if self.digest else ["--no-digest"]
         texts += ["--min-rate", self.min_rate] if self.min_rate else []
+        texts += ["--linger", str(self.linger)] if self.linger else []
+        texts += ["--more"] * self.more
         texts += ["--start-wait", "%.3f" % self.start_wait] if self.start_wait else []
         texts += ["--chain", self.chain] if self.chain != "auto" else ["--unicast"] * self.unicast
         return texts + ["--allow-empty"] * self.allow_empty
@@ -186,6 +196,12 @@ class ClientPlan:
         self.allow_empty, self.stall = plan.allow_empty, plan.client_stall
         self.window = plan.window if r.random() < 0.8 else r.choice([1, 2, 3, 8])       # rounds that it can hold
         self.start = r.choice([0, r.uniform(0, 0.2), r.uniform(0, 1)])
+        if plan.again and r.random() < 0.4:
+            self.start = 10 ** r.uniform(-1, 1)                  # perhaps late
+        self.seeks = r.random() < 0.6                            # its output takes rounds in any order
+        # When its connection breaks, and whether the server sees it at once.
+        self.breaks = [(self.start + 10 ** r.uniform(-1.5, 1), r.random() < 0.6) for _ in range(
+            r.choice([1, 1, 2, 5]) if plan.again and r.random() < 0.3 else 0)]
         self.delay = 10 ** r.uniform(-4, -1.3)                   # seconds, one way
         self.rate = 10 ** r.uniform(4.5, 8)                      # bytes/s of TCP
         self.room = r.choice([300, 2000, 16384, 65536])          # bytes under way by TCP
@@ -219,6 +235,12 @@ class ClientPlan:
         stalls = [stall for stall in (plan.server_stall, plan.client_stall, 8) if stall]
         self.freeze = min(10 ** r.uniform(-3, 0.4), 0.3 * min(stalls))              # seconds
         self.full_at = r.randrange(len(plan.image) + 1)
+        if plan.again and not self.fault and r.random() < 0.3:
+            self.fault = self.fatal = r.choice(["fin", "reset", "power"])
+        self.resume = self.seeks and not plan.compat and r.random() < 0.6
+        # Once it has ended, whatever of, it is started again; a host that lost power has lost some of what was written last.
+        self.restart = self.resume and r.random() < 0.8 and 10 ** r.uniform(-1, 0.7)
+        self.harm = self.resume and r.random() < 0.3
 
     def hears_all(self, plan):
         """Whether all that is multicast comes to it, in order, and before SENT by TCP does, or soon after.
@@ -232,7 +254,7 @@ class ClientPlan:
     def arguments(self):
         """The client's command line."""
         texts = ["client", "auto", SERVER, str(PORT), "-o", "/image", "--wait", "10", "--stall-timeout", str(self.stall)]
-        return texts + ["--allow-empty"] * self.allow_empty
+        return texts + ["--allow-empty"] * self.allow_empty + ["--resume"] * self.resume
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +374,8 @@ class World:
         self.damage_goes_round = False          # from client to client, in a chain
         self.powerless = set()                  # addresses of hosts without power
         self.firewalls = {}                     # address -> what becomes of who connects to it
+        self.disks = {}                         # address -> Disk
+        self.journals, self._folder = [], None  # that were opened, and where they are
         self.turns = 0
         self.began = time.process_time(), time.monotonic()      # on the real clocks
         self.happening = False                  # what is done now is done by nobody
@@ -361,6 +385,18 @@ class World:
         self.ends = Until(lambda: False)        # what the harness waits for, where processes end
 
     process = property(lambda self: self.current.process)
+
+    def folder(self):
+        """Where real files may be made."""
+        self._folder = self._folder or tempfile.mkdtemp()
+        return self._folder
+
+    def clear(self):
+        """Leave no real file behind."""
+        for journal in self.journals:
+            journal.close()
+        if self._folder:
+            shutil.rmtree(self._folder)
 
     # ---- what happens
 
@@ -566,6 +602,7 @@ class Process:
         self.far = None                         # the other end of its last connection
         self.ended_at = None
         self.output, self.opened, self.committed = bytearray(), False, False
+        self.wrote = False
         self.looks = 0                          # at how it stands
         self.in_output = False                  # its writer is in a system call, or in one that never ends
 
@@ -1501,13 +1538,14 @@ class Sender(File):
 class Source(File):
     """A kmcast.Source: what makes the image, with pauses; it is hashed by the real Hasher, if there is one."""
 
-    name, drained = "image", False
+    name, path, drained = "image", None, False
 
-    def __init__(self, _path=None, _command=None, digest=True):
+    def __init__(self, _path=None, _command=None, digest=True, _spool=None):
         File.__init__(self)
         self.plan = world.process.plan
+        self.again = self.plan.again
         self.size = len(self.plan.image) if self.plan.size_known else None
-        self.bytes = 0
+        self.bytes = self._at = self._hashed = 0
         self._digest, self._hasher = digest, None
         self._again = 0.0                       # when there is more
         world.process.install(self)
@@ -1525,6 +1563,12 @@ class Source(File):
             self._hasher = kmcast.Hasher()
             kmcast.start_thread(self._hasher)
 
+    def seek(self, place):
+        """Read on from there."""
+        if place != self._at and not self.again or place > self.bytes:
+            raise Finding("the server goes to byte %d of an image of which it has read %d" % (place, self.bytes))
+        self._at = place
+
     def read_into(self, view):
         """Some bytes of the image; None while it pauses."""
         world.call()
@@ -1539,14 +1583,17 @@ class Source(File):
         if plan.server_fault == "source" and world.now > plan.fault_at:
             world.process.fault = "source"
             raise kmcast.Failure("cannot read the image: %s" % os.strerror(errno.EIO))
-        data = plan.image[self.bytes:self.bytes + r.randint(1, len(view))] if len(view) else b""
+        stop = self.bytes if self._at < self.bytes else len(plan.image)
+        data = plan.image[self._at:min(stop, self._at + r.randint(1, len(view)))] if len(view) else b""
         view[:len(data)] = data
-        self.bytes += len(data)
+        self._at += len(data)
+        self.bytes = max(self.bytes, self._at)
         return len(data)
 
     def hash(self, view):
-        """The next bytes of the image are there."""
-        if self._hasher:
+        """Bytes of the image are there; those that are for the first time are hashed."""
+        if self._hasher and self._hashed < self._at:
+            self._hashed = self._at
             self._hasher.give(view)
 
     def look(self):
@@ -1566,17 +1613,56 @@ class Source(File):
             self._hasher.close()
 
 
-class Sink:
-    """A kmcast.Sink: a disk of some speed, which may be full, or never end to write."""
+class Disk:
+    """What a host keeps of an image when its kmcast has ended: a part, and the journal, which is a real file."""
 
-    def __init__(self, *_args):
+    def __init__(self):
+        self.part, self.path, self.owner = bytearray(), os.path.join(world.folder(), "%d.journal" % id(self)), None
+
+    def take(self, process):
+        """A run with --resume begins; returns (part, Journal)."""
+        self.owner = process
+        if os.path.exists(self.path):
+            journal = kmcast.Journal(self.path)
+            journal.held.remove(len(self.part), 1 << 63)
+            if journal.image and len(journal.held):
+                return self.part, journal
+            journal.close()
+            os.unlink(self.path)
+        self.part = bytearray()
+        return self.part, kmcast.Journal(self.path, new=True)
+
+    def harm(self, r):
+        """The host went down: some of what was written last is not there, or somebody has changed it."""
+        for _ in range(r.choice([0, 1, 3]) if self.part else 0):
+            start = r.randrange(len(self.part))
+            stop = min(len(self.part), start + r.randrange(1, 500))
+            self.part[start:stop] = bytes(stop - start)
+        if r.random() < 0.3:
+            del self.part[r.randrange(len(self.part) + 1):]
+        if os.path.exists(self.path) and r.random() < 0.5:
+            os.truncate(self.path, r.randrange(os.path.getsize(self.path) + 1))
+
+
+class Sink:
+    """A kmcast.Sink: a disk of some speed, which may be full, or never end to write; or what takes it in order only."""
+
+    journal = None
+
+    def __init__(self, _path, _command, resume):
         self.process = world.process
         self.plan = self.process.plan
+        self.seeks = self.plan.seeks
+        self.resume = resume
         self.written = 0
         self._fate = None                       # as of the real one
 
     def open(self):
         """It can be written to."""
+        disk = world.disks.setdefault(self.process.address, Disk())
+        if self.resume and (disk.owner is None or disk.owner.dead):
+            self.process.output, self.journal = disk.take(self.process)
+            world.journals.append(self.journal)
         return self
 
     def expect(self, _size):
@@ -1590,9 +1676,12 @@ class Sink:
         world.call()
         self.process.opened = True
 
-    def write(self, data):
+    def write(self, data, place):
         """Write all of a memoryview, in parts that take time; it must stay as it is meanwhile."""
         process, plan = self.process, self.plan
+        if not self.seeks and place != len(process.output):
+            raise Finding("%s writes byte %d behind byte %d" % (process, place, len(process.output)))
+        process.wrote = True
         while len(data):
             if plan.fault == "stuck" and world.now > plan.at:
                 process.fault = "stuck"
@@ -1602,9 +1691,21 @@ class Sink:
                 process.fault = "full"
                 raise kmcast.Failure("cannot write the image: %s" % os.strerror(errno.ENOSPC))
             self._busy(plan.chunk + part / plan.write_rate)
-            process.output += data[:part]
+            process.output.extend(bytes(max(0, place - len(process.output))))
+            process.output[place:place + part] = data[:part]
             self.written += part
-            data = data[part:]
+            place, data = place + part, data[part:]
+
+    def read_into(self, view, place):
+        """Read back some of what was written."""
+        world.call()
+        data = self.process.output[place:place + world.random.randint(1, len(view))]
+        view[:len(data)] = data
+        return len(data)
+
+    def start_over(self):
+        """Nothing that was written counts."""
+        del self.process.output[:]
 
     def _busy(self, seconds):
         self.process.in_output = True
@@ -1620,19 +1721,27 @@ class Sink:
         self._fate = self._fate or "discard"
         return self._fate == "discard"
 
-    def commit(self):
+    def commit(self, size):
         """Make it so."""
+        del self.process.output[size:]
         self._busy(self.plan.commit)
         self._fate = self._fate or "commit"
         if self._fate != "commit":
             raise kmcast.Failure("stopped")
         self.process.committed = True
+        self.process.output = bytes(self.process.output)
+        if self.journal:
+            os.unlink(self.journal.path)
 
     def end(self):
         """Unless it was committed, it will not be."""
         self.abandon()
 
-    close = end
+    def close(self):
+        """The same, and nothing is held open any more."""
+        self.abandon()
+        if self.journal:
+            self.journal.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1672,6 +1781,8 @@ class Run:
             self.server.most_threads = 2 + plan.digest
         elif plan.server_fault and plan.server_fault not in NO_EVENTS:
             world.at(plan.fault_at, self._fault, self.server, plan.server_fault, 0.3)
+        if plan.restart:
+            world.at(plan.fault_at + plan.restart, self._restart)
         for number, start in enumerate(plan.strangers):
             world.at(start, Stranger("stranger", "stranger", "10.0.2.%d" % number, plan.clients[0], []).start)
         for number, (start, client) in enumerate(plan.relay_strangers):
@@ -1679,7 +1790,11 @@ class Run:
             stranger.where, stranger.says = (client.address, PORT), bytes(world.random.choice([0, 5, 20, 300]))
             world.at(start, stranger.start)
         for client in self.clients:
+            for when, seen in client.plan.breaks:
+                world.at(when, self._break, client, seen)
             world.at(client.plan.start, client.start)
+            if client.plan.restart:
+                world.at(client.plan.start + client.plan.restart, self._look_for_the_ended, client, 2)
             if client.plan.fault == "threads":
                 client.most_threads = 1
             elif client.plan.fault and client.plan.fault not in NO_EVENTS:
@@ -1690,13 +1805,48 @@ class Run:
             self.watch()
         finally:
             world.tear_down()
+            world.clear()
         self.verdict()
+
+    def _look_for_the_ended(self, client, left):
+        """A client with --resume is started again when it has ended without the image."""
+        if client.ended and not client.hung and not client.committed and not self.server.ended and left:
+            disk = world.disks.get(client.address)
+            if client.plan.harm and disk and disk.owner is client:
+                disk.harm(world.random)
+            world.powerless.discard(client.address)
+            again = Process(client.name + "+", client.host, client.address, client.plan, client.arguments)
+            self.clients.append(again)
+            self.hosts[client.address].append(again)
+            again.start()
+            client, left = again, left - 1
+        if left and not world.over:
+            world.at(client.plan.restart, self._look_for_the_ended, client, left)
 
     def _operator(self):
         """Whoever started the server sees that nobody comes."""
         if not self.server.ended and not (self.server.job and self.server.job.roster.begun):
             self.server.fault = "stop"
             self.server.interrupt("SIGTERM")
+
+    def _restart(self):
+        """Another server is started on the same file; if the first one is gone."""
+        if self.server.dead and self.server.code is None and not all(client.ended for client in self.clients):
+            self.server = Process("server-2", "server", SERVER, self.plan, self.plan.arguments())
+            self.server.start()
+            world.at(PATIENCE, self._operator)
+
+    @staticmethod
+    def _break(client, seen):
+        """Its connection to the server breaks, of which the server's kernel may learn only by and by."""
+        for sock in client.connections() if not client.dead else ():
+            if sock.remote[0] == SERVER:
+                world.say("BREAK: %s", client)
+                sock.input._end("broken")
+                if seen:
+                    sock.output.reset()
+                else:
+                    sock.output.sink.doubt(world.now)
 
     @staticmethod
     def _fault(process, fault, seconds):
@@ -1743,7 +1893,7 @@ class Run:
         elif server.job and world.now > server.frozen_until + GONE:
             for member in server.job.roster.here:
                 processes = self.hosts[member.address]
-                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at:
+                if len(processes) == 1 and processes[0].ended and processes[0].far.told_at and not processes[0].plan.breaks:
                     if world.now > processes[0].far.told_at + GONE:
                         raise Finding("the server still counts on %s, which is gone" % processes[0])
 
@@ -1752,7 +1902,8 @@ class Run:
         upstreams = {}
         for client in self.clients:
             relay = client.job and client.job.relay
-            if relay and not client.ended and relay.upstream_place:
+            alone = len(self.hosts[client.address]) == 1
+            if relay and alone and not client.ended and relay.upstream_place:
                 upstreams[client.address] = relay.upstream_place[0]
         for address in upstreams:
             seen, at = set(), address
@@ -1775,25 +1926,28 @@ class Run:
         roster = server.job.roster if server.job else None
         members = {}                            # address -> Member
         for member in roster.everyone if roster else ():
-            if member.address in members:
+            # Of a host with several outputs each takes part; so does who has lost what tells its output from others.
+            if member.address in members and len(self.hosts[member.address]) == 1:
                 raise Finding("%s takes part twice" % member)
-            members[member.address] = member
+            if member.address not in members or member.outcome == "complete":
+                members[member.address] = member
         said = dict((address, member.outcome) for address, member in members.items())
         refused = [address for (_, address), _ in roster.refused] if roster else []
         for client in self.clients:
-            self._judge_client(client, client.address in said)
+            self._judge_client(client, client.address in said or bool(self.plan.restart))
             told = "the server says" in (client.reason or "")
-            disturbed = client.plan.fault or server.fault or len(self.hosts[client.address]) > 1
+            disturbed = client.plan.fault or client.plan.breaks or server.fault or len(self.hosts[client.address]) > 1
             if client.address in refused and client.code == kmcast.NOT_STARTED and not told and not disturbed:
                 raise Finding("%s was refused, and knows only: %s" % (client, client.reason))
         for address, processes in self.hosts.items():
             if address in said:
                 self._judge_host(processes, said[address])
         if server.code is not None and not server.fault:
-            served = list(said.values()).count("complete")
+            served = [member.outcome for member in roster.everyone].count("complete")
             refused = roster.refused or [client for client in self.clients if said.get(client.address) != "complete"
-                                         and client.reason == "the server says: refused: " + kmcast.LATE]
-            code = kmcast.OK if served == self.plan.places and not refused else kmcast.PARTLY if served else kmcast.FAILED
+                                         and (client.reason or "").startswith("the server says: refused: " + kmcast.LATE)]
+            whole = served >= self.plan.places and served == len(roster.everyone) and not refused
+            code = kmcast.OK if whole else kmcast.PARTLY if served else kmcast.FAILED
             if server.code != code:
                 raise Finding("the server exits with %d instead of %d" % (server.code, code))
             if not server.job.failure and None in said.values():
@@ -1807,9 +1961,9 @@ class Run:
             raise Finding("%s says that it has the image, and has not" % client)
         if client.committed and code not in (kmcast.OK, None):
             raise Finding("%s has the image, and says: %s" % (client, client.reason))
-        if code == kmcast.NOT_STARTED and (client.opened or client.output):
+        if code == kmcast.NOT_STARTED and (client.opened or client.wrote):
             raise Finding("%s says that nothing was written, and something was" % client)
-        if self.plan.has_digest and not plan.image.startswith(client.output):
+        if self.plan.has_digest and not plan.image.startswith(client.output) and not client.plan.seeks:
             raise Finding("%s writes what was not verified" % client)
         if code == kmcast.USAGE:
             raise Finding("%s: wrong usage: %s" % (client, client.reason))
@@ -1823,7 +1977,7 @@ class Run:
         liar = any(client.fault == "babble" for client in processes)
         if said == "complete" and not good and not liar:
             raise Finding("the server says that it has the image, and it has not: %s" % reasons)
-        innocent = not any(client.plan.fatal for client in processes) and not server.fault
+        innocent = not any(client.plan.fatal or client.plan.breaks for client in processes) and not server.fault
         if plan.min_rate and said and said.startswith("alone it kept"):
             innocent = False
         if not plan.image and not plan.allow_empty:

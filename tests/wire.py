@@ -48,8 +48,8 @@ NO_FIGURES = (0, 0, 0, 0, 0)
 
 ALIVE, READY, INFO, REQUEST, PACKETS, DONE, SENT = b"\x00", b"\x01", b"\x01", b"\x02", b"\x02", b"\x04", b"\x08"
 HELLO, STATE, SUMS, WELCOME, AGAIN, BYE = b"\x10", b"\x13", b"\x16", b"\x20", b"\x40", b"\x80"
-UPSTREAM, FOLLOWER, RELAY = b"\x11", b"\x14", b"\x15"
-FRAMES = (HELLO, STATE, WELCOME, BYE, UPSTREAM, FOLLOWER, RELAY)   # what is a signal and a JSON object
+UPSTREAM, FOLLOWER, RELAY, LACK = b"\x11", b"\x14", b"\x15", b"\x17"
+FRAMES = (HELLO, STATE, WELCOME, BYE, UPSTREAM, FOLLOWER, RELAY, LACK)   # what is a signal and a JSON object
 ABSENT = object()                       # as the value of a field: leave it out
 
 
@@ -158,14 +158,15 @@ def changed(fields, changes):
 
 def hello_fields(**changes):
     """What HELLO says; `window` 1 means that one round follows the other."""
-    return changed({"version": "1.0.0", "host": "peer", "window": 1, "seek": False, "relay": False, "stall": 30}, changes)
+    return changed({"version": "1.0.0", "host": "peer", "window": 1, "seek": False, "relay": False, "stall": 30,
+                    "image": None, "have": []}, changes)
 
 
 def welcome_fields(**changes):
     """What WELCOME says."""
     return changed({"version": "1.0.0", "salt": 7, "repair_salt": 9, "payload": 100, "name": "image", "size": None,
-                    "digest": "sha256", "unicast": False, "image": "0" * 32, "window": 1, "source": [LOOPBACK, 9],
-                    "stall": 30}, changes)
+                    "digest": "sha256", "unicast": False, "image": "0" * 32, "again": False, "window": 1,
+                    "source": [LOOPBACK, 9], "stall": 30}, changes)
 
 
 def hello(**changes):
@@ -206,6 +207,11 @@ def piece(number, first, data, digest=True):
 
 
 STILL_HERE = piece(MASK, 0, b"")
+
+
+def lack(*ranges):
+    """LACK: these are not here after all, (start, stop) of each."""
+    return frame(LACK, {"lacks": [list(pair) for pair in ranges]})
 
 
 def bye(ok, **fields):
@@ -767,6 +773,28 @@ class Server(End):
         self._data[what.number] = data, self.hash.digest()
         self.say(self.dialect.info(what._replace(**changes)))
         return what
+
+    def announce_part(self, image, start, stop):
+        """Say a buffer info for a part of an image, wherever that is. Returns the Round."""
+        before, data = self.round, image[start:stop]
+        what = Round.of(data, self.payload, before.number + 1, (before.base + before.count) % self.dialect.seqs, start)
+        self.note(what)
+        self._data[what.number] = data, hashlib.sha256(image[:stop]).digest()
+        self.say(self.dialect.info(what))
+        return what
+
+    def bring(self, image, start, stop):
+        """A round of a part of an image, of which nothing is lost. Returns the Round."""
+        what = self.announce_part(image, start, stop)
+        self.take_ready(what)
+        self.multicast(what)
+        self.say(self.sent(what))
+        self.done(what)
+        return what
+
+    def has_all(self, image):
+        """The last words about an image."""
+        self.last_words(bytes=len(image), sha256=hashlib.sha256(image).hexdigest())
 
     def _expect_for(self, kind, what):
         message, what = self.expect(kind), what or self.round

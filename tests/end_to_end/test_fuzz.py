@@ -10,7 +10,7 @@ import helpers
 from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
-ROUNDS = {"client": 400, "server": 600, "parsers": 4000}
+ROUNDS = {"client": 400, "server": 600, "relay": 100, "parsers": 4000}
 
 
 @BOTH

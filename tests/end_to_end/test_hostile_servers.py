@@ -321,11 +321,12 @@ INFOS = {
     "a count that is a size": {"count": 300, "size": 3},
     "no packets": {"count": 0, "size": 0},
     "the number of the round before": {"number": 0},
-    "the number of a later round": {"number": 2},
-    "the place of the round before": {"place": 0},
-    "a place behind a gap": {"place": 400},
+    "a number that is long gone": {"number": 2**32 - 5},
     "a place that is no place": {"place": 2**64 - 1},
+    "a place that no file reaches": {"place": 2**63 - 100},
 }
+#: What is one all the same to who takes the image in order.
+OUT_OF_ORDER = {"the place of the round before": {"place": 0}, "a place behind a gap": {"place": 400}}
 
 
 @pytest.mark.parametrize("what", sorted(INFOS))
@@ -336,6 +337,17 @@ def test_a_buffer_info_that_cannot_be(tmp_path, what):
         server.announce(ROUNDS[0], **INFOS[what])
     code, stderr, _ = Script(script, to_file=tmp_path / "image").finish()
     judge(code, stderr, tmp_path, says="protocol error")
+
+
+@pytest.mark.parametrize("what", sorted(OUT_OF_ORDER))
+def test_a_buffer_info_that_cannot_be_for_a_stream(what):
+    def script(server):
+        server.greet()
+        server.whole_round(ROUNDS[0])
+        server.announce(ROUNDS[0], **OUT_OF_ORDER[what])
+    code, stderr, received = Script(script).finish()
+    orderly(stderr)
+    assert code == 1 and received == ROUNDS[0] and "protocol error" in stderr, stderr
 
 
 def test_rounds_that_are_announced_without_end(tmp_path):

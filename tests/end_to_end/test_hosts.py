@@ -24,11 +24,12 @@ def files(tmp_path):
     return tmp_path
 
 
-def start(files, hosts, python=None, args=(), stdin=None):
+def start(files, hosts, python=None, args=(), stdin=None, source="-i"):
     """A server for the hosts of a list; returns it and its port."""
     port = helpers.free_port()
     (files / "hosts").write_text(hosts)
-    return helpers.start_server(["-i", files / "image", "--hosts", "-" if stdin else files / "hosts"] + list(args) + [
+    source = [source, files / "image" if source == "-i" else "cat %s" % (files / "image")]
+    return helpers.start_server(source + ["--hosts", "-" if stdin else files / "hosts"] + list(args) + [
         LOOPBACK, port], python, stdin=stdin), port
 
 
@@ -72,8 +73,8 @@ def test_it_starts_without_those_who_are_missing_after_start_wait(python, files)
     assert code == 3 and "2 clients never came: node2, node3" in stderr and "1 of 3 clients have the image" in stderr, stderr
 
 
-def test_who_came_too_late_is_refused_and_not_said_to_have_never_come(files):
-    server, port = start(files, "node1\nnode2\n", args=["--start-wait", 0.1, "--rate", "200k"])
+def test_who_came_too_late_for_a_pipe_is_refused_and_not_said_to_have_never_come(files):
+    server, port = start(files, "node1\nnode2\n", args=["--start-wait", 0.1, "--rate", "200k"], source="--pipe")
     first = client(port, "node1")
     server.wait_stderr("starting with 1 of 2")
     assert client(port, "node2.example.org").finish(20)[0] == 3
@@ -90,7 +91,18 @@ def test_more_lets_others_in(python, files):
     assert client(port, "node1", python).finish(20)[0] == 0
     assert guest.finish(20)[0] == 0
     code, stderr, _ = server.finish(20)
-    assert code == 0 and "2 of 2 clients have the image" in stderr, stderr
+    assert code == 0 and "2 clients have the image" in stderr, stderr
+
+
+@BOTH
+def test_who_of_the_list_comes_late_gets_the_image_and_ends_the_waiting(python, files):
+    server, port = start(files, "node1\nnode2\n", python, ["--start-wait", 0.1, "--linger", 60])
+    assert client(port, "node1", python).finish(20)[0] == 0
+    assert client(port, "guest", python).finish(20)[0] == 3
+    assert client(port, "node1", python).finish(20)[0] == 0, "it has lost it, and is still on the list"
+    assert client(port, "node2.example.org", python).finish(20)[::2] == (0, DATA)
+    code, stderr, _ = server.finish(20)
+    assert code == 0 and "never came" not in stderr, stderr
 
 
 @BOTH
@@ -108,7 +120,6 @@ def test_the_list_can_come_from_a_command(python, files):
     (["--hosts", "-", LOOPBACK], "standard input is the image"),
     (["--hosts", "HOSTS", "--compat", LOOPBACK], "addresses"),
     (["--hosts", os.devnull, LOOPBACK], "names no host"),
-    (["--more", LOOPBACK, "2"], "--more needs --hosts"),
     ([LOOPBACK], "CLIENTS")], ids=lambda value: "-".join(value) if isinstance(value, list) else "")
 def test_what_is_wrong_with_it_is_said(python, args, said, files):
     (files / "hosts").write_text("node1\n")

@@ -63,7 +63,7 @@ def test_a_writer_of_a_client_that_dies_ends_it_in_order(tmp_path, python):
     port = helpers.free_port()
     server = helpers.start_server([LOOPBACK, 2, port], python=python, stdin=IMAGE)
     server.wait_stderr("waiting for")
-    broken = wrapped("original = kmcast.Writer._write\n%skmcast.Writer._write = broken" % (RAISES % "args[0].bytes > 100000"),
+    broken = wrapped("original = kmcast.Writer._write\n%skmcast.Writer._write = broken" % (RAISES % "args[0].copy.bytes > 100000"),
                      ["client", "-o", tmp_path / "image", LOOPBACK, LOOPBACK, port], python=python)
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python=python)
     code, stderr, _ = broken.finish(20)

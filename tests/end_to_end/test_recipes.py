@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 import helpers
+import wire
 from helpers import LOOPBACK
 from pythons import NEWEST
 from test_failures import wait_until
@@ -46,6 +47,30 @@ def disk(tmp_path):
     helpers.stop_all()
     subprocess.call(["umount", device], stderr=subprocess.DEVNULL)
     loop("-d", device)
+
+
+def test_a_disk_takes_rounds_in_any_order_and_goes_on_after_a_break(disk):
+    image = helpers.random_bytes(DISK - 1000, seed=5)
+    server = wire.Server(image="0" * 32, again=True, size=len(image))
+    client = helpers.start_client(["-o", disk, LOOPBACK, LOOPBACK, server.port], NEWEST)
+    server.accept().greet()
+    assert server.hello["seek"] is True
+    server.bring(image, 3000, 5500)
+    server.bring(image, 0, 1000)
+    server.sock.close()
+    server.accept().greet()
+    assert server.hello["have"] == [[0, 1000], [3000, 5500]]
+    for start, stop in ((1000, 3000), (1 << 20, 1 << 20 | 5000), (5500, 1 << 20)):
+        server.bring(image, start, stop)
+    for start in range(1 << 20 | 5000, len(image), 50000):
+        server.bring(image, start, min(start + 50000, len(image)))
+    server.has_all(image)
+    server.done(wire.IMAGE)
+    code, stderr, _ = client.finish(30)
+    server.close()
+    with open(disk, "rb") as file:
+        equal = file.read(len(image)) == image
+    assert code == 0 and equal, stderr
 
 
 def recipe(device, port):

@@ -25,7 +25,7 @@ def receive(tmp_path, expect, server_args=("--name", "node-12.img"), python=None
     code, stderr, _ = client.finish(30)
     if code == 3:                               # the server waits for another one
         if not base:
-            server.wait_stderr("and not")
+            server.wait_stderr("--expect")
         server.stop()
     else:
         server.finish(30)
@@ -60,10 +60,15 @@ def test_an_image_without_a_name_is_not_the_one_that_is_expected(tmp_path):
 @pytest.mark.parametrize("expect, said", [
     (["--expect-size", len(DATA) - 1], "300000 bytes, and not 299999"),
     (["--expect-sha256", "0" * 64], DIGEST)], ids=["size", "sha256"])
-@pytest.mark.parametrize("server_args", [(), ("--no-digest",)], ids=["digest", "no-digest"])
-def test_what_is_known_only_at_the_end_fails_then(python, expect, said, server_args, tmp_path):
-    code, stderr = receive(tmp_path, expect, server_args, python, size=False)
+def test_what_is_known_only_at_the_end_fails_then(python, expect, said, tmp_path):
+    code, stderr = receive(tmp_path, expect, (), python, size=False)
     assert code == 1 and said in stderr, stderr
+
+
+@BOTH
+def test_a_digest_that_nobody_can_tell_is_no_reason_to_take_the_image(python, tmp_path):
+    code, stderr = receive(tmp_path, ["--expect-sha256", DIGEST], ["--no-digest"], python)
+    assert code == 3 and "without digests" in stderr, stderr
 
 
 @pytest.mark.parametrize("expect, code", [

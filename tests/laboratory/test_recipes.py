@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -67,7 +68,7 @@ def recipes():
     with io.open(os.path.join(helpers.ROOT, "README.md"), encoding="utf-8") as file:
         text = file.read()
     result, title = {}, None
-    for heading, bold, block in re.findall(r"^(?:##+ ([^\n]*)|\*\*([^\n]+?)[.]?\*\*[^\n]*|```sh\n(.*?)^```)$", text, re.MULTILINE | re.DOTALL):
+    for heading, bold, block in re.findall(r"^(?:##+ ([^\n]*)|\*\*([^\n]+?)[.]?\*\*[^\n]*|```(?:sh|ini)\n(.*?)^```)$", text, re.MULTILINE | re.DOTALL):
         if block:
             result.setdefault(title, []).append(block)
         else:
@@ -215,11 +216,50 @@ def test_in_five_minutes(lines, machines):
     check_image(*hosts)
 
 
-@recipe("Without stragglers", "Leave room for others", "A lowest rate")
+@recipe("Without waiting for stragglers", "Leave room for others", "A lowest rate", "To go on where it broke off")
 def test_options_of_the_server(lines, machines):
     hosts = machines()
     heard(follow(hosts, *lines))
     check_image(*hosts)
+
+
+def one_after_the_other(server, hosts, on_each):
+    """Each host's client comes when the one before has the image; then the server is told to end, and does so well."""
+    for host in hosts:
+        code, stderr, _ = host.start(on_each).finish(60)
+        assert code == 0, stderr
+    server.signal(signal.SIGTERM)
+    code, stderr, _ = server.finish(60)
+    assert code == 0, stderr
+
+
+@recipe("Hosts that come when they come")
+def test_hosts_that_come_when_they_come(lines, machines):
+    hosts = machines(clients=3)
+    one_after_the_other(hosts[0].start("exec " + for_hosts(lines[0], 1)), hosts[1:3], lines[1])
+    check_image(*hosts[:3])
+
+
+@recipe("The same as a service")
+def test_the_same_as_a_service(lines, machines):
+    """As systemd would run it; what systemd thinks of the unit is asked, too."""
+    hosts = machines()
+    hosts[0].put("/srv/image.tgz", IMAGE)
+    hosts[0].put("/etc/systemd/system/kmcast.service", "\n".join(lines) + "\n")
+    if shutil.which("systemd-analyze"):
+        checked = hosts[0].start("systemd-analyze verify /etc/systemd/system/kmcast.service").finish(60)
+        assert "kmcast.service" not in checked[1], checked[1]
+    command, = [line[len("ExecStart="):] for line in lines if line.startswith("ExecStart=")]
+    one_after_the_other(hosts[0].start("exec " + for_hosts(command, 1)), hosts[1:], "kmcast client -o image.tgz auto 10.0.0.1")
+    check_image(*hosts)
+
+
+@recipe("A pipe, kept for who comes late")
+def test_a_pipe_kept_for_who_comes_late(lines, machines):
+    hosts = machines()
+    follow(hosts, *lines)
+    assert [host.get("/root/loaded") for host in hosts[1:]] == 2 * [b"images: nova-api nova-compute\n"]
+    assert hosts[0].get("/var/tmp/images.tar") == b"images: nova-api nova-compute\n"
 
 
 @recipe("Docker images")

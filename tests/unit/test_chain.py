@@ -93,6 +93,50 @@ def test_neighbours_by_address_follow_each_other():
     assert hosts.build() == [(number, number + 1) for number in range(1, 12)]
 
 
+def test_it_is_of_those_who_lack_what_is_brought():
+    hosts = Hosts(5)
+    assert hosts.build() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+    hosts.chain.among({hosts[1], hosts[3], hosts[5]}, hosts.now)
+    assert hosts.settle(number=9) == [(1, 3), (3, 5)]
+    assert hosts.begin[hosts[3]] == 9, "from the first round on that is for them alone"
+    hosts.chain.among({hosts[2]}, hosts.now)
+    assert hosts.settle() == []
+    hosts.chain.among(set(hosts.members), hosts.now)
+    assert hosts.settle() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_as_long_as_the_same_lack_it_nothing_is_told():
+    hosts = Hosts(3)
+    hosts.build()
+    hosts.chain.among(set(hosts.members), hosts.now)
+    hosts.chain.among(set(hosts.members), hosts.now)
+    assert hosts.chain.changes(9) == {}
+
+
+def test_who_left_unnoticed_is_forgotten():
+    hosts = Hosts(4)
+    hosts.build()
+    gone = hosts.members.pop(1)
+    hosts.chain.keep(hosts.members, hosts.now)
+    assert hosts.settle() == [(1, 3), (3, 4)]
+    assert gone not in hosts.chain._inside          # pylint: disable=protected-access
+
+
+def test_who_hears_multicast_is_the_head_only_of_those_who_lack_the_same():
+    hosts = Hosts(4)
+    for _ in range(2):
+        hosts.learn(hears=[hosts[1], hosts[2]])
+    head, = set(upstream for upstream, follower in hosts.settle() if follower == 3)
+    lacking = set(hosts.members) - {hosts[head]}
+    hosts.chain.among(lacking, hosts.now)
+    hosts.chain.learn(lacking, hosts.now)
+    other, = set([1, 2]) - set([head])
+    assert hosts.settle() == [(other, 3), (3, 4)]
+    hosts.chain.among({hosts[3], hosts[4]}, hosts.now)
+    hosts.chain.learn([hosts[3], hosts[4]], hosts.now)
+    assert hosts.settle() == [(3, 4)]
+
+
 def test_a_follower_is_told_of_its_upstream_once_that_listens():
     hosts = Hosts(2)
     hosts.chain.build(hosts.members, hosts.now)
@@ -122,12 +166,27 @@ def test_a_single_client_needs_none():
     assert hosts.build() == [] and not hosts.chain.settling(hosts.now)
 
 
-def test_clients_that_hear_nothing_for_two_rounds_get_one_by_themselves():
+def test_after_the_first_round_that_nobody_heard_there_is_one():
     hosts = Hosts(4)
     hosts.learn()
+    assert hosts.settle() == [(1, 2), (2, 3), (3, 4)]
+
+
+def test_where_somebody_heard_something_it_takes_two_rounds():
+    hosts = Hosts(4)
+    hosts.learn(some=[hosts[3]])
     assert hosts.settle() == []
     hosts.learn()
+    assert hosts.settle() == [(1, 2), (2, 4)], "without the one that heard some of the first"
+
+
+def test_where_only_the_first_round_was_lost_to_all_there_is_none_two_rounds_later():
+    hosts = Hosts(4)
+    hosts.learn()
     assert hosts.settle() == [(1, 2), (2, 3), (3, 4)]
+    hosts.learn(hosts.members)
+    hosts.learn(hosts.members)
+    assert hosts.settle() == [] and not hosts.chain.links
 
 
 def test_a_client_that_hears_is_the_head_for_the_deaf_ones_behind_it():
@@ -297,6 +356,15 @@ def test_who_holds_up_those_behind_it_three_times_goes_to_the_end():
             member.done_at[number] = hosts.now + number + (1.5 if late else 0.0)
         hosts.chain.through(1.0, number, hosts.now)
     assert hosts.settle() == [(1, 2), (2, 4), (4, 5), (5, 3)]
+
+
+def test_who_alone_holds_all_up_gets_another_upstream_once():
+    hosts = Hosts(4)
+    hosts.build()
+    assert hosts.chain.relieve(hosts[4], hosts.now)
+    assert hosts.settle() == [(1, 2), (2, 4), (4, 3)]
+    assert not hosts.chain.relieve(hosts[4], hosts.now), "then it is its own doing"
+    assert not hosts.chain.relieve(hosts[1], hosts.now), "which has its packets from the server"
 
 
 def test_nobody_is_blamed_for_what_comes_late_to_himself():
@@ -514,6 +582,23 @@ def test_what_the_chain_brought_was_not_heard():
     assert WIRE.figures_of(message)[0] == 0 and listener.window.by_multicast == 0
 
 
+def test_what_was_forged_was_not_heard():
+    """Right headers, wrong data: only the digest tells."""
+    listener = Listener()
+    count = COUNT - 1
+    fakes = b"".join(kmcast.PACKET.pack(seq, 7 + seq, PAYLOAD) + b"x" * PAYLOAD for seq in range(count))
+    listener.window.take([(bytearray(fakes), 0, count, PAYLOAD)], count, 1.0, 1.0)
+    listener.piece(count, COUNT)
+    listener.window.heard(WIRE.sent(0, b"d" * 32), 1.0)
+    (_, incoming), = listener.window.tick(1.0)
+    assert incoming.heard == listener.window.by_multicast == count
+    listener.window.damaged(incoming)
+    right = [kmcast.zlib.crc32(listener.data[0][start:start + PAYLOAD]) & kmcast.MASK
+             for start in range(0, COUNT * PAYLOAD, PAYLOAD)]
+    (_, message), = listener.window.heard(WIRE.sums(0, right), 1.0)
+    assert message[:1] == kmcast.REQUEST and WIRE.figures_of(message)[0] == listener.window.by_multicast == 0
+
+
 def test_a_round_that_is_complete_takes_no_piece_any_more():
     listener = Listener()
     assert listener.piece(0, COUNT)
@@ -522,11 +607,16 @@ def test_a_round_that_is_complete_takes_no_piece_any_more():
 
 
 @pytest.mark.parametrize("number, first, size", [
-    (0, COUNT, PAYLOAD), (0, 0, (COUNT + 1) * PAYLOAD), (0, 3, PAYLOAD - 1), (0, COUNT - 1, PAYLOAD - 1), (2, 0, PAYLOAD),
-    (7, 0, PAYLOAD)])
+    (0, COUNT, PAYLOAD), (0, 0, (COUNT + 1) * PAYLOAD), (0, 3, PAYLOAD - 1), (0, COUNT - 1, PAYLOAD - 1)])
 def test_a_piece_that_fits_no_round_is_an_error(number, first, size):
     with pytest.raises(kmcast.ProtocolError):
         Listener().window.area_for(number, first, size)
+
+
+@pytest.mark.parametrize("number", [2, 7, 2**31 + 5, 2**32 - 1])
+def test_a_piece_of_a_round_in_which_we_have_no_part_is_passed_over(number):
+    """The upstream may lack what we do not."""
+    assert Listener().window.area_for(number, 0, PAYLOAD) == (None, None, None)
 
 
 def test_a_buffer_is_kept_until_the_follower_has_the_round():

@@ -26,7 +26,7 @@ def read_all(source, size=10000):
 
 def write_all(sink, data=DATA, size=70000):
     for start in range(0, len(data), size):
-        sink.write(memoryview(bytearray(data[start:start + size])))
+        sink.write(memoryview(bytearray(data[start:start + size])), start)
 
 
 def content(path):
@@ -206,7 +206,7 @@ def test_a_file_appears_when_it_is_committed(tmp_path, umask):
     write_all(sink)
     assert not target.exists() and len(names(tmp_path)) == 1
     assert sink.written == len(DATA)
-    sink.commit()
+    sink.commit(len(DATA))
     assert names(tmp_path) == ["image"] and content(target) == DATA
     assert mode(target) == 0o666 & ~umask
     sink.close()
@@ -220,7 +220,7 @@ def test_an_older_file_stays_until_then_and_leaves_its_permissions(tmp_path, uma
     sink = kmcast.Sink(str(target)).open()
     write_all(sink)
     assert content(target) == b"older"
-    sink.commit()
+    sink.commit(len(DATA))
     assert content(target) == DATA and mode(target) == 0o604 and names(tmp_path) == ["image"]
 
 
@@ -244,7 +244,7 @@ def test_two_at_once_do_not_share_a_temporary_file(tmp_path):
     assert len(names(tmp_path)) == 2
     for sink in sinks:
         write_all(sink)
-        sink.commit()
+        sink.commit(len(DATA))
     assert names(tmp_path) == ["image"] and content(tmp_path / "image") == DATA
 
 
@@ -256,7 +256,7 @@ def test_a_symbolic_link_stays_one(tmp_path):
     for link in ("link", "dangling"):
         sink = kmcast.Sink(str(tmp_path / link)).open()
         write_all(sink)
-        sink.commit()
+        sink.commit(len(DATA))
         assert os.path.islink(str(tmp_path / link)) and content(tmp_path / link) == DATA
     assert names(tmp_path / "elsewhere") == ["new", "target"]
     assert names(tmp_path) == ["dangling", "elsewhere", "link"]
@@ -268,7 +268,7 @@ def test_a_relative_path(tmp_path):
     try:
         sink = kmcast.Sink("image").open()
         write_all(sink)
-        sink.commit()
+        sink.commit(len(DATA))
     finally:
         os.chdir(before)
     assert names(tmp_path) == ["image"]
@@ -281,7 +281,7 @@ def test_a_fifo_is_written_in_place(tmp_path):
     thread.start()
     sink = kmcast.Sink(fifo).open()
     write_all(sink)
-    sink.commit()
+    sink.commit(len(DATA))
     thread.join(20)
     assert received == [DATA] and names(tmp_path) == ["fifo"]
 
@@ -290,7 +290,7 @@ def test_a_device_is_written_in_place():
     before = os.stat("/dev/null")
     sink = kmcast.Sink("/dev/null").open()
     write_all(sink)
-    sink.commit()
+    sink.commit(len(DATA))
     assert os.stat("/dev/null").st_rdev == before.st_rdev and stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
@@ -332,7 +332,7 @@ def test_a_directory_that_goes_away_is_a_failure(tmp_path):
     os.unlink(str(folder / names(folder)[0]))
     folder.rmdir()
     with pytest.raises(kmcast.Failure) as failure:
-        sink.commit()
+        sink.commit(len(DATA))
     assert failure.value.code == 1
     sink.close()
 
@@ -341,5 +341,5 @@ def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path):
     name = "x" * 250                        # NAME_MAX is 255
     sink = kmcast.Sink(str(tmp_path / name)).open()
     write_all(sink)
-    sink.commit()
+    sink.commit(len(DATA))
     assert names(tmp_path) == [name]

@@ -19,7 +19,7 @@ def roster(text, more=False, **options):
 def come(taking_part, host, address="10.0.0.9"):
     """A client comes; returns why it is refused, None if it is not."""
     member = client(host, address)
-    reason = taking_part.why_not(member)
+    reason = taking_part.why_not(member=member)
     if not reason:
         taking_part.admit(member)
     return reason
@@ -50,7 +50,7 @@ def test_more_lets_the_others_in_and_does_not_wait_for_them():
     assert come(taking_part, "guest", "10.0.0.7") is None and come(taking_part, "guest2", "10.0.0.8") is None
     assert not taking_part.begin(0.0) and taking_part.places == 4
     assert come(taking_part, "node2") is None and come(taking_part, "node1") is None
-    assert taking_part.begin(0.0) and taking_part.places == len(taking_part.everyone) == 4
+    assert taking_part.begin(0.0) and len(taking_part.everyone) == 4
 
 
 def test_full_names_that_share_the_short_one_are_two_hosts():
@@ -88,7 +88,31 @@ def test_after_start_wait_those_who_did_not_come_are_known():
     taking_part = roster("node1\nnode2\nnode3", start_by=5.0)
     assert come(taking_part, "node2") is None and not taking_part.begin(5.0)
     assert taking_part.begin(5.1) and taking_part.missing == ["node1", "node3"] and taking_part.places == 3
-    assert come(taking_part, "node1") == kmcast.LATE and come(taking_part, "guest") == kmcast.UNINVITED
+    assert come(taking_part, "node1") == kmcast.NO_WAY_BACK and come(taking_part, "guest") == kmcast.UNINVITED
+    taking_part.again = True
+    assert come(taking_part, "node1") is None and taking_part.missing == ["node3"]
+
+
+def test_all_are_served_when_each_name_of_the_list_is():
+    """However often one of them comes."""
+    taking_part = roster("node1\nnode2", start_by=0.0, more=True)
+    taking_part.again = True
+    come(taking_part, "node1")
+    assert taking_part.begin(0.1)
+    for host in ("guest", "node1", "node2"):
+        assert not taking_part.all_served
+        if host != "node1":
+            come(taking_part, host)
+        member = taking_part.here[0]
+        member.outcome = "complete"
+        taking_part.leave(member)
+        if host == "guest":
+            assert come(taking_part, "node1") is None, "again"
+    assert taking_part.served == 3
+    while taking_part.here:
+        taking_part.here[0].outcome = "complete"
+        taking_part.leave(taking_part.here[0])
+    assert taking_part.all_served and taking_part.missing == []
 
 
 @pytest.mark.parametrize("text, said", [

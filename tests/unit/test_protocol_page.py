@@ -25,9 +25,6 @@ WIRE = kmcast.SessionDialect
 IMAGE = b"The quick brown fox jumps over the lazy dog"
 PAYLOAD, SALT, REPAIR_SALT = 16, 1000, 2000
 
-#: What the client sends already and nobody reads yet.
-UNREAD = ("seek",)
-
 
 def page():
     with io.open(os.path.join(helpers.ROOT, "man", "kmcast-protocol.7"), encoding="ascii") as file:
@@ -57,6 +54,7 @@ SIGNALS = [
     ("SENT", kmcast.SENT, SERVER), ("HELLO", kmcast.HELLO, CLIENT), ("STATE", kmcast.STATE, "both"),
     ("SUMS", kmcast.SUMS, CLIENT), ("SUMS", kmcast.SUMS, SERVER),
     ("UPSTREAM", kmcast.UPSTREAM, SERVER), ("FOLLOWER", kmcast.FOLLOWER, SERVER), ("RELAY", kmcast.RELAY, CLIENT),
+    ("LACK", kmcast.LACK, CLIENT),
     ("WELCOME", kmcast.WELCOME, SERVER), ("AGAIN", kmcast.AGAIN, SERVER), ("BYE", kmcast.BYE, "both"),
 ]
 
@@ -148,6 +146,7 @@ def test_limits_are_those_of_the_program():
         "seconds between two signs of life, at the most": "%g" % kmcast.ALIVE_EVERY,
         "seconds for a BYE to get through": "%g" % kmcast.FAREWELL_TIME,
         "bytes in a piece": "%d" % kmcast.LARGEST_PIECE,
+        "ranges in HELLO and LACK": "%d" % kmcast.Held.MOST,
         "seconds without a byte, after which an upstream is lost": "%g" % kmcast.Relay.SILENCE,
         "connections to an upstream that have not said their token": "%d" % kmcast.Relay.MOST,
         "RELAYs of a client": "%d" % kmcast.Member.MOST_RELAY_WORDS,
@@ -164,7 +163,8 @@ class Greeter(kmcast.Client):
     def __init__(self, answers):                # pylint: disable=super-init-not-called
         self.options = argparse.Namespace(stall_timeout=None)
         self.answers, self.said, self.server, self.sink = list(answers), [], self, self
-        self.alive_every = None
+        self.alive_every = self.window = self.journal = None
+        self.seeks, self.copy = True, kmcast.Copy(self)
 
     def _next_message(self, size_of):
         message = self.answers.pop(0)
@@ -187,12 +187,14 @@ def session():
     WIRE.salts, kmcast.__version__ = staticmethod(lambda: (SALT, REPAIR_SALT)), "1.0.0"
     try:
         return kmcast.Session(options, PAYLOAD, "fox.txt", len(IMAGE), "00112233445566778899aabbccddeeff",
-                              ("10.0.0.1", 40000))
+                              ("10.0.0.1", 40000), True)
     finally:
         WIRE.salts, kmcast.__version__ = staticmethod(known[0]), known[1]
 
 
-HELLO = kmcast.pack_frame(kmcast.HELLO, {"version": "1.0.0", "host": "node1", "window": 4, "relay": True, "stall": 30})
+HELLO = kmcast.pack_frame(kmcast.HELLO, {
+    "version": "1.0.0", "host": "node1", "window": 4, "relay": True, "stall": 30, "seek": True, "image": None, "have": [],
+    "who": "ffeeddccbbaa99887766554433221100"})
 
 
 def packets(first, last):
@@ -226,7 +228,7 @@ class Talk(object):
         greeter = Greeter([self.agreed.group_info, self.agreed.welcome])
         greeter._greet()                        # pylint: disable=protected-access
         ours, known = [kmcast.unpack_frame(hello[5:]) for hello in (greeter.said[0], HELLO)]
-        assert set(ours) == set(known) | set(UNREAD)
+        assert set(ours) == set(known)
         self.said += [("server: group info", self.agreed.group_info), ("client: HELLO", HELLO),
                       ("server: WELCOME", self.agreed.welcome)]
 
@@ -394,12 +396,13 @@ def test_the_keys_of_frames_are_those_of_the_program():
     assert keys("HELLO") == set(json.loads(HELLO[5:].decode("ascii")))
     assert keys("WELCOME") == set(json.loads(session().welcome[5:].decode("ascii")))
     assert keys("The end") == set(("ok", "bytes", "sha256"))
-    assert keys("BYE") == set(("ok", "reason", "empty"))
+    assert keys("BYE") == set(("ok", "reason", "empty", "again"))
     token = b"t" * kmcast.TOKEN_SIZE
     assert keys("FOLLOWER") == set(json.loads(WIRE.follower(token)[5:].decode("ascii")))
     assert keys("UPSTREAM") == set(json.loads(WIRE.upstream(0, "10.0.0.1", 1, token)[5:].decode("ascii")))
+    assert keys("LACK") == set(json.loads(WIRE.lack([])[5:].decode("ascii")))
     assert keys("RELAY") == set(("token", "port", "reason", "lost", "connected"))
-    assert keys("STATE") == set(kmcast.FIGURES + ("busy", "here", "places", "waiting"))
+    assert keys("STATE") == set(kmcast.FIGURES + ("busy", "here", "places", "waiting", "pass", "starts_in"))
 
 
 if __name__ == "__main__":

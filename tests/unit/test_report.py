@@ -113,7 +113,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then():
 
 def row(host, **parts):
     default = dict(host=host, address="10.0.0.1", result="complete", reason=None, exit_code=0, lost=0, seconds=1.0,
-                   repaired={"multicast": 0, "tcp": 0}, by_chain=0, waited_for={}, overflows=None)
+                   repaired={"multicast": 0, "tcp": 0}, by_chain=0, waited_for={}, overflows=None, late=None, lacks=0)
     return dict(default, **parts)
 
 

@@ -46,6 +46,88 @@ def test_who_was_refused_is_remembered_unless_the_host_has_the_image_from_anothe
     assert [host for (host, _), _ in roster.refused] == ["b"]
 
 
+def late_roster(**options):
+    """A Roster of two places, of which one is taken, that has begun and whose image can be read again."""
+    roster = kmcast.Roster(2, 1, 0.0, **options)
+    roster.again = True
+    roster.admit(member("a"))
+    assert roster.begin(10.0)
+    return roster
+
+
+def test_who_comes_late_takes_part_while_there_are_places():
+    roster = late_roster()
+    assert roster.why_not() is None
+    late = member("b")
+    roster.admit(late, 12.5)
+    assert late.late == 2.5 and roster.everyone[-1] is late
+    assert roster.why_not() == kmcast.NO_PLACE
+    late.outcome = "complete"
+    roster.leave(late)
+    assert roster.why_not() == kmcast.NO_PLACE, "it has had its place"
+    lost = roster.here[0]
+    lost.outcome = "it went away"
+    roster.leave(lost)
+    assert roster.why_not() is None, "it may come back"
+
+
+def test_with_more_there_is_a_place_for_as_many_as_can_be_here_at_once():
+    roster = late_roster(more=True, most=3)
+    roster.admit(member("b"), 11.0)
+    assert roster.why_not() is None
+    roster.admit(member("c"), 11.0)
+    assert roster.why_not() == kmcast.NO_PLACE
+
+
+def test_who_is_late_for_what_cannot_be_read_again_hears_that():
+    roster = late_roster()
+    roster.again = False
+    assert roster.why_not() == kmcast.NO_WAY_BACK
+
+
+def test_who_is_back_is_the_one_that_was_here():
+    """By what tells its output from others, or as the same host."""
+    roster = late_roster()
+    first = roster.here[0]
+    first.lost, first.waited = 3, {"output": 1.0}
+    first.outcome, first.ended = "it went away", 11.0
+    roster.leave(first)
+    back = member("a")
+    back.lost = 4
+    roster.admit(back, 12.0)
+    assert roster.everyone == [back] and back.back and back.late is None
+    assert (back.lost, back.waited) == (7, {"output": 1.0})
+
+
+def test_the_same_output_takes_the_place_of_its_earlier_connection():
+    roster = late_roster()
+    first, again = member("x", "127.0.0.1"), member("x", "127.0.0.1")
+    first.who = again.who = "01" * 16
+    roster.admit(first, 11.0)
+    assert roster.twin(again) is first and roster.why_not() and not roster.why_not(first)
+    roster.admit(again, 12.0, first)
+    assert first.sentence and not roster.is_here(first) and roster.twin(again) is again
+    assert roster.everyone[1:] == [again]
+
+
+def test_nobody_comes_when_nobody_is_here_and_it_is_closed():
+    roster = late_roster()
+    assert not roster.close() and not roster.why_not(), "somebody is here"
+    roster.leave(roster.here[0])
+    assert roster.close() and roster.why_not() == kmcast.CLOSING
+
+
+def test_of_very_many_that_have_left_the_first_are_forgotten():
+    roster = late_roster(forever=True, most=10)
+    for number in range(1500):
+        one = member("host%d" % number)
+        roster.admit(one, 20.0)
+        one.outcome, one.ended = "complete", 21.0
+        roster.leave(one)
+    assert roster.served == 1500 and len(roster.everyone) <= roster.MOST_GONE + 1
+    assert roster.everyone[0].host == "a" and roster.missing == [], "who is still here is not forgotten"
+
+
 def test_a_host_that_comes_twice_has_a_twin_but_not_on_loopback():
     roster = kmcast.Roster(3)
     first = member("a")
@@ -556,20 +638,20 @@ class Hands(object):
     """The hands of a Course, with a clock that is set and a producer that gives buffers of what is left."""
 
     def __init__(self, packets, short=0):
-        self.clock, self.left, self.short = 10.0, packets, short
+        self.clock, self.size = 10.0, packets * PAYLOAD - short
         self.steps, self.released, self.room = collections.deque(), [], []
         self.filling, self.digests = None, []
 
     def now(self):
         return self.clock
 
-    def fill(self, base, limit):
+    def fill(self, base, limit, place):
         assert self.filling is None, "one after the other"
-        self.filling = base, limit
+        self.filling = base, limit, place
 
-    def digest(self, number):
-        self.digests.append(number)
-        return ("d%d" % number).encode("ascii")
+    def digest(self, part):
+        self.digests.append(part)
+        return ("d%d" % part).encode("ascii")
 
     def do(self, step):
         self.steps.append(step)
@@ -591,9 +673,11 @@ class Drive(object):
         self.hands = Hands(packets, short)
         self.members = [member("node%d" % number, "192.0.2.%d" % number, (windows or [4] * members)[number])
                         for number in range(members)]
-        self.roster = kmcast.Roster(members)
+        self.roster = kmcast.Roster(options.pop("places", members), 1, -1.0, options.pop("more", False))
+        self.roster.again = options.pop("again", False)
         options.setdefault("rate", GB)
-        self.course = kmcast.Course(self.hands, self.roster, dialect, PAYLOAD, capacity, farewell=lambda: b"bye", **options)
+        self.course = kmcast.Course(self.hands, self.roster, dialect, PAYLOAD, capacity, farewell=lambda: b"bye",
+                                    size=self.hands.size, **options)
         self.course.begin()
         for each in self.members:
             self.roster.admit(each)
@@ -606,13 +690,11 @@ class Drive(object):
 
     def fill(self):
         """The producer gives what the next buffer has room for."""
-        (base, limit), self.hands.filling = self.hands.filling, None
+        (base, limit, place), self.hands.filling = self.hands.filling, None
         buffer = kmcast.Buffer(PAYLOAD, limit)
-        count = min(limit, self.hands.left)
-        self.hands.left -= count
-        last = count < limit            # that an image ends with a full buffer is known by an empty one
-        buffer.start(base, count, count * PAYLOAD - (self.hands.short if last and count else 0))
-        buffer.ended = last
+        size = min(limit * PAYLOAD, self.hands.size - place)
+        buffer.start(base, -(-size // PAYLOAD), size)
+        buffer.ended = size < limit * PAYLOAD       # that an image ends with a full buffer is known by an empty one
         self.course.filled(buffer)
 
     def fill_all(self):
@@ -641,6 +723,45 @@ class Drive(object):
         self.course.complete(kmcast.Step(kind, None if number is None else self.round(number)), answers)
         while self.course.busy:
             self.course.work()
+
+    def come(self, host, **facts):
+        """A client comes; returns it."""
+        late = member(host, "192.0.2.%d" % (100 + len(self.members)), facts.pop("window", 4))
+        late.__dict__.update(facts)
+        self.members.append(late)
+        self.roster.admit(late, self.hands.clock)
+        self.roster.news.append(("here", late, None))
+        self.course.hear()
+        return late
+
+    def leave(self, number, outcome="it went away"):
+        """A client leaves."""
+        self.members[number].outcome, self.members[number].ended = outcome, self.hands.clock
+        self.roster.leave(self.members[number])
+        self.roster.news.append(("left", self.members[number], None))
+        self.course.hear()
+
+    def serve(self, number):
+        """A client has everything, and says so."""
+        self.leave(number, "complete")
+
+    def bring(self):
+        """Let all that can be brought be announced, multicast and answered for by all: [(place, packets, who)]."""
+        brought, announced = [], set()
+        while True:
+            self.fill_all()
+            underway = [each.round for each in self.course._underway if each.round.number not in announced]     # pylint: disable=protected-access
+            if not underway:
+                return brought
+            for each in underway:
+                announced.add(each.number)
+                brought.append((each.place // PAYLOAD, each.buffer.count,
+                                "".join(sorted(who.host for who in each.audience))))
+                self.complete("announce", each.number)
+            for each in underway:
+                self.send()
+            for each in underway:
+                self.complete("sent", each.number)
 
     def send(self):
         """Multicast what is due; returns (number, packets, whether a repair), or None."""
@@ -728,12 +849,13 @@ def test_no_more_rounds_are_under_way_than_the_smallest_window(windows, expected
     assert drive.took() == [("announce", number) for number in range(expected)]
 
 
-def test_a_window_is_that_of_who_was_here_at_the_start():
-    drive = Drive(5000, 2, [4, 1])
-    drive.roster.leave(drive.members[1])
-    drive.start()
+def test_a_window_is_that_of_who_is_here():
+    drive = Drive(5000, 2, [4, 2]).start()
     drive.fill_all()
-    assert len(drive.took()) == 1
+    assert len(drive.took()) == 2
+    drive.leave(1)
+    drive.fill_all()
+    assert len(drive.took()) == 2
 
 
 def test_what_is_missing_comes_by_tcp_and_the_round_is_through_after_it():
@@ -838,6 +960,8 @@ def test_the_last_word_comes_when_the_last_round_is_announced_and_it_is_over_whe
         drive.complete("sent", number)
     assert drive.took() == [("sent", 0), ("sent", 1)] and not drive.course.over
     drive.complete("finish")
+    assert not drive.course.over, "its clients are still here"
+    drive.serve(0)
     assert drive.course.over and drive.course.delivered == 100 * PAYLOAD - 60
 
 
@@ -1002,10 +1126,11 @@ def test_who_says_nothing_for_long_is_not_blamed_for_its_disk(busy, cause):
     assert drive.members[1].waited == {cause: 9.0}
 
 
-def test_a_client_that_alone_keeps_the_transfer_below_the_least_rate_is_condemned():
-    drive = Drive(10**5, 2, windows=[1, 1], min_rate=GB).start()
+def held_up(again, rounds):
+    """A transfer that node1 alone keeps below the least rate, for so many rounds of a second."""
+    drive = Drive(10**5, 2, windows=[1, 1], min_rate=GB, again=again, capacity=100).start()
     slow = drive.members[1]
-    for number in range(12):
+    for number in range(rounds):
         drive.fill_all()
         drive.complete("announce", number)
         drive.send()
@@ -1016,9 +1141,218 @@ def test_a_client_that_alone_keeps_the_transfer_below_the_least_rate_is_condemne
         answers.paid(drive.members[0], drive.hands.clock)
         drive.hands.clock += 1.0
         answers.paid(slow, drive.hands.clock)
-        assert slow.sentence is None or number >= 10
         drive.course.complete(kmcast.Step("sent", drive.round(number)), answers)
+    return drive, slow
+
+
+def test_a_client_that_alone_keeps_the_transfer_below_the_least_rate_is_condemned_where_nothing_can_be_read_again():
+    assert held_up(False, 9)[1].sentence is None
+    drive, slow = held_up(False, 12)
     assert "below 1 Gbit/s" in slow.sentence and drive.members[0].sentence is None
+
+
+def test_else_it_is_set_aside_and_gets_the_rest_when_nobody_else_lacks_anything():
+    drive, slow = held_up(True, 4)
+    assert slow.aside and slow.waits and not slow.sentence
+    rest = drive.bring()
+    assert not slow.aside and not slow.waits
+    both = [who for _, _, who in rest]
+    assert both == sorted(both) and set(both) == {"node0", "node1"}, "one after the other"
+    assert rest[-1][0] + rest[-1][1] == 10**5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes: parts of 64, 100, 100, 36 packets
+
+def passes(packets=300, **options):
+    """A Drive of an image that can be read again, to node0, with one round under way at a time."""
+    options.setdefault("places", 9)
+    return Drive(packets, windows=options.pop("windows", [1]), capacity=100, again=True, **options)
+
+
+def brought_to_all_there(drive, rounds):
+    """Bring so many rounds of the first pass."""
+    for number in range(rounds):
+        drive.fill_all()
+        drive.complete("announce", number)
+        drive.send()
+        drive.complete("sent", number)
+
+
+def held(*ranges):
+    """Ranges, in packets."""
+    return kmcast.Held([(start * PAYLOAD, stop * PAYLOAD) for start, stop in ranges])
+
+
+def test_who_comes_late_takes_part_from_the_next_round_and_gets_the_beginning_in_another_pass():
+    drive = passes().start()
+    brought_to_all_there(drive, 1)
+    drive.fill_all()
+    drive.come("late", seek=True)
+    assert drive.bring() == [(64, 100, "node0"), (164, 100, "latenode0"), (264, 36, "latenode0"),
+                             (0, 64, "late"), (64, 100, "late")]
+    finished = [[who.host for who in step.audience] for step in drive.hands.steps if step.kind == "finish"]
+    assert finished == [["node0"], ["late"]], "nobody waits for another one"
+
+
+def test_the_digest_of_a_round_is_that_of_its_place_in_every_pass():
+    drive = passes().start()
+    brought_to_all_there(drive, 4)
+    drive.fill_all()
+    drive.come("late", seek=True)
+    drive.bring()
+    assert drive.hands.digests == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_an_output_that_takes_rounds_in_order_waits_for_the_next_pass():
+    drive = passes().start()
+    brought_to_all_there(drive, 1)
+    drive.fill_all()
+    pipe = drive.come("pipe")
+    assert pipe.waits
+    assert drive.bring() == [(64, 100, "node0"), (164, 100, "node0"), (264, 36, "node0"),
+                             (0, 64, "pipe"), (64, 100, "pipe"), (164, 100, "pipe"), (264, 36, "pipe")]
+    assert not pipe.waits
+
+
+@pytest.mark.parametrize("prefix, place", [(64, 64), (100, 64), (164, 164)])
+def test_an_output_in_order_that_is_back_goes_on_where_it_stood(prefix, place):
+    """Be it in the middle of a round, as another server may have cut the image elsewhere."""
+    drive = passes().start()
+    brought_to_all_there(drive, 1)
+    drive.fill_all()
+    drive.come("pipe", have=held((0, prefix)))
+    brought = drive.bring()
+    assert [start for start, _, who in brought if "pipe" in who] == [start for start in (64, 164, 264) if start >= place]
+
+
+def test_who_is_back_gets_what_it_lacks_and_nothing_else():
+    drive = passes().start()
+    brought_to_all_there(drive, 4)
+    drive.fill_all()
+    drive.come("back", seek=True, have=held((0, 100), (170, 300)))
+    assert drive.bring() == [(64, 100, "back"), (164, 100, "back")]
+
+
+def test_who_has_everything_is_told_so_at_once():
+    drive = passes().start()
+    brought_to_all_there(drive, 4)
+    drive.fill_all()
+    drive.took()
+    back = drive.come("back", seek=True, have=held((0, 300)))
+    assert [(step.kind, set(step.audience)) for step in drive.hands.steps] == [("finish", {back})]
+
+
+def test_a_pass_brings_what_any_of_those_present_lacks_to_all_who_lack_it():
+    drive = passes().start()
+    brought_to_all_there(drive, 4)
+    drive.fill_all()
+    drive.come("a", seek=True, have=held((64, 300)))
+    drive.come("b", seek=True, have=held((0, 64)))
+    drive.come("c", seek=True, have=held((0, 264)))
+    drive.come("d", have=held((0, 264)))
+    assert drive.bring() == [(0, 64, "a"), (64, 100, "b"), (164, 100, "b"), (264, 36, "bcd")]
+
+
+def test_what_nobody_lacks_is_read_but_not_sent():
+    """As its digest, and where it is cut, must be known for those behind."""
+    drive = passes()
+    drive.members[0].seek, drive.members[0].have = True, held((0, 200))
+    drive.start()
+    assert drive.bring() == [(164, 100, "node0"), (264, 36, "node0")]
+    assert len(drive.hands.released) == 4 and sorted(drive.hands.digests) == [0, 1, 2, 3], "no buffer is used before it is hashed"
+
+
+def test_who_lacks_after_all_what_it_had_gets_it_again_even_when_it_was_told_that_all_was_well():
+    drive = passes().start()
+    brought_to_all_there(drive, 4)
+    drive.fill_all()
+    assert ("finish", None) in drive.took()
+    drive.members[0].seek = True
+    drive.roster.news.append(("lacks", drive.members[0], held((70, 71))))
+    drive.course.hear()
+    assert drive.bring() == [(64, 100, "node0")]
+    assert ("finish", None) in drive.took()
+
+
+def test_what_a_client_lacks_after_all_counts_before_the_start_too():
+    drive = passes()
+    drive.members[0].seek, drive.members[0].have = True, held((0, 300))
+    drive.roster.news.append(("lacks", drive.members[0], held((70, 71))))
+    drive.course.hear()
+    drive.start()
+    assert drive.bring() == [(64, 100, "node0")]
+
+
+def test_who_lacks_what_cannot_be_read_again_is_dropped():
+    drive = passes()
+    drive.roster.again = False
+    drive.start()
+    brought_to_all_there(drive, 2)
+    drive.roster.news.append(("lacks", drive.members[0], held((0, 1))))
+    drive.course.hear()
+    assert drive.members[0].sentence
+
+
+def test_nobody_can_lack_the_same_again_and_again():
+    drive = passes().start()
+    drive.members[0].seek = True
+    for _ in range(3):
+        drive.bring()
+        assert not drive.members[0].sentence
+        drive.roster.news.append(("lacks", drive.members[0], held((0, 300))))
+        drive.course.hear()
+    assert drive.members[0].sentence
+
+
+def test_it_is_over_when_all_places_are_served_or_nobody_has_come_for_as_long_as_it_lingers():
+    for places, linger, over in ((1, 5.0, True), (2, 0, True), (2, 5.0, False), (1, kmcast.UNLIMITED, False)):
+        drive = passes(places=places, linger=linger, more=linger == kmcast.UNLIMITED).start()
+        drive.bring()
+        drive.serve(0)
+        assert drive.course.over == over, (places, linger)
+        drive.hands.clock += 5.0
+        drive.course.look(drive.hands.clock)
+        assert drive.course.over == (linger < kmcast.UNLIMITED)
+
+
+def test_who_comes_while_it_lingers_is_served_and_it_lingers_again():
+    drive = passes(linger=5.0).start()
+    drive.bring()
+    drive.serve(0)
+    drive.hands.clock += 4.0
+    drive.come("late", seek=True)
+    assert len(drive.bring()) == 4
+    drive.hands.clock += 4.0
+    drive.course.look(drive.hands.clock)
+    assert not drive.course.over
+    drive.serve(1)
+    drive.hands.clock += 4.0
+    drive.course.look(drive.hands.clock)
+    assert not drive.course.over
+    drive.hands.clock += 1.0
+    drive.course.look(drive.hands.clock)
+    assert drive.course.over
+
+
+def test_what_those_who_are_gone_lack_is_not_brought():
+    drive = passes().start()
+    brought_to_all_there(drive, 2)
+    late = drive.come("late", seek=True)
+    drive.leave(0)
+    drive.leave(1)
+    assert drive.bring() == [(164, 100, "node0")], "which was under way"
+    assert drive.course.deserted and drive.course.over and late.lacks == 300 * PAYLOAD
+
+
+def test_a_part_that_does_not_fit_before_the_last_seq_begins_at_the_first():
+    drive = passes().start()
+    brought_to_all_there(drive, 4)
+    drive.course._base = 2**31 - 10     # pylint: disable=protected-access
+    drive.fill_all()
+    drive.come("late", seek=True)
+    drive.fill_all()
+    assert drive.round(5).buffer.base == 0, "as if a round had been left out"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
