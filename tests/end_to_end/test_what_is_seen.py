@@ -15,7 +15,7 @@ from helpers import LOOPBACK
 from pythons import BOTH, NEWEST
 from test_failures import Consumer, wait_until
 
-KEYS = {"kmcast", "command", "result", "exit_code", "reason", "bytes", "sha256", "seconds", "goodput", "carried", "steps"}
+KEYS = {"kmcast", "command", "arguments", "ended", "result", "exit_code", "reason", "bytes", "sha256", "seconds", "goodput", "carried", "steps"}
 
 
 def read(path):
@@ -35,6 +35,8 @@ def test_the_reports_of_a_transfer_say_what_was_carried_and_what_became_of_each_
     report = read(tmp_path / "server")
     assert set(report) == KEYS | {"hosts"}
     assert (report["command"], report["result"], report["exit_code"], report["reason"]) == ("server", "complete", 0, None)
+    assert report["arguments"] == ["server", "--report", str(tmp_path / "server"), LOOPBACK, "2", str(port)]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", report["ended"])
     assert (report["bytes"], report["sha256"]) == (len(data), helpers.sha256(data))
     assert report["carried"]["multicast"] > 0 and report["goodput"] > 0
     assert [(host["result"], host["exit_code"]) for host in report["hosts"]] == 2 * [("complete", 0)]
@@ -182,4 +184,5 @@ def test_on_a_terminal_there_is_a_line_that_is_redrawn_and_torn_by_no_other(envi
     assert bool(re.search(r"\d+ %, [0-9.]+ Mbit/s", said)) == drawn, said
     for line in said.replace("\r\n", "\n").split("\n"):
         shown = line.split("\r\x1b[K")[-1] if drawn else line
-        assert "\x1b" not in shown and (shown == "" or shown.startswith("kmcast server: ")), repr(line)
+        assert "\x1b" not in shown, repr(line)
+        assert re.match("kmcast server: |[0-9a-f]{64}  -$|$", shown), repr(line)
