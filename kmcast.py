@@ -10119,7 +10119,7 @@ def command_line():
                  help='many packets at once: auto, gso, mmsg or plain (auto)')
         made.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
         made.add('safety', '--key', metavar='FILE',
-                 help='who has it takes part; -: standard input (what KMCAST_KEY_FILE names)')
+                 help='who has it takes part; -: stdin (what KMCAST_KEY_FILE names)')
         made.add('output', '--report', metavar='FILE', help='write how it went there, as JSON')
         made.add('output', '--log', metavar='FILE', help='add what -v says there, with date and time')
         add_common(made)
