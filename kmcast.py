@@ -7717,12 +7717,18 @@ class JsonReport(object):
                       goodput=round(8 * result['bytes'] / seconds) if seconds else 0)
         if self._command == 'client' and code == NOT_STARTED:
             result['result'] = 'refused' if job and job.refused else 'not started'
-        folder, name = os.path.split(os.path.abspath(self._path))
-        temporary = os.path.join(folder, '.%s.%d.tmp' % (name[:100], os.getpid()))
+        text = json.dumps(result, sort_keys=True, indent=1).encode('ascii') + b'\n'
         try:
+            if os.path.exists(self._path) and not os.path.isfile(self._path):       # a device, a pipe: it stays what it is
+                with io.open(os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 'wb') as file:
+                    file.write(text)
+                return
+            path = os.path.realpath(self._path)
+            folder, name = os.path.split(path)
+            temporary = os.path.join(folder, '.%s.%d.tmp' % (name[:100], os.getpid()))
             with io.open(temporary, 'wb') as file:
-                file.write(json.dumps(result, sort_keys=True, indent=1).encode('ascii') + b'\n')
-            os.rename(temporary, self._path)
+                file.write(text)
+            os.rename(temporary, path)
         except OS_ERRORS as error:
             tell('unreported', path=printable(self._path), reason=explain(error))
 

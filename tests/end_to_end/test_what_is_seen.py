@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import signal
+import stat
 import time
 
 import pytest
@@ -74,6 +75,19 @@ def test_a_report_is_written_however_it_ends(tmp_path):
     assert (report["result"], report["exit_code"]) == ("failed", 1) and "SIGTERM" in report["reason"]
     assert read(tmp_path / "late")["result"] == "refused"
     assert not (tmp_path / "0").exists() and len(os.listdir(str(tmp_path))) == 3
+
+
+@BOTH
+def test_a_report_into_a_pipe_leaves_it_one(python, tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    reader = os.open(str(tmp_path / "pipe"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        client = helpers.start_client(["--report", tmp_path / "pipe", "--wait", 0, LOOPBACK, LOOPBACK, helpers.free_port()], python)
+        code = client.finish(20)[0]
+        report = json.loads(os.read(reader, 65536).decode("ascii"))
+    finally:
+        os.close(reader)
+    assert report["exit_code"] == code and stat.S_ISFIFO(os.stat(str(tmp_path / "pipe")).st_mode)
 
 
 def test_a_report_that_cannot_be_written_changes_nothing_but_gets_a_line(tmp_path):
