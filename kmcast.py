@@ -3440,6 +3440,7 @@ class Copy(object):
         self._again = False             # all was doubted once
         self._area = None
         self._tail = b''                # what a stream took last
+        self._met = {}                  # as _digests, of those that the server told and that fit
 
     def begin(self, image, digest):
         """A session has begun: it brings the image of that name, with digests or without.
@@ -3602,6 +3603,8 @@ class Copy(object):
             self.held.remove(max([self.verified] + list(self._digests)), 1 << 63)
             self.bytes = self.held.size
         self._ahead = self._trial = None
+        if self.verified and self.hash:
+            self._met[self.verified] = self.hash.digest()
 
     def last_bytes(self):
         """Some of those before the first that is not there."""
@@ -3635,8 +3638,7 @@ class Copy(object):
     def fill_anew(self):
         """Another way brings all of it; what the server told of its digests is to be met all the same.  Raises Failure."""
         told = dict(self._digests)
-        if self.verified and self.hash:
-            told[self.verified] = self.hash.digest()
+        told.update(self._met)
         self._start_over()
         self._digests, self.bytes, self.resumed = told, 0, 0
         self.sink.start_over()
@@ -3663,6 +3665,8 @@ class Copy(object):
             self.check_seconds += monotonic() - since
             if stop in self._digests and so_far.digest() != self._digests[stop]:
                 return self.verified, stop
+            if stop in self._digests:
+                self._met[stop] = self._digests[stop]
             self.hash = so_far
             self._reached(stop)
         return None
@@ -8926,7 +8930,7 @@ class Fallback(object):
         self.writing_since = None
         self._version = None            # what tells this version of the image from others
         self._response = self._next = None          # what is being read, and which byte comes next
-        self._connection = None
+        self._connection = self._fd = None
         self._over = threading.Event()
         self._since = None              # when the first try failed since something came
         self._tries = 0
@@ -8972,12 +8976,9 @@ class Fallback(object):
     def close(self):
         """Come to an end soon."""
         self._over.set()
-        connection = self._connection
-        try:
-            if connection and connection.sock:
-                connection.sock.shutdown(socket.SHUT_RDWR)
-        except OS_ERRORS:
-            pass
+        fd = self._fd
+        if fd is not None:              # not by the socket, which would forget that there is TLS
+            LIBC.shutdown(fd, socket.SHUT_RDWR)
 
     def _drop(self, pair):
         """Bytes that do not fit what the server told are to come again; returns whether there are any.  Raises Failure."""
@@ -9096,9 +9097,9 @@ class Fallback(object):
         self._response, self._next = response, first
         self._endless = status == 200 and response.getheader('Content-Length') is None
 
-    def _check_size(self, size):
-        """Raises Failure unless the image can have that size."""
-        most = max([stop for _, stop in self._copy.held] + [self._copy.told])
+    def _check_size(self, size, anew=False):
+        """Raises Failure unless the image can have that size; anew: whatever else than the server's is here."""
+        most = max([self.told] + [stop for _, stop in self._copy.held if not anew])
         if self.size_told not in (None, size) or most > size:
             raise Failure('%s has another image: of %d bytes, not %s%d' % (
                 printable(self.place.url), size, '' if self.size_told is not None else 'at least ',
@@ -9111,7 +9112,7 @@ class Fallback(object):
         self._starts += 1
         if self._starts > self.STARTS:
             raise Failure('%s, for the %dth time' % (reason, self._starts))
-        self._check_size(version[-1])
+        self._check_size(version[-1], anew=True)
         tell('fallback_anew', reason=reason)
         self._copy.fill_anew()
         self.size, self._version, self._anew, self.brought = version[-1], version, True, 0
@@ -9135,6 +9136,7 @@ class Fallback(object):
         try:
             self._connection = connection = library.HTTPConnection(place.host, place.port, timeout=timeout)
             connection.sock = socket.create_connection((place.host, place.port), timeout)
+            self._fd = connection.sock.fileno()
             if place.secure:
                 try:
                     connection.sock = self._secure(connection.sock, place.host)
@@ -9161,14 +9163,24 @@ class Fallback(object):
                 context = ssl.create_default_context(cafile=self._cafile)
             except OS_ERRORS as error:
                 raise Failure('cannot read %s: %s' % (self._cafile, explain(error)))
-            return context.wrap_socket(sock, server_hostname=host)
-        cafile = self._cafile or ([name for name in self.BUNDLES if os.path.exists(name)] + [None])[0]
-        if not cafile:
-            raise Failure('this host has no certificates to know others by; give --cafile FILE')
-        secure = ssl.wrap_socket(sock, cert_reqs=ssl.CERT_REQUIRED, ca_certs=cafile, ssl_version=ssl.PROTOCOL_SSLv23)   # pylint: disable=no-member
+            if sys.version_info[0] > 2:
+                return context.wrap_socket(sock, server_hostname=host)
+            context.check_hostname = False          # it knows of no addresses; we look below
+            secure = context.wrap_socket(sock, server_hostname=host)
+        else:
+            secure = self._secure_by_old_means(sock)
         if not names_host(secure.getpeercert(), host):
             raise Failure('the certificate is not one of %s' % printable(host))
         return secure
+
+    def _secure_by_old_means(self, sock):
+        """The same where Python is older than 2.7.9.  Raises OS_ERRORS, Failure."""
+        import ssl
+        cafile = self._cafile or ([name for name in self.BUNDLES if os.path.exists(name)] + [None])[0]
+        if not cafile:
+            raise Failure('this host has no certificates to know others by; give --cafile FILE')
+        # pylint: disable=no-member
+        return ssl.wrap_socket(sock, cert_reqs=ssl.CERT_REQUIRED, ca_certs=cafile, ssl_version=ssl.PROTOCOL_SSLv23)
 
     @staticmethod
     def _library():
@@ -9190,9 +9202,11 @@ class Fallback(object):
 
     def _hang_up(self):
         """No more of this answer."""
-        connection, self._connection, self._response, self._next = self._connection, None, None, None
-        if connection:
-            connection.close()
+        ends, self._connection, self._response = (self._response, self._connection), None, None
+        self._fd = self._next = None
+        for end in ends:
+            if end:
+                end.close()
 
 
 # ---------------------------------------------------------------------------
@@ -9332,7 +9346,8 @@ class Client(object):
             failure = self.writer.failure or Failure('the writer ended')
             if isinstance(failure, Final):
                 raise failure
-            raise Failure('%s; and the fallback failed: %s' % (error.reason, failure.reason), error.code)
+            raise Failure('%s; and the fallback failed: %s' % (error.reason, failure.reason),
+                          FAILED if self._flowing else error.code)
         self.failure = None
         self.writer.commit()
         self._await_end()
