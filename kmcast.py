@@ -32,6 +32,7 @@ only those above it:
     Report              what the user sees: the log, the progress, the table, the report
     TCP servers         the spec's chain of threads, one poll() each
     Multicaster         the spec's UDP server: the image into the air
+    Fallback            the rest of the image by HTTP
     Client              receives one image
     Report page         an HTML page from reports
     Command line        arguments, demo, exit codes
@@ -225,6 +226,10 @@ class Failure(Exception):
         Exception.__init__(self, reason)
         self.reason = reason
         self.code = code
+
+
+class Final(Failure):
+    """One that no other way to the image would mend: of the output, or of what the user wants."""
 
 
 class Refused(Failure):
@@ -2686,7 +2691,7 @@ class Command(object):
                     pid, status = uninterrupted(os.waitpid, self._process.pid,
                                                 os.WNOHANG | os.WUNTRACED)
                 except OS_ERRORS as error:
-                    raise Failure('how the command ended cannot be known (%s): %s'
+                    raise Final('how the command ended cannot be known (%s): %s'
                                   % (explain(error), printable(self.text)))
                 if not pid:
                     return False
@@ -2737,7 +2742,7 @@ class Command(object):
                 tell('command_awaited', command=printable(self.text))
             return False
         if self.code:
-            raise Failure('the command %s: %s' % (
+            raise Final('the command %s: %s' % (
                 'was ended by signal %d' % -self.code if self.code < 0
                 else 'failed with exit code %d' % self.code, printable(self.text)))
         return True
@@ -3128,7 +3133,7 @@ class Sink(object):
                 return self
             if path is None:
                 if os.isatty(1):
-                    raise Failure('standard output is a terminal; give "> FILE", a pipe, '
+                    raise Final('standard output is a terminal; give "> FILE", a pipe, '
                                   '-o FILE or --pipe COMMAND', USAGE)
                 self._fd = 1
                 os.fstat(1)
@@ -3161,7 +3166,7 @@ class Sink(object):
             reason = explain(error)
             if errno_of(error) == errno.EBUSY and not self._target:
                 reason += ' (it may be mounted)'
-            raise Failure('cannot write %s: %s' % (
+            raise Final('cannot write %s: %s' % (
                 'standard output' if path is None else printable(path), reason), USAGE)
         return self
 
@@ -3225,13 +3230,13 @@ class Sink(object):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
                 self._place = None      # so the next write goes to its own
         if room is not None and size > room:
-            raise Failure('no room for the image at %s: it has %d bytes, and there is room for %d'
+            raise Final('no room for the image at %s: it has %d bytes, and there is room for %d'
                           % (printable(self._path), size, room), NOT_STARTED)
         if self._target and fallocate:
             # A signal that comes too early ends it with EINTR; where it is not known, room is what is there when it is needed.
             while size and fallocate(self._fd, KEEP_SIZE, 0, min(size, (1 << 63) - 1)):
                 if ctypes.get_errno() in NO_ROOM:
-                    raise Failure('no room for the image at %s: it has %d bytes: %s' % (
+                    raise Final('no room for the image at %s: it has %d bytes: %s' % (
                         printable(self._path), size, os.strerror(ctypes.get_errno())), NOT_STARTED)
                 if ctypes.get_errno() != errno.EINTR:
                     break
@@ -3242,7 +3247,7 @@ class Sink(object):
             try:
                 os.ftruncate(self._fd, 0)
             except OS_ERRORS as error:
-                raise Failure('cannot write the image: %s' % explain(error))
+                raise Final('cannot write the image: %s' % explain(error))
 
     def start(self):
         """The first data is coming: start the command.  Raises Failure."""
@@ -3254,7 +3259,7 @@ class Sink(object):
             if self._fifo or stat.S_ISFIFO(os.fstat(self._fd).st_mode):
                 self._chunk = 1 << 16   # so that a slow consumer is seen to move
         except OS_ERRORS as error:
-            raise Failure('cannot start the command: %s' % explain(error))
+            raise Final('cannot start the command: %s' % explain(error))
 
     def write(self, data, place):
         """Write all of a memoryview, at a place in the image; that is the next one, unless it `seeks`.  Raises Failure."""
@@ -3276,10 +3281,10 @@ class Sink(object):
         except OS_ERRORS as error:
             if errno_of(error) == errno.EPIPE and self._command:
                 self._command.finish(self.LAST_WORDS)
-                raise Failure('the command read no more: %s' % printable(self._text))
+                raise Final('the command read no more: %s' % printable(self._text))
             if errno_of(error) == errno.EPIPE:
-                raise Failure('what reads the image has ended')
-            raise Failure('cannot write the image: %s' % explain(error))
+                raise Final('what reads the image has ended')
+            raise Final('cannot write the image: %s' % explain(error))
 
     def _go_to(self, place):
         if place != self._place and self.seeks:
@@ -3293,14 +3298,14 @@ class Sink(object):
             self._go_to(place)
             got = uninterrupted(self._reader.readinto, view)
         except OS_ERRORS as error:
-            raise Failure('cannot read back the image: %s' % explain(error))
+            raise Final('cannot read back the image: %s' % explain(error))
         self._place += got
         return got
 
     def _wait_a_moment(self):
         """Wait until the output takes more, or for a while."""
         if self._fate.get('is') == 'discard':
-            raise Failure('stopped')
+            raise Final('stopped')
         if self._fd is None:
             time.sleep(0.05)
         else:
@@ -3320,7 +3325,7 @@ class Sink(object):
     def _decide(self):
         """The point of no return.  Raises Failure if it was abandoned before."""
         if self._fate.setdefault('is', 'commit') != 'commit':
-            raise Failure('stopped')
+            raise Final('stopped')
 
     def commit(self, size):
         """The image is complete and verified, and has so many bytes: make it so.  Raises Failure."""
@@ -3347,7 +3352,7 @@ class Sink(object):
             os.close(self._fd)          # not before: it has the lock
         except OS_ERRORS as error:
             if not self._target or self._temporary:
-                raise Failure('cannot finish the image: %s' % explain(error))
+                raise Final('cannot finish the image: %s' % explain(error))
             tell('unfinished', step='closing it', reason=explain(error))
         if self._target:
             self._sync_folder()
@@ -3418,6 +3423,7 @@ class Copy(object):
     """
 
     CHUNK = 1 << 20                     # bytes to read back at once
+    TAIL = 1 << 16                      # bytes by which to know an image again
 
     DIFFERS = 'the digest differs: what was received is not the image; nothing of this round was written'
 
@@ -3439,6 +3445,8 @@ class Copy(object):
         self._trial = None              # the hash through a round that is right
         self._again = False             # all was doubted once
         self._area = None
+        self._tail = b''                # what a stream took last
+        self._met = {}                  # as _digests, of those that the server told and that fit
 
     def begin(self, image, digest):
         """A session has begun: it brings the image of that name, with digests or without.
@@ -3453,7 +3461,7 @@ class Copy(object):
         if same and digest == self.digest:
             return []
         if self.bytes and not self.sink.seeks:
-            raise Failure('the server has another image now')
+            raise Final('the server has another image now')
         lost = list(self.held) if same else []
         self.image, self.digest = image, digest
         self._start_over()
@@ -3496,6 +3504,8 @@ class Copy(object):
         for piece in self._fresh(incoming, pieces):
             self.sink.write(piece, place)
             place += len(piece)
+        if not self.sink.seeks:
+            self._tail = self._fresh(incoming, pieces)[-1][-self.TAIL:].tobytes()
         self.held.add(start, stop)
         self.bytes = self.held.size
         if self._trial:
@@ -3591,6 +3601,97 @@ class Copy(object):
             return self.doubt_all()
         return []
 
+    # ---- without a server
+
+    def go_alone(self):
+        """No session tells of the image any more: what it told stands, and what only an earlier run wrote counts no more."""
+        if self.digest is None:
+            self.digest, self.hash = True, hashlib.sha256()
+        if self.resumed:
+            self.held.remove(max([self.verified] + list(self._digests)), 1 << 63)
+            self.bytes = self.held.size
+        self._ahead = self._trial = None
+        if self.verified and self.hash:
+            self._met[self.verified] = self.hash.digest()
+
+    def last_bytes(self):
+        """Some of those before the first that is not there."""
+        if not self.sink.seeks:
+            return self._tail
+        size = min(self.TAIL, self.held.prefix)
+        area = bytearray(size)
+        got = self.sink.read_into(memoryview(area), self.held.prefix - size) if size else 0
+        return bytes(area) if got == size else b''
+
+    def fill(self, data, place):
+        """Write bytes that come by another way.  Raises Failure."""
+        self.sink.write(memoryview(data), place)
+        stop = place + len(data)
+        self.held.add(place, stop)
+        self.bytes = self.held.size
+        if self._journal and self.image:
+            self._journal.wrote(place, stop, b'')
+        if not self.hash:
+            self.verified = self.held.prefix
+        elif place == self.verified and not (self._digests and self.sink.seeks):
+            # What a stream took cannot be read back.
+            for known in sorted(known for known in self._digests if known <= stop):
+                self.hash.update(data[self.verified - place:known - place])
+                if self.hash.digest() != self._digests[known]:
+                    raise self._verdict(self.DIFFERS)
+                self._reached(known)
+            self.hash.update(data[self.verified - place:])
+            self.verified = stop
+
+    def fill_anew(self):
+        """Another way brings all of it; what the server told of its digests is to be met all the same.  Raises Failure."""
+        told = dict(self._digests)
+        told.update(self._met)
+        self._start_over()
+        self._digests, self.bytes, self.resumed = told, 0, 0
+        self.sink.start_over()
+
+    def meet(self, size=None):
+        """Read back and hash what is there through each digest that the server told, and at last through `size`.
+
+        Returns (start, stop) of what is there and does not fit; None if all does.  Raises Failure.
+        """
+        if not self.sink.seeks:
+            return None                 # fill() has seen to it
+        for stop in sorted(self._digests) + [size] * (size is not None and self.hash is not None):
+            if stop > self.verified and not self.held.covers(self.verified, stop):
+                break
+            so_far, place, since = self.hash.copy(), self.verified, monotonic()
+            self._area = self._area or bytearray(self.CHUNK)
+            while place < stop:
+                got = self.sink.read_into(memoryview(self._area)[:stop - place], place)
+                if not got:
+                    return self.verified, stop
+                so_far.update(memoryview(self._area)[:got])
+                place += got
+                self.checked += got
+            self.check_seconds += monotonic() - since
+            if stop in self._digests and so_far.digest() != self._digests[stop]:
+                return self.verified, stop
+            if stop in self._digests:
+                self._met[stop] = self._digests[stop]
+            self.hash = so_far
+            self._reached(stop)
+        return None
+
+    def drop(self, start, stop):
+        """These bytes are not what they should be."""
+        self.doubted.add(start, stop)
+        self.held.remove(start, stop)
+        self.bytes = self.held.size
+        if self._journal and self.image:
+            self._journal.doubted(start, stop)
+
+    @property
+    def told(self):
+        """Through which byte digests are known that the server told, or an earlier one."""
+        return max([self.verified] + list(self._digests)) if self.digest else 0
+
     def _verdict(self, reason):
         """A Failure after which a later run had better not go on with what is here."""
         if self._journal:
@@ -3610,8 +3711,8 @@ class Writer(threading.Thread):
     DOUBTED = 'doubted'                 # (start, stop) of each: not there after all
     THROUGH = 'through'                 # with what else it had to do
 
-    def __init__(self, copy):
-        """copy: a Copy."""
+    def __init__(self, copy, paused=False):
+        """copy: a Copy; paused: as after pause()."""
         threading.Thread.__init__(self, name='writer')
         self.daemon = True
         self.copy = copy
@@ -3621,7 +3722,7 @@ class Writer(threading.Thread):
         self._given = self._done = 0    # jobs, counted by the parent and by us
         self._jobs = collections.deque()            # (method, arguments)
         self._again = None              # the round without which it does not go on
-        self._paused = self._over = False
+        self._paused, self._over = paused, False
         self.link = SemLink()
         self._own_link = self.link.spawn()
 
@@ -3639,6 +3740,10 @@ class Writer(threading.Thread):
     def end(self, size, digest):
         """After all rounds: the bytes and the digest of the image."""
         self._give((self._end, size, digest))
+
+    def carry_out(self, work):
+        """Call that, after all; what it raises is our failure."""
+        self._give((work,))
 
     def pause(self):
         """Finish the rounds that can be, forget the others, and do nothing until go_on()."""
@@ -3695,7 +3800,7 @@ class Writer(threading.Thread):
         except Failure as error:
             self.failure = error
         except Exception as error:      # pylint: disable=broad-except
-            self.failure = Failure(internal_error(error))
+            self.failure = Final(internal_error(error))
         finally:
             self._own_link.close()
 
@@ -7091,6 +7196,10 @@ WORDS = {
     'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
                'other, so all that is to come comes by TCP'),
     'relay_stranger': (INFO, '%(address)s: %(reason)s'),
+    'falling_back': (WARNING, '%(reason)s; going on by HTTP, with %(url)s'),
+    'fallback_waits': (WARNING, 'fallback: %(reason)s; trying again in %(seconds).1f s'),
+    'fallback_found': (INFO, 'fallback: %(size)d bytes there, %(count)d of them here'),
+    'fallback_anew': (WARNING, 'fallback: %(reason)s; starting over'),
     'server_not_told': (WARNING, 'the image is complete, but the server could not be told: %(reason)s'),
 }
 
@@ -7364,6 +7473,11 @@ def server_status(server, now):
 
 def client_status(client, now):
     """The Status of a Client."""
+    if client.fallback:
+        return Status(
+            seconds=now - (client.started or now), begun=client.started is not None, bytes=client.copy.bytes,
+            before=client.copy.resumed, size=client.fallback.size, waits='the HTTP server', here=None, places=None,
+            lost=0, repaired=0, carrier='HTTP')
     window, says = client.window, client.says
     here, places = says.get('here'), says.get('places')
     waits = ''
@@ -7617,6 +7731,11 @@ def client_summary(client):
     """(level, line) of how a client's transfer went well."""
     window, seconds = client.window, client.ended - client.started
     size = client.copy.bytes
+    if client.fallback:
+        yield INFO, '%s in %.1f s; %s' % (counted(size, 'byte'), seconds, fallback_in_words(client))
+        if client.copy.hash:
+            yield DIGEST, digest_line(client.copy.hash.hexdigest(), client.sink.is_file and client.options.output)
+        return
     if size and not window.by_multicast and not client.unicast and not client.deaf:
         carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
         yield WARNING, 'multicast does not reach this host, everything came %s; %s' % (carrier, causes(window.payload))
@@ -7641,6 +7760,21 @@ def client_summary(client):
 def digest_line(digest, path):
     """What sha256sum -c reads; without a path that it can read, or under a name that it would quote: `-`."""
     return '%s  %s' % (digest, path if path and re.match(r'[!-\[\]-~][ -\[\]-~]*$', path) else '-')
+
+
+def fallback_in_words(client):
+    """What came by HTTP, and what of the image is known to be right."""
+    fallback = client.fallback
+    if client.options.expect_sha256:
+        return '%s by HTTP, and all verified by --expect-sha256' % counted(fallback.brought, 'byte')
+    told = min(fallback.told, fallback.size)
+    by = '%s by HTTP' % counted(fallback.brought, 'byte')
+    length = 'the length is what the server told' if fallback.size_told is not None else 'the length is what HTTP told'
+    rest = '; nothing but HTTP tells whether %s right' % (
+        'the other %s are' % counted(fallback.size - told, 'byte') if told else 'it is') if told < fallback.size else ''
+    verified = '' if not told else ', all verified by the server\'s SHA-256' if told == fallback.size else (
+        ', the first %s verified by the server\'s SHA-256' % counted(told, 'byte'))
+    return '%s%s; %s%s' % (by, verified, length, rest)
 
 
 class Summary(object):
@@ -7757,6 +7891,7 @@ def client_report(client):
         'server': {'address': client.options.server_ip, 'port': client.options.port},
         'carried': {'multicast': window.by_multicast * payload, 'coded': window.coded * payload,
                     'tcp': window.by_tcp * payload, 'chain': window.by_chain * payload} if window else None,
+        'fallback': client.fallback and client.fallback.report(),
         'lost': window.by_tcp + window.coded if window else None,
         'overflows': client.overflows}
 
@@ -8839,6 +8974,383 @@ class Multicaster(object):
 
 
 # ---------------------------------------------------------------------------
+# Fallback
+# ---------------------------------------------------------------------------
+
+class Place(object):
+    """What a URL says: where to connect, securely or not, and what to ask for."""
+
+    FORM = re.compile(r'(https?)://(\[[0-9a-fA-F:.]+\]|[^/:@?#\[\]\s]+)(?::([0-9]{1,5}))?((?:[/?][!-"$-~]*)?)(?:#.*)?$', re.IGNORECASE)
+
+    def __init__(self, url):
+        """Raises Failure, for wrong usage."""
+        match = self.FORM.match(url)
+        if not match:
+            raise Failure('%s is not a URL such as https://host/image' % printable(url), USAGE)
+        scheme, self.host, port, path = match.groups()
+        self.secure = scheme.lower() == 'https'
+        self.host = self.host.strip('[]')
+        self.port = int(port) if port else 443 if self.secure else 80
+        self.path = path if path.startswith('/') else '/' + path
+        shown = '[%s]' % self.host if ':' in self.host else self.host
+        self.authority = shown + (':%s' % port if port else '')
+        self.url = '%s://%s%s' % (scheme.lower(), self.authority, self.path)
+
+    def target(self, location):
+        """The Place that a redirect from here leads to.  Raises Failure."""
+        if location.startswith('//'):
+            location = self.url[:self.url.index('//')] + location
+        elif location.startswith('/'):
+            location = self.url[:len(self.url) - len(self.path)] + location
+        elif '://' not in location:
+            location = self.url.split('?')[0].rsplit('/', 1)[0] + '/' + location
+        place = Place(location)
+        if self.secure and not place.secure:
+            raise Failure('%s redirects to %s, which is not secure' % (printable(self.url), printable(location)))
+        return place
+
+
+def names_host(certificate, host):
+    """Whether a certificate, as SSLSocket.getpeercert() gives it, is one of that host: RFC 6125."""
+    names = certificate.get('subjectAltName', ())
+    if is_address(host) or ':' in host:
+        return ('IP Address', host) in [tuple(pair) for pair in names]
+    alternatives = [value for kind, value in names if kind == 'DNS'] or [
+        value for part in certificate.get('subject', ()) for kind, value in part if kind == 'commonName' and not names]
+    host = host.lower().rstrip('.')
+    return any(name.lower() == host or name.startswith('*.') and '.' in name[2:]
+               and host.partition('.')[2] == name[2:].lower() for name in alternatives)
+
+
+def chance():
+    """A random number from 0 to 1."""
+    return to_int(os.urandom(4)) / (1 << 32)
+
+
+class Unanswered(Exception):
+    """A request did not bring all that was asked for: it is worth another try.
+
+    seconds: when the server wants to hear from us again; None: it did not say.
+    """
+
+    def __init__(self, reason, seconds=None):
+        Exception.__init__(self, reason)
+        self.seconds = seconds
+
+
+class Fallback(object):
+    """The way on by HTTP when a transfer fails: brings what is missing of an image into a Copy.
+
+    What it brings is hashed, and where the server told digests they must be met, so only what lies
+    behind the last of these is as HTTP has it.  Where the image went on from, the bytes before must be the same
+    there; all requests must be answered from one version of it, and its length is to be what the server told.
+    open() and fetch() are for the writer's thread.
+
+    size        of the image, bytes; None: not known yet
+    size_told   the same as the server told it
+    told        through so many bytes there are digests of the server
+    brought     bytes that came by HTTP
+    writing_since   when it began to write some bytes, seconds; None: it does not
+    """
+
+    SPREAD = 3.0                        # seconds at the most before the first request: others may fall back at once
+    LONGEST = 30.0                      # seconds at the most between two tries
+    REDIRECTS = 10
+    STARTS = 5                          # times that it starts over, at the most
+    CHUNK = 256 << 10                   # bytes to read at once
+    # Where Python does not know where this host has its certificates: before 2.7.9.
+    BUNDLES = '/etc/pki/tls/certs/ca-bundle.crt', '/etc/ssl/certs/ca-certificates.crt', '/etc/ssl/ca-bundle.pem'
+
+    def __init__(self, reason, url, cafile, copy, size, stall_timeout, patience):      # pylint: disable=too-many-arguments
+        """reason: why it is needed; url, cafile: of the command line; copy: Copy, to which nobody else writes; size: as the server told it, or None; stall_timeout: seconds,
+        0 for ever; patience: seconds to try without getting a byte more."""
+        self.reason, self.place, self._cafile, self._copy = reason, Place(url), cafile, copy
+        self.size_told, self._stall, self._patience = size, stall_timeout, patience
+        self.size = None
+        self.told = self.brought = 0
+        self.writing_since = None
+        self._version = None            # what tells this version of the image from others
+        self._response = self._next = None          # what is being read, and which byte comes next
+        self._connection = self._fd = None
+        self._over = threading.Event()
+        self._since = None              # when the first try failed since something came
+        self._tries = 0
+        self._anew = False              # it starts over
+        self._endless = False           # the answer does not say how long it is
+        self._starts = 0
+
+    def report(self):
+        """For --report."""
+        return {'reason': self.reason, 'url': self.place.url, 'bytes': self.brought, 'size': self.size,
+                'verified': min(self.told, self.size or 0), 'size_told': self.size_told is not None}
+
+    def open(self):
+        """Wait for a while, and reach the image; nothing is written.  Raises Failure."""
+        copy = self._copy
+        copy.go_alone()
+        self._drop(copy.meet())
+        self.told = copy.told
+        self._over.wait(self.SPREAD * chance())
+        while True:
+            try:
+                self._ask(copy.held.prefix, None, copy.last_bytes())
+                break
+            except Unanswered as error:
+                self._wait(error)
+        self._anew = False
+        tell('fallback_found', size=self.size, count=copy.bytes)
+
+    def fetch(self):
+        """Bring all that is missing, and verify what can be.  Raises Failure."""
+        copy = self._copy
+        while True:
+            for start, stop in copy.held.missing(0, self.size):
+                self._bring(start, stop)
+                break                   # what is missing may be another by now
+            else:
+                self._hang_up()
+                if not self._drop(copy.meet(self.size)):
+                    break
+        if copy.verified != self.size:
+            raise Failure('the image has %d bytes, not %d' % (copy.verified, self.size))
+
+    def close(self):
+        """Come to an end soon."""
+        self._over.set()
+        fd = self._fd
+        if fd is not None:              # not by the socket, which would forget that there is TLS
+            LIBC.shutdown(fd, socket.SHUT_RDWR)
+
+    def _drop(self, pair):
+        """Bytes that do not fit what the server told are to come again; returns whether there are any.  Raises Failure."""
+        if pair is None:
+            return False
+        if self._copy.doubted.touches(*pair) or not self._copy.sink.seeks:
+            raise Failure('%s has another image: its bytes %d to %d do not fit the server\'s SHA-256' % (
+                (self.place.url,) + pair))
+        tell('doubted', count=pair[1] - pair[0])
+        self._copy.drop(*pair)
+        return True
+
+    def _bring(self, start, stop):
+        """Bring these bytes, however often it breaks.  Raises Failure."""
+        while start < stop:
+            try:
+                if self._next != start:
+                    self._ask(start, stop)
+                data = self._read(min(self.CHUNK, stop - start))
+            except Unanswered as error:
+                self._wait(error)
+                if self._anew:          # so all is to come
+                    self._anew = False
+                    return
+                continue
+            self.writing_since = monotonic()
+            self._copy.fill(data, start)
+            self.writing_since = None
+            start += len(data)
+            self.brought += len(data)
+            self._since, self._tries = None, 0
+        if self._endless and stop == self.size and self._next == stop:
+            try:
+                self._read(1)
+            except Unanswered:
+                return
+            raise Failure('%s has another image: of more than %d bytes' % (printable(self.place.url), self.size))
+
+    def _wait(self, error):
+        """Before the next try.  Raises Failure when there was nothing for too long."""
+        self._hang_up()
+        now = monotonic()
+        self._since = self._since or now
+        if now - self._since > self._patience or self._over.is_set():
+            raise Failure('%s: %s' % (printable(self.place.url), error))
+        self._tries += 1
+        seconds = min(self.LONGEST, 2.0 ** self._tries / 4) * (0.5 + chance() / 2)
+        seconds = max(seconds, error.seconds or 0)
+        tell('fallback_waits', reason=str(error), seconds=seconds)
+        self._over.wait(seconds)
+
+    # ---- HTTP
+
+    def _ask(self, start, stop, known=b''):
+        """Ask for the image from `start` on, behind bytes that are `known`.  Raises Failure, Unanswered."""
+        self._hang_up()
+        first = start - len(known)
+        headers = {}
+        if first:
+            headers['Range'] = 'bytes=%d-%s' % (first, '' if stop is None else stop - 1)
+            if self._version and self._version[0]:
+                headers['If-Range'] = self._version[0]
+        place = self.place
+        for _ in range(self.REDIRECTS):
+            response = self._request(place, headers)
+            if response.status not in (301, 302, 303, 307, 308):
+                break
+            location = response.getheader('Location')
+            self._hang_up()
+            if not location:
+                raise Failure('%s redirects to nowhere' % printable(place.url))
+            try:
+                place = place.target(location)
+            except Failure as error:
+                raise Failure(error.reason)         # no wrong usage
+        else:
+            raise Failure('%s redirects too often' % printable(self.place.url))
+        self._take_answer(response, first)
+        while known and self._response:
+            data = self._read(len(known))
+            different, known = data != known[:len(data)], known[len(data):]
+            if different:
+                raise Failure('%s has another image: its bytes %d to %d differ from what is here' % (
+                    printable(self.place.url), first, start))
+
+    def _take_answer(self, response, first):
+        """The image, or part of it, is coming, or not.  Raises Failure, Unanswered."""
+        url, status = printable(self.place.url), response.status
+        if status in (408, 429) or status >= 500:
+            seconds = response.getheader('Retry-After') or ''
+            raise Unanswered('HTTP status %d' % status, min(300, int(seconds)) if seconds.isdigit() else None)
+        found = re.match(r'bytes (?:(\d+)-\d+|\*)/(\d+|\*)$', (response.getheader('Content-Range') or '').strip())
+        size = found.group(2) if found else None
+        if status == 200:
+            size = response.getheader('Content-Length')
+        elif status not in (206, 416) or not found or status == 206 and found.group(1) != str(first):
+            raise Failure('%s: HTTP status %d %s' % (url, status, printable(response.reason)))
+        if (response.getheader('Content-Encoding') or 'identity') != 'identity':
+            raise Failure('%s: it comes in an encoding, which was not asked for' % url)
+        size = int(size) if size and size.isdigit() else self.size_told
+        if size is None:
+            raise Failure('%s: it does not say how long the image is' % url)
+        tag, date = response.getheader('ETag'), response.getheader('Last-Modified')
+        strong = tag if tag and not tag.startswith('W/') else None
+        version = strong or date, tag, date, size
+        if self._version and status != 416 and self._version != version or self.size not in (None, size):
+            self._start_over('the image at %s was replaced' % url, version)
+        self._check_size(size)
+        self.size, self._version = size, version if status != 416 else self._version
+        if status == 416:
+            if first != size:
+                raise Failure('%s: HTTP status 416, with %d of %d bytes here' % (url, first, size))
+            return                      # there is none behind it
+        if status == 200 and first:
+            self._start_over('%s gives no part of the image, only all of it' % url, version)
+        self._response, self._next = response, first
+        self._endless = status == 200 and response.getheader('Content-Length') is None
+
+    def _check_size(self, size, anew=False):
+        """Raises Failure unless the image can have that size; anew: whatever else than the server's is here."""
+        most = max([self.told] + [stop for _, stop in self._copy.held if not anew])
+        if self.size_told not in (None, size) or most > size:
+            raise Failure('%s has another image: of %d bytes, not %s%d' % (
+                printable(self.place.url), size, '' if self.size_told is not None else 'at least ',
+                most if self.size_told is None else self.size_told))
+
+    def _start_over(self, reason, version):
+        """All is to come anew, of that version.  Raises Failure where that cannot be, else Unanswered."""
+        if not self._copy.sink.seeks and self._copy.bytes:
+            raise Failure(reason + ', and some of the image is written')
+        self._starts += 1
+        if self._starts > self.STARTS:
+            raise Failure('%s, for the %dth time' % (reason, self._starts))
+        self._check_size(version[-1], anew=True)
+        tell('fallback_anew', reason=reason)
+        self._copy.fill_anew()
+        self.size, self._version, self._anew, self.brought = version[-1], version, True, 0
+        raise Unanswered(reason)
+
+    def _read(self, size):
+        """Bytes that come next, at most so many.  Raises Unanswered."""
+        try:
+            data = self._response.read(size)
+        except self._broken() as error:
+            raise Unanswered(self._in_words(error))
+        if not data:
+            raise Unanswered('the connection ended early')
+        self._next += len(data)
+        return data
+
+    def _request(self, place, headers):
+        """The answer to a request, without its body.  Raises Failure, Unanswered."""
+        library = self._library()
+        timeout = self._stall or None
+        try:
+            self._connection = connection = library.HTTPConnection(place.host, place.port, timeout=timeout)
+            connection.sock = socket.create_connection((place.host, place.port), timeout)
+            self._fd = connection.sock.fileno()
+            if place.secure:
+                try:
+                    connection.sock = self._secure(connection.sock, place.host)
+                except ValueError as error:         # until Python 3.6: the certificate is another's
+                    raise Failure('%s: %s' % (printable(place.url), error))
+            if self._over.is_set():
+                raise Unanswered('stopped')
+            connection.putrequest('GET', place.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in [('Host', place.authority), ('User-Agent', 'kmcast/' + __version__),
+                                ('Accept-Encoding', 'identity'), ('Connection', 'close')] + sorted(headers.items()):
+                connection.putheader(name, value)
+            connection.endheaders()
+            return connection.getresponse()
+        except self._broken() as error:
+            if 'CERTIFICATE' in str(error).upper():
+                raise Failure('%s: %s' % (printable(place.url), self._in_words(error)))
+            raise Unanswered(self._in_words(error))
+
+    def _secure(self, sock, host):
+        """TLS with that host, which proves who it is.  Raises OS_ERRORS, Failure."""
+        import ssl                      # only here: it takes a while, and not every Python has it
+        if hasattr(ssl, 'create_default_context'):
+            try:
+                context = ssl.create_default_context(cafile=self._cafile)
+            except OS_ERRORS as error:
+                raise Failure('cannot read %s: %s' % (self._cafile, explain(error)))
+            if sys.version_info[0] > 2:
+                return context.wrap_socket(sock, server_hostname=host)
+            context.check_hostname = False          # it knows of no addresses; we look below
+            secure = context.wrap_socket(sock, server_hostname=host)
+        else:
+            secure = self._secure_by_old_means(sock)
+        if not names_host(secure.getpeercert(), host):
+            raise Failure('the certificate is not one of %s' % printable(host))
+        return secure
+
+    def _secure_by_old_means(self, sock):
+        """The same where Python is older than 2.7.9.  Raises OS_ERRORS, Failure."""
+        import ssl
+        cafile = self._cafile or ([name for name in self.BUNDLES if os.path.exists(name)] + [None])[0]
+        if not cafile:
+            raise Failure('this host has no certificates to know others by; give --cafile FILE')
+        # pylint: disable=no-member
+        return ssl.wrap_socket(sock, cert_reqs=ssl.CERT_REQUIRED, ca_certs=cafile, ssl_version=ssl.PROTOCOL_SSLv23)
+
+    @staticmethod
+    def _library():
+        """What speaks HTTP; only here: it takes a while."""
+        try:
+            import http.client as library
+        except ImportError:             # Python 2
+            import httplib as library
+        return library
+
+    def _broken(self):
+        """What is raised when a connection breaks."""
+        return OS_ERRORS + (self._library().HTTPException,)
+
+    def _in_words(self, error):
+        if isinstance(error, socket.timeout):
+            return 'nothing came for %g s' % self._stall
+        return printable(explain(error) if isinstance(error, OS_ERRORS) else '%s %s' % (type(error).__name__, error))
+
+    def _hang_up(self):
+        """No more of this answer."""
+        ends, self._connection, self._response = (self._response, self._connection), None, None
+        self._fd = self._next = None
+        for end in ends:
+            if end:
+                end.close()
+
+
+# ---------------------------------------------------------------------------
 # Client
 # ---------------------------------------------------------------------------
 
@@ -8866,6 +9378,7 @@ class Client(object):
         self.window = None              # ClientWindow
         self.relay = None               # Relay
         self.writer = None
+        self.fallback = None            # Fallback, once it is gone on by HTTP
         self.image = {}                 # of WELCOME: name, size
         self.failure = None
         self.started = None             # when the first round was announced
@@ -8897,25 +9410,11 @@ class Client(object):
         """Receive the image; returns an exit code.  Raises Failure."""
         try:
             try:
-                self.copy = Copy(self.sink.open(), self.options.expect_sha256 is not None)
-                self._connect()
-                while True:
-                    try:
-                        self._transfer()
-                        if self._complete():
-                            break
-                    except (Lost, Refused) as error:
-                        self._come_again(error)
-                self._finish()
-                self.signals.over()     # from here on the verdict stands
-            except ProtocolError as error:
-                raise Failure('protocol error of the server: %s' % error)
-            except LinkClosed:
-                raise self.writer.failure or Failure('the writer ended')
-            except Interrupted as error:
-                if self.sink.abandon():
-                    raise Failure('stopped by %s' % error)
-                self._await_end()       # too late to stop: the image is taking its place
+                self._until_signalled(self._receive)
+            except Failure as error:
+                if not self.options.fallback or isinstance(error, Final):
+                    raise
+                self._until_signalled(functools.partial(self._fall_back, error))
         except Failure as error:
             self.ended = monotonic()
             self.sink.end()
@@ -8927,16 +9426,90 @@ class Client(object):
             raise
         self.signals.over()
         self.ended = monotonic()
-        self._say_done()
-        self._see_follower_off()
+        if not self.fallback:
+            self._say_done()
+            self._see_follower_off()
         tell('client_ended', client=self, code=OK)
         return OK
+
+    def _until_signalled(self, work):
+        """Do that, after which the image is in place.  Raises Failure."""
+        try:
+            work()
+            self.signals.over()         # from here on the verdict stands
+        except ProtocolError as error:
+            raise Failure('protocol error of the server: %s' % error)
+        except LinkClosed:
+            raise self.writer.failure or Failure('the writer ended')
+        except Interrupted as error:
+            if self.sink.abandon():
+                raise Final('stopped by %s' % error)
+            self._await_end()           # too late to stop: the image is taking its place
+
+    def _receive(self):
+        self.copy = Copy(self.sink.open(), self.options.expect_sha256 is not None)
+        self._connect()
+        while True:
+            try:
+                self._transfer()
+                if self._complete():
+                    break
+            except (Lost, Refused) as error:
+                self._come_again(error)
+        self._finish()
+
+    def _fall_back(self, error):
+        """Complete the image by HTTP, as the transfer ended with that error.  Raises Failure, LinkClosed."""
+        options, self.failure = self.options, error.reason
+        tell('falling_back', url=options.fallback, reason=error.reason)
+        if self.server:
+            self._say_bye(error)
+        self._disconnect()
+        stall = self._stall_timeout = STALL if options.stall_timeout is None else options.stall_timeout
+        if self.writer and self.writer.is_alive():
+            self._pause()
+        else:                           # it found the transfer wrong
+            if self.writer:
+                self.writer.close()
+            with uninterruptible:
+                self.writer = Writer(self.copy, paused=True)
+                start_thread(self.writer)
+        self.fallback = Fallback(error.reason, options.fallback, options.cafile, self.copy, self.image.get('size'), stall, options.wait)
+        try:
+            self._have_done(self.fallback.open)
+            if not self.fallback.size and not options.allow_empty:
+                raise Failure(EMPTY)
+            self._check_size(self.fallback.size)
+            self.sink.expect(self.fallback.size)
+            self._start()
+            self.started = self.started or monotonic()
+            self._have_done(self.fallback.fetch)
+        except LinkClosed:
+            failure = self.writer.failure or Failure('the writer ended')
+            if isinstance(failure, Final):
+                raise failure
+            raise Failure('%s; and the fallback failed: %s' % (error.reason, failure.reason),
+                          FAILED if self._flowing else error.code)
+        self._check_whole()
+        self.failure = None
+        self.writer.commit()
+        self._await_end()
+
+    def _have_done(self, work):
+        """Have the writer do that, and see that its output moves.  Raises Failure, LinkClosed."""
+        self.writer.carry_out(work)
+        while not self.writer.through:
+            if self._poll([(self.writer.link.child_fd, select.POLLIN)], TICK):
+                self.writer.link.wait_child()
+            self._look_at_output(self.fallback.writing_since or monotonic())
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
         if self.writer and self.sink.journal:       # which it may be about to add to
             self.writer.close()
         self.sink.close()
+        if self.fallback:
+            self.fallback.close()
         if self.writer:
             self.writer.close()
         self._disconnect()
@@ -8952,7 +9525,7 @@ class Client(object):
 
     def _say_bye(self, failure):
         """Tell the server why; if it does not listen, it learns it from the connection's end."""
-        if (not self.dialect or not self.dialect.talks or not self.server.open
+        if (self.fallback or not self.dialect or not self.dialect.talks or not self.server.open
                 or isinstance(failure, (Lost, Refused))):
             return
         try:
@@ -9189,15 +9762,15 @@ class Client(object):
         """
         name, size, wanted = self.image.get('name'), self.image.get('size'), self.options.expect_name
         if wanted is not None and not fnmatch.fnmatchcase(name or '', wanted):
-            raise Failure('the image is %s, and not %s (--expect-name)' % (name or 'without a name', printable(wanted)))
+            raise Final('the image is %s, and not %s (--expect-name)' % (name or 'without a name', printable(wanted)))
         if size is not None:
             self._check_size(size)
         if self.options.expect_sha256 and not telling:
-            raise Failure('without digests (--no-digest of the server) nobody can tell whether --expect-sha256 is right')
+            raise Final('without digests (--no-digest of the server) nobody can tell whether --expect-sha256 is right')
 
     def _check_size(self, size):
         if self.options.expect_size not in (None, size):
-            raise Failure('the image has %s, and not %d (--expect-size)' % (
+            raise Final('the image has %s, and not %d (--expect-size)' % (
                 counted(size, 'byte'), self.options.expect_size))
 
     def _begin(self, image, payload, salts=(0, 0), digest=False, checks=None):      # pylint: disable=too-many-arguments
@@ -9414,7 +9987,7 @@ class Client(object):
         else:
             moved = self._put != self._shown
             if self._stall_timeout and now - self._output[1] > self._stall_timeout:
-                raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
+                raise Final('the output has taken nothing for %g s' % self._stall_timeout)
         if moved:
             self._show_life()
         if now > self._next_state:
@@ -9506,15 +10079,19 @@ class Client(object):
 
     def _finish(self):
         """All is here and verified: make it final.  Raises Failure."""
-        self._check_size(self.copy.bytes)
-        digest = self.copy.hash and self.copy.hash.hexdigest()
-        if self.options.expect_sha256 not in (None, digest):
-            raise Failure('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
+        self._check_whole()
         self._start()
         if not self.window.distrusts:
             self.overflows = self.receiver.overflows()
         self.writer.commit()
         self._await_end()
+
+    def _check_whole(self):
+        """All is here: is it what is expected?  Raises Failure."""
+        self._check_size(self.copy.bytes)
+        digest = self.copy.hash and self.copy.hash.hexdigest()
+        if self.options.expect_sha256 not in (None, digest):
+            raise Final('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
 
     def _start(self):
         """The first data has come, or will never."""
@@ -9540,14 +10117,17 @@ class Client(object):
         if self._put != self._output[0]:
             self._output = self._put, monotonic()
         if self._stall_timeout and monotonic() - max(since, self._output[1]) > self._stall_timeout:
-            raise Failure('the output has taken nothing for %g s' % self._stall_timeout)
+            raise Final('the output has taken nothing for %g s' % self._stall_timeout)
 
     def _await_end(self):
         """Wait until the image is final, however long it takes.  Raises Failure."""
         while self.writer.is_alive():
             tell.look(monotonic())
-            self._show_life()
             self.sink.look()
+            if self.fallback:
+                self.writer.join(TICK)
+                continue
+            self._show_life()
             ended = self.writer.link.child_fd
             if not self.relay.active:
                 self.writer.join(min(TICK, self.server.alive_every / 2))
@@ -10194,6 +10774,8 @@ def command_line():
     client.add('where', '--pipe', metavar='COMMAND', help='write to its standard input; it must exit with 0')
     client.add('when', '--wait', type=seconds_type, default=60.0, metavar='SECONDS',
                help='how long to try to reach the server, also when it is lost (60)')
+    client.add('when', '--fallback', metavar='URL', help='if the transfer fails, complete it by HTTP from there')
+    client.add('safety', '--cafile', metavar='FILE', help='whom to trust for an https URL (those of this host)')
     client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
     add_of_both(client)
 
@@ -10320,6 +10902,14 @@ def client_command(options, signals):
         raise Failure('--resume needs --output FILE', USAGE)
     if re.match(r'[0-9.]*$', options.server_ip) and not is_address(options.server_ip):
         raise Failure('"%s" is not an IPv4 address' % options.server_ip, USAGE)
+    if options.cafile and not options.fallback:
+        raise Failure('--cafile needs --fallback URL', USAGE)
+    if options.fallback is not None:
+        secure = Place(options.fallback).secure
+        if options.key and not secure and not options.expect_sha256:
+            raise Failure('with a key, --fallback needs an https URL, or --expect-sha256: nobody vouches for what comes by http', USAGE)
+        if options.cafile and not os.access(options.cafile, os.R_OK):
+            raise Failure('cannot read %s' % printable(options.cafile), USAGE)
     # `auto` is the address of the connection to the server, once there is one.
     options.local_ip = None if options.local_ip == 'auto' else local_address(options.local_ip)
     return Client(options, signals)

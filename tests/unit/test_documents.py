@@ -146,7 +146,7 @@ def test_defaults_of_help_are_those_of_the_program():
             elif default == "-":                # standard input or output
                 assert value is None and names[0] in ("--input", "--output", "-i", "-o"), names
             elif value is None:
-                assert names[0] in ("--name", "--mtu", "--buffer-packets", "--clients-per-thread", "--key")  # words say what it depends on
+                assert names[0] in ("--name", "--mtu", "--buffer-packets", "--clients-per-thread", "--key", "--cafile")  # words say what it depends on
             else:
                 assert default == ("%g" % value if isinstance(value, float) else str(value)), names
     assert "learns the other from it.\nDefault: %d.\n" % kmcast.DEFAULT_PORT in read("man", "kmcast.1")

@@ -1,0 +1,448 @@
+"""A client whose transfer fails, or never starts, completes the image by HTTP: `--fallback URL`."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import threading
+import time
+
+import pytest
+
+import helpers
+import wire
+from helpers import LOOPBACK
+from pythons import BOTH, NEWEST, OLDEST
+
+IMAGE = helpers.random_bytes(3000000, seed=15)
+OTHER = helpers.random_bytes(3000000, seed=16)
+
+
+class Web(object):
+    """An HTTP server that has an image, and whose ways can be changed.
+
+    image, tag  what it has now, and its ETag
+    ranges      whether it knows of Range
+    cuts        after so many bytes of an answer it breaks: one number for each of the first requests
+    stalls      as `cuts`, but it goes silent
+    busy        so many first requests are answered by 503
+    asked       (path, Range, If-Range) of each request
+    """
+
+    def __init__(self, certificate=None):
+        self.image, self.tag, self.ranges, self.length, self.busy = IMAGE, '"1"', True, True, 0
+        self.cuts, self.stalls, self.asked, self.redirects = [], [], [], {}
+        self.after = lambda: None
+        self.over = threading.Event()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                web.answer(self)
+
+            def log_message(self, *_args):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 64
+
+            def handle_error(self, *_args):
+                pass                    # who hangs up early, or does not trust us
+
+        self.server = Server((LOOPBACK, 0), Handler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True, do_handshake_on_connect=False)
+        self.port = self.server.server_address[1]
+        self.url = "%s://%s:%d/image" % ("https" if certificate else "http", LOOPBACK, self.port)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def answer(self, request):
+        number, wanted = len(self.asked), request.headers.get("Range")
+        self.asked.append((request.path, wanted, request.headers.get("If-Range")))
+        image, tag, start, stop = self.image, self.tag, 0, len(self.image)
+        if request.path in self.redirects:
+            request.send_response(302)
+            request.send_header("Location", self.redirects[request.path])
+            request.end_headers()
+            return
+        if self.busy:
+            self.busy -= 1
+            request.send_error(503)
+            return
+        if request.path != "/image":
+            request.send_error(404)
+            return
+        if wanted and self.ranges and request.headers.get("If-Range") in (None, tag):
+            first, last = re.match(r"bytes=(\d+)-(\d*)$", wanted).groups()
+            start, stop = int(first), int(last) + 1 if last else stop
+            if start >= len(image):
+                request.send_response(416)
+                request.send_header("Content-Range", "bytes */%d" % len(image))
+                request.end_headers()
+                return
+            request.send_response(206)
+            request.send_header("Content-Range", "bytes %d-%d/%d" % (start, stop - 1, len(image)))
+        else:
+            request.send_response(200)
+        if tag:
+            request.send_header("ETag", tag)
+        if self.length:
+            request.send_header("Content-Length", str(stop - start))
+        request.end_headers()
+        ends = self.cuts[number] if number < len(self.cuts) else None
+        quiet = self.stalls[number] if number < len(self.stalls) else None
+        cut = min([stop] + [start + size for size in (ends, quiet) if size is not None])
+        request.wfile.write(image[start:cut])
+        request.wfile.flush()
+        if quiet is not None:
+            self.over.wait(60)
+        if ends is not None:
+            self.after()
+
+    def ranges_asked(self):
+        return [wanted for _, wanted, _ in self.asked]
+
+    def close(self):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def web():
+    made = Web()
+    yield made
+    made.close()
+
+
+class Feed(object):
+    """An image that comes to a server as far as it is let."""
+
+    def __init__(self, size):
+        self.size, self.over = size, threading.Event()
+
+    def __iter__(self):
+        for start in range(0, self.size, 1 << 16):
+            yield IMAGE[start:min(self.size, start + (1 << 16))]
+        self.over.wait(60)              # the producer is at it
+
+
+def alone(web, python, *args, **options):
+    """A client for which there is no server."""
+    return helpers.start_client(["--wait", 1, "--fallback", web.url] + list(args) + [LOOPBACK, LOOPBACK, helpers.free_port()],
+                                python, **options)
+
+
+def good(client, data=IMAGE):
+    code, stderr, output = client.finish(60)
+    assert code == 0, stderr
+    assert output == data
+    return stderr
+
+
+def bad(client, words, code=1):
+    ended, stderr, output = client.finish(60)
+    assert ended == code, stderr
+    assert words in stderr
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It never starts
+
+@BOTH
+def test_without_a_server_all_comes_by_http(web, python):
+    stderr = good(alone(web, python))
+    assert "nothing but HTTP tells whether it is right" in stderr and hashlib.sha256(IMAGE).hexdigest() in stderr
+
+
+@BOTH
+def test_a_file_and_a_command_get_it_too(web, python, tmp_path):
+    path = tmp_path / "file"
+    assert alone(web, python, "-o", path).finish(60)[0] == 0
+    assert path.read_bytes() == IMAGE and os.listdir(str(tmp_path)) == ["file"]
+    good(alone(web, python, "--pipe", "cat"))
+
+
+@BOTH
+def test_a_command_is_not_started_where_there_is_nothing_for_it(web, python, tmp_path):
+    web.url += "s"
+    bad(alone(web, python, "--pipe", "touch %s; cat" % (tmp_path / "begun")), "HTTP status 404", 3)
+    assert os.listdir(str(tmp_path)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It fails: real servers, killed
+
+KILLED = {"at 0 %": 0, "in the middle": 1500000, "in the last round": len(IMAGE)}
+
+
+def killed(web, python, size, clients, output=()):
+    """Clients of a server that is killed when they have so much; the sizes of the ranges that they ask for."""
+    port, feed = helpers.free_port(), Feed(size)
+    places = clients if size else clients + 1
+    server = helpers.start_server(["--buffer-packets", 100, LOOPBACK, places, port], python, stdin=iter(feed))
+    args = ["-v", "--wait", 1, "--fallback", web.url, LOOPBACK, LOOPBACK, port]
+    started = [helpers.start_client(list(output[number] if output else []) + args, python) for number in range(clients)]
+    for client in started:
+        client.wait_stderr("connected")
+        if size:
+            client.wait_begun()
+    if size:
+        time.sleep(1)                   # what there is of the image gets there
+    server.stop()
+    feed.over.set()
+    return started
+
+
+@BOTH
+@pytest.mark.parametrize("size", list(KILLED.values()), ids=list(KILLED))
+def test_a_stream_goes_on_where_a_killed_server_left_it(web, python, size):
+    client, = killed(web, python, size, 1)
+    stderr = good(client)
+    asked = web.ranges_asked()
+    if size:
+        assert len(asked) == 1 and int(re.match(r"bytes=(\d+)-$", asked[0]).group(1)) > 0
+        assert "verified by the server's SHA-256" in stderr
+    else:
+        assert asked == [None]
+
+
+@BOTH
+@pytest.mark.parametrize("size", list(KILLED.values()), ids=list(KILLED))
+def test_a_file_is_completed_after_a_killed_server(web, python, size, tmp_path):
+    path = tmp_path / "file"
+    client, = killed(web, python, size, 1, [["-o", path]])
+    code, stderr, _ = client.finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE and os.listdir(str(tmp_path)) == ["file"]
+
+
+def test_twenty_clients_fall_back_at_once(web):
+    for client in killed(web, NEWEST, 1500000, 20):
+        good(client)
+    assert len(web.asked) == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranges out of order
+
+PARTS = [(start, min(start + 500000, len(IMAGE))) for start in range(0, len(IMAGE), 500000)]
+
+
+def holding(web, python, path, *numbers, **options):
+    """A client with -o that got these of PARTS from a server that is gone then."""
+    server = wire.Server(image="0123456789abcdef" * 2, again=True, size=options.get("size", len(IMAGE)))
+    client = helpers.start_client(["-v", "--wait", 1, "--fallback", web.url, "-o", path, LOOPBACK, LOOPBACK, server.port],
+                                  python)
+    server.accept().greet()
+    for number in numbers:
+        server.bring(IMAGE, *PARTS[number])
+    server.close()
+    return client
+
+
+@BOTH
+def test_a_file_with_ranges_out_of_order_takes_what_is_missing(web, python, tmp_path):
+    path = tmp_path / "file"
+    code, stderr, _ = holding(web, python, path, 4, 2, 0).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE
+    ranges = [[int(number) for number in re.findall(r"\d+", wanted)] for wanted in web.ranges_asked()]
+    assert [pair[-1] + 1 for pair in ranges[1:]] == [2000000, 3000000]
+    assert [pair[0] for pair in ranges[1:]] == [1500000, 2500000]
+    assert "the first 2500000 bytes verified by the server's SHA-256" in stderr
+
+
+@BOTH
+def test_an_image_that_does_not_fit_what_was_told_is_no_success(web, python, tmp_path):
+    web.image = OTHER[:1000] + IMAGE[1000:600000] + b"X" + IMAGE[600001:]
+    code, stderr, _ = holding(web, python, tmp_path / "file", 2, 0).finish(60)
+    assert code == 1 and "do not fit the server's SHA-256" in stderr, stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+@BOTH
+def test_a_length_that_differs_is_no_success(web, python, tmp_path):
+    web.image = IMAGE + b"more"
+    code, stderr, _ = holding(web, python, tmp_path / "file", 0).finish(60)
+    assert code == 1 and "of 3000004 bytes, not 3000000" in stderr, stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+@BOTH
+def test_another_image_of_the_same_length_is_known_by_what_is_here(web, python, tmp_path):
+    web.image = OTHER
+    code, stderr, _ = holding(web, python, tmp_path / "file", 0).finish(60)
+    assert code == 1 and "differ from what is here" in stderr, stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+@BOTH
+def test_another_image_is_not_sewn_to_a_stream(web, python):
+    web.image = OTHER
+    client, = killed(web, python, 1500000, 1)
+    assert IMAGE.startswith(bad(client, "differ from what is here"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Web servers as they are
+
+@BOTH
+def test_a_connection_that_breaks_is_gone_on_with(web, python):
+    web.cuts = [1000000, 0, 500000]
+    good(alone(web, python))
+    assert len(web.asked) >= 4 and web.asked[-1][2] == '"1"'
+    assert int(re.findall(r"\d+", web.asked[-1][1])[0]) > 0
+
+
+@BOTH
+def test_a_server_that_stalls_is_asked_again(web, python):
+    web.stalls = [1000000]
+    good(alone(web, python, "--stall-timeout", 1))
+    assert len(web.asked) == 2
+
+
+@BOTH
+def test_a_server_that_is_busy_is_asked_again(web, python):
+    web.busy = 2
+    good(alone(web, python))
+    assert len(web.asked) == 3
+
+
+@BOTH
+def test_redirects_are_followed_and_not_for_ever(web, python):
+    web.redirects = {"/here": "there", "/there": web.url}
+    address = web.url
+    web.url = address.replace("/image", "/here")
+    good(alone(web, python))
+    web.redirects["/there"] = "/here"
+    bad(alone(web, python), "redirects too often", 3)
+
+
+@BOTH
+def test_without_range_a_stream_that_has_some_fails(web, python):
+    web.ranges = False
+    client, = killed(web, python, 1500000, 1)
+    assert IMAGE.startswith(bad(client, "gives no part of the image"))
+
+
+@BOTH
+def test_without_range_a_file_starts_over_and_is_still_verified(web, python, tmp_path):
+    web.ranges = False
+    path = tmp_path / "file"
+    code, stderr, _ = holding(web, python, path, 4, 0).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE and "starting over" in stderr
+    assert "the first 2500000 bytes verified" in stderr
+
+
+@BOTH
+def test_an_image_that_is_replaced_is_not_mixed(web, python, tmp_path):
+    def replace():
+        web.image, web.tag = OTHER[:900000], '"2"'
+    web.cuts, web.after = [1000000], replace
+    bad(alone(web, python), "was replaced")
+    web.image, web.tag = IMAGE, '"1"'
+    del web.asked[:]
+    path = tmp_path / "file"
+    code, stderr, _ = alone(web, python, "-o", path).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == OTHER[:900000]
+
+
+@BOTH
+def test_a_server_that_does_not_say_how_long_it_is_is_no_source(web, python):
+    web.length = False
+    bad(alone(web, python), "does not say how long", 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TLS
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    key, chain = str(folder / "key.pem"), str(folder / "cert.pem")
+    subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", chain, "-days",
+                           "2", "-subj", "/CN=image", "-addext", "subjectAltName=IP:127.0.0.1"], stderr=subprocess.DEVNULL)
+    return chain, key
+
+
+@BOTH
+def test_tls_with_a_certificate_that_is_given(python, certificate):
+    web = Web(certificate)
+    try:
+        good(alone(web, python, "--cafile", certificate[0]))
+        bad(alone(web, python), "certificate", 3)
+        web.url = web.url.replace(LOOPBACK, "localhost")
+        bad(alone(web, python, "--cafile", certificate[0]), "localhost", 3)
+    finally:
+        web.close()
+
+
+@pytest.mark.skipif(helpers.version_of(OLDEST)[0] > 2, reason="this is about Python 2.7.5")
+def test_tls_on_a_python_that_has_no_contexts(certificate, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import ssl\ndel ssl.create_default_context\n")
+    web = Web(certificate)
+    try:
+        env = {"PYTHONPATH": str(tmp_path)}
+        good(alone(web, OLDEST, "--cafile", certificate[0], env=env))
+        bad(alone(web, OLDEST, env=env), "ertificate", 3)
+        web.url = web.url.replace(LOOPBACK, "localhost")
+        bad(alone(web, OLDEST, "--cafile", certificate[0], env=env), "the certificate is not one of localhost", 3)
+    finally:
+        web.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not fall back
+
+@BOTH
+def test_a_signal_ends_it_and_nothing_is_left(web, python, tmp_path):
+    web.stalls = [1000000]
+    client = alone(web, python, "-o", tmp_path / "file")
+    client.wait_stderr("3000000 bytes there")
+    client.signal(signal.SIGTERM)
+    code, stderr, _ = client.finish(60)
+    assert code in (1, 3) and "stopped by SIGTERM" in stderr, stderr       # 3: before it wrote the first byte
+    assert os.listdir(str(tmp_path)) == []
+
+
+@BOTH
+def test_an_output_that_fails_is_not_mended_by_http(web, python):
+    port = helpers.free_port()
+    helpers.start_server([LOOPBACK, 1, port], python, stdin=IMAGE)
+    client = helpers.start_client(["--pipe", "head -c 1000 >/dev/null; exit 4", "--fallback", web.url, LOOPBACK, LOOPBACK, port],
+                                  python)
+    code, stderr, _ = client.finish(60)
+    assert code == 1 and not web.asked, stderr
+
+
+@BOTH
+def test_an_expected_sha256_is_of_what_came_by_http(web, python):
+    assert "all verified by --expect-sha256" in good(alone(web, python, "--expect-sha256", helpers.sha256(IMAGE)))
+    bad(alone(web, python, "--expect-sha256", helpers.sha256(OTHER)), "another SHA-256 than --expect-sha256")
+
+
+@BOTH
+def test_a_url_that_is_none_is_wrong_usage(web, python):
+    web.url = "ftp://host/image"
+    bad(alone(web, python), "is not a URL", 2)
+
+
+@BOTH
+def test_the_report_tells_of_it(web, python, tmp_path):
+    client = alone(web, python, "--report", tmp_path / "report")
+    good(client)
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["result"] == "complete" and report["reason"] is None and report["bytes"] == len(IMAGE)
+    assert report["fallback"]["bytes"] == len(IMAGE) and report["fallback"]["verified"] == 0
+    assert report["fallback"]["url"] == web.url and "no kmcast server" in report["fallback"]["reason"]
