@@ -12,12 +12,14 @@ import pytest
 import helpers
 import kmcast
 
-COMMANDS = ("server", "client", "key", "demo")
+COMMANDS = ("server", "client", "check", "key", "demo")
 
 #: Sections of the manual page that describe options -> the commands that have these.
 SECTIONS = {
     "Options of every command": COMMANDS,
-    "Options of server and client": ("server", "client"),
+    "Options of server, client and check": ("server", "client", "check"),
+    "Options of server and check": ("server", "check"),
+    "Options of check": ("check",),
     "Options of server": ("server",),
     "Options of client": ("client",),
     "Options of demo": ("demo",),
