@@ -34,6 +34,7 @@ only those above it:
     TCP servers         the spec's chain of threads, one poll() each
     Multicaster         the spec's UDP server: the image into the air
     Client              receives one image
+    Report page         an HTML page from reports
     Command line        arguments, demo, exit codes
 
 The protocol in a page (a session; the base protocol lacks the greetings):
@@ -92,8 +93,10 @@ import bisect
 import collections
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import hmac
@@ -105,6 +108,7 @@ import os
 import re
 import resource
 import select
+import shlex
 import signal
 import socket
 import stat
@@ -3127,6 +3131,8 @@ class Sink(object):
         self.written = 0                # bytes
         self._chunk = 1 << 20           # bytes in a write
 
+    is_file = property(lambda self: self._target is not None)
+
     def open(self):
         """Find out whether it can be written to; returns the Sink.  Raises Failure."""
         path = self._path
@@ -3443,9 +3449,9 @@ class Copy(object):
 
     DIFFERS = 'the digest differs: what was received is not the image; nothing of this round was written'
 
-    def __init__(self, sink):
-        """sink: a Sink that is open."""
-        self.sink, self._journal = sink, sink.journal
+    def __init__(self, sink, hashes=False):
+        """sink: a Sink that is open; hashes: whether the digest of all is wanted also where rounds have none."""
+        self.sink, self._journal, self._hashes = sink, sink.journal, hashes
         self.image, self.who = None, random_name()
         self.held, self._digests = Held(), {}       # of the image through what is not verified yet
         if self._journal and self._journal.image:
@@ -3486,7 +3492,7 @@ class Copy(object):
 
     def _start_over(self):
         self.held, self._digests, self._ahead = Held(), {}, None
-        self.verified, self.hash = 0, hashlib.sha256() if self.digest else None
+        self.verified, self.hash = 0, hashlib.sha256() if self.digest or self._hashes else None
         if self._journal:
             self._journal.begin(self.image, self.who)
 
@@ -3528,6 +3534,8 @@ class Copy(object):
             self._digests[stop] = incoming.digest
             self._told.add(stop)
         else:
+            for piece in self._fresh(incoming, pieces) if self.hash else ():        # they come in their order
+                self.hash.update(piece)
             self.verified = self.held.prefix
         if self._journal:
             self._journal.wrote(start, stop, incoming.digest)
@@ -4342,6 +4350,7 @@ class Member(object):
         self.waited = {}                # seconds that all waited for it alone, by cause
         self.deaf_since = None          # when it last heard multicast, while it does not
         self.deaf_told = False
+        self.listed = None              # its name on the list of hosts
         self.outcome = None             # 'complete', or why not
         self.tally = {}                 # of a rehearsal: stage -> (packets that were multicast, that it heard)
         self.wrong = None               # and what is not well with it: a key of ADVICE
@@ -6003,6 +6012,51 @@ LATE = 'the transfer has begun'         # why a client is refused,
 NO_PLACE = LATE + ', and all places are taken (--more on the server has more)'
 NO_WAY_BACK = LATE + ', and the image comes by a pipe (--spool FILE on the server keeps it for who comes late)'
 CLOSING = LATE + ', and the server is about to end'
+UNINVITED = 'it is not on the list of hosts'
+
+
+class HostList(object):
+    """The hosts that are to come, as their operator calls them: by name, short or full, or by address."""
+
+    def __init__(self, text, called='the list of hosts'):
+        """text: one a line, what follows a `#` does not count; called: for the user.  Raises Failure."""
+        self.names, self.twice = [], []
+        self._index = {}                # a name or address; (short name, whether it is that of a long one) -> names
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.split('#')[0].split()
+            name = words[0].rstrip('.') if words else None
+            if words and (len(words) > 1 or not re.match(r'[\w.-]+$', name) or
+                          re.match(r'[0-9.]+$', name) and not is_address(name)):
+                raise Failure('%s, line %d: %s is neither a host name nor an IPv4 address' % (
+                    called, number, printable(line.strip())), USAGE)
+            if name and (name.lower() in self._index or self.find(name, None)):
+                self.twice.append(name)
+            elif name:
+                self.names.append(name)
+                for key in self._keys(name):
+                    self._index.setdefault(key, []).append(name)
+        if not self.names:
+            raise Failure('%s names no host' % called, USAGE)
+
+    @staticmethod
+    def _keys(name):
+        short, dot, _ = name.lower().partition('.')
+        return [name] if is_address(name) else [name.lower(), (short, bool(dot))]
+
+    def find(self, host, address):
+        """The names that a host may have on the list, the likeliest first."""
+        names = []
+        if host:
+            short, dot, _ = host.lower().partition('.')
+            # One that is short stands for any that is long, and two long ones must be the same.
+            names += self._index.get(host.lower(), []) or self._index.get((short, not dot), [])
+        return names + self._index.get(address, [])
+
+    def merge(self, name, address):
+        """A name and an address on the list are of one host."""
+        self.names = [other for other in self.names if other != address]
+        self._index[address] = [name]
+        tell('listed_twice', names='%s and %s' % (name, address))
 
 
 class Roster(object):
@@ -6015,12 +6069,13 @@ class Roster(object):
     MOST_REFUSED = 1000                 # hosts that are remembered,
     MOST_GONE = 1000                    # and clients that have left
 
-    def __init__(self, places, enough=1, start_by=None, more=False, forever=False, most=None):
+    def __init__(self, places, enough=1, start_by=None, more=False, forever=False, most=None, hosts=None):
         """places: clients that can take part; enough: how many must be here at
         `start_by`, seconds on the monotonic clock (None: wait for all); more: who comes
         when the transfer has begun needs no place; forever: nor is anybody missed who does not;
-        most: how many can be here at once then."""
-        self.places, self.enough, self.start_by = places, enough, start_by
+        most: how many can be here at once then; hosts: a HostList of those that are to come."""
+        self._places, self.enough, self.start_by = places, enough, start_by
+        self.hosts, self._came, self._has = hosts, set(), set()     # names of a list: who took part, who has the image
         self.more, self.forever, self.most = more or forever, forever, most or places
         self.begun = False
         self.began = None               # when, seconds
@@ -6046,6 +6101,32 @@ class Roster(object):
         return list(self._here)
 
     @property
+    def missing(self):
+        """Who has not come so far: the names of a list, else None for each place."""
+        if self.begun and self.forever:
+            return []
+        if not self.hosts:
+            came = len(self.everyone) + self.forgotten if self.begun else len(self._here)
+            return [None] * max(0, self._places - came)
+        came = self._came if self.begun else set(member.listed for member in self.here)
+        return [name for name in self.hosts.names if name not in came]
+
+    @property
+    def places(self):
+        """How many clients take part if all come."""
+        if not self.hosts:
+            return self._places
+        others = [member for member in self.here if not member.listed] if not self.begun else []
+        return len(self.hosts.names) + len(others)
+
+    @property
+    def all_served(self):
+        """Whether all who are to have the image do."""
+        if self.forever:
+            return True
+        return self._has.issuperset(self.hosts.names) if self.hosts else self.served >= self._places
+
+    @property
     def refused(self):
         """(host, address) and why, of those that were refused and have nothing from another client."""
         served = set(member.identity for member in self.everyone
@@ -6066,17 +6147,35 @@ class Roster(object):
         if len(self._refused) < self.MOST_REFUSED:
             self._refused[member.identity] = why
 
-    def why_not(self, twin=None):
-        """Why somebody who comes now, in the place of a twin perhaps, cannot take part; None if he can."""
+    def why_not(self, twin=None, member=None):
+        """Why somebody who comes now, in the place of a twin perhaps, cannot take part; None if he can.
+
+        member: who that is, where there is a list of hosts; then it has its name on it.
+        """
+        names = self.hosts.find(member.host, member.address) if self.hosts else []
+        if self.hosts and not names and not self.more:
+            return UNINVITED
         if self.closed or self.closing:
             return CLOSING if self.again else LATE
-        if not self.begun:
-            return None
-        if not self.again:
+        if self.begun and not self.again:
             return NO_WAY_BACK
+        if self.hosts:
+            return self._name(member, names, twin)
         here = len(self._here) - bool(twin)
         full = here >= self.most if self.more else here + self.served >= self.places
-        return NO_PLACE if full else None
+        return NO_PLACE if self.begun and full else None
+
+    def _name(self, member, names, twin):
+        """Give a member one of its names on the list; returns why it cannot have any, None if it can."""
+        taken = dict((other.listed, other) for other in self.here
+                     if other is not twin and other.identity != member.identity)
+        free = [name for name in names if name not in taken]
+        member.listed = free[0] if free else None
+        if free and is_address(free[-1]) and free[0] != free[-1]:
+            self.hosts.merge(free[0], free[-1])
+        if names and not free and not self.more:
+            return 'another client came as %s: %s' % (names[0], taken[names[0]])
+        return NO_PLACE if self.begun and len(self._here) - bool(twin) >= self.most else None
 
     def twin(self, member):
         """The client that is here for the same output, or, before the start, from the same host; None without one.
@@ -6097,6 +6196,7 @@ class Roster(object):
             self._take_back(member)
             self._forget()
             self.everyone.append(member)
+            self._came.add(member.listed)
         self._here.append(member)       # before the twin leaves, lest nobody be here meanwhile
         for name in member.names:
             self._identities[name] = member
@@ -6120,11 +6220,6 @@ class Roster(object):
             self.everyone.remove(member)
             self.forgotten += 1
 
-    @property
-    def missing(self):
-        """How many never came."""
-        return 0 if self.forever else max(0, self.places - len(self.everyone) - self.forgotten)
-
     def turn_away(self, member):
         """A client that was just admitted has no place after all."""
         self.leave(member)
@@ -6137,7 +6232,9 @@ class Roster(object):
             self._here.remove(member)
         except ValueError:
             return False
-        self.served += member.outcome == 'complete'
+        if member.outcome == 'complete':
+            self.served += 1
+            self._has.add(member.listed)
         for name in member.names:
             if self._identities.get(name) is member:
                 del self._identities[name]
@@ -6147,8 +6244,9 @@ class Roster(object):
         """Start if it is time to, with those who are here; returns whether it has begun."""
         here = len(self._here)
         late = self.start_by is not None and now > self.start_by and here >= self.enough
-        if not self.begun and (late or here >= self.places or here and (self.hurry or self.renewing)):
+        if not self.begun and (late or here and not self.missing or here and (self.hurry or self.renewing)):
             self.everyone = self.here
+            self._came = set(member.listed for member in self.everyone)
             self.began, self.begun = now, True
         return self.begun
 
@@ -6164,6 +6262,7 @@ class Roster(object):
         self.closing = True
         if not self.begun:
             self.everyone = self.here
+            self._came = set(member.listed for member in self.everyone)
             self.begun = True
 
 
@@ -6627,7 +6726,7 @@ class Course(object):
         if self._alone_since is None:
             self._alone_since = now
         waited = self._started and (now - self._alone_since >= self.linger
-                                    or roster.served >= roster.places and not roster.more)
+                                    or roster.all_served and not roster.more)
         if waited or roster.closing or roster.renewing:
             self.over = roster.close()
 
@@ -7043,6 +7142,7 @@ class Rehearsal(Course):
 
 DEBUG, INFO, WARNING, ERROR, ASKED = 'debug', 'info', 'warning', 'error', 'asked for'
 LEVELS = (DEBUG, INFO, WARNING, ERROR, ASKED)
+DIGEST = 'digest'                       # no level: a line for sha256sum -c
 
 # What happens, in words: level, and a template or a function of the facts; None: nothing to say.
 WORDS = {
@@ -7066,6 +7166,7 @@ WORDS = {
     'renewed': (INFO, 'there is another image now: %(name)s, %(size)s'),
     'wind_up': (INFO, 'ending when %(here)s served'),
     'started_without': (INFO, 'starting with %(here)d of %(places)s'),
+    'listed_twice': (WARNING, '%(names)s: twice on the list of hosts'),
     'stranger': (INFO, '%(member)s: %(reason)s'),
     'refused': (INFO, '%(member)s: refused, %(reason)s'),
     'unwanted': (INFO, '%(address)s: closed at once, %(reason)s'),
@@ -7153,6 +7254,11 @@ CAUSES = {'output': 'its disk or command', 'network': 'its network', 'silence': 
 CARRIERS = {'tcp': 'by TCP', 'chain': 'in a chain from client to client', 'upstream': 'from another client'}
 
 
+def listed(names, most=8):
+    """`a, b and 3 more`."""
+    return ', '.join(names[:most]) + (' and %d more' % (len(names) - most) if len(names) > most else '')
+
+
 def in_words(what, facts):
     """The facts as the template of WORDS wants them."""
     words = dict(facts)
@@ -7174,9 +7280,7 @@ def in_words(what, facts):
     if 'cause' in words:
         words['cause'] = CAUSES.get(words['cause'], words['cause'])
     if 'members' in words:
-        late = [str(member) for member in words['members']]
-        words['names'] = ', '.join(late[:8]) + (
-            ' and %d more' % (len(late) - 8) if len(late) > 8 else '')
+        words['names'] = listed([str(member) for member in words['members']])
     if what in ('server_started', 'started_without'):
         words['places'] = counted(words['places'], 'client')
     return words
@@ -7374,7 +7478,10 @@ def server_status(server, now):
     roster, course = server.roster, server.course
     here, waits = roster.here, ''
     if not roster.begun:
-        waits = counted(max(0, roster.places - len(here)), 'more client')
+        missing = roster.missing
+        waits = counted(len(missing), 'more client')
+        if roster.hosts and missing:
+            waits += ' (%s)' % listed(missing)
         if roster.start_by is not None:
             left = max(0, roster.start_by - now)
             waits += ', at most for %s' % duration(left) if left else ', at least %d of them' % (
@@ -7551,12 +7658,17 @@ def server_rows(server):
             rows[-1].update(wrong=member.wrong, heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
+    missing = server.roster.missing
     for (host, address), why in server.roster.refused:
         rows.append({'host': host, 'address': address, 'result': 'refused', 'reason': why,
                      'exit_code': NOT_STARTED})
-    for _ in range(server.roster.missing):
-        rows.append({'host': None, 'address': None, 'result': 'missing', 'reason': 'it never came',
-                     'exit_code': None})
+        if server.roster.hosts:         # it did come
+            names = server.roster.hosts.find(host, address)
+            missing = [name for name in missing if name not in names]
+    for name in missing:
+        by_address = name and is_address(name)
+        rows.append({'host': None if by_address else name, 'address': name if by_address else None,
+                     'result': 'missing', 'reason': 'it never came', 'exit_code': None})
     worst = ['failed', 'missing', 'refused', 'complete']
     rows.sort(key=lambda row: (worst.index(row['result']), -sum(row.get('waited_for', {}).values()),
                                -row.get('lost', 0)))
@@ -7622,6 +7734,13 @@ def check_table(rows, most):
     return in_columns(lines, len(rows) - most)
 
 
+def never_came(server, rows):
+    """A line on those who did not; none if all came, or it does not matter."""
+    absent, hosts = [row['host'] or row['address'] for row in rows if row['result'] == 'missing'], server.roster.hosts
+    if absent and (hosts or not server.failure):
+        yield '%s never came%s' % (counted(len(absent), 'client'), ': ' + listed(absent, 200) if hosts else '')
+
+
 def check_summary(server, rows, most):
     """(level, line) of how a rehearsal went."""
     for row in rows:
@@ -7631,8 +7750,8 @@ def check_summary(server, rows, most):
         yield ERROR, server.failure
     for line in check_table(rows, most):
         yield INFO, line
-    if server.roster.missing and not server.failure:
-        yield ERROR, '%s never came' % counted(server.roster.missing, 'client')
+    for line in never_came(server, rows):
+        yield ERROR, line
     yield INFO, 'multicast works for %d of %s' % (
         len([row for row in rows if row['result'] == 'complete']), counted(server.roster.places, 'client'))
 
@@ -7665,13 +7784,15 @@ def server_summary(server, rows, most):
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
-    absent = roster.missing
-    if absent and not server.failure:
-        yield ERROR, '%s never came' % counted(absent, 'client')
+    for line in never_came(server, rows):
+        yield ERROR, line
     served = len([row for row in rows if row['result'] == 'complete'])
     count = roster.served if roster.more else roster.places
     yield INFO, '%s%s %s the image' % ('' if roster.more else '%d of ' % served, counted(count, 'client'),
                                        'has' if count == 1 else 'have')
+    if served and not roster.forever and server.source.digest():
+        yield DIGEST, digest_line(hexadecimal(server.source.digest()),
+                                  server.source.size is not None and server.options.input)
 
 
 def client_summary(client):
@@ -7694,10 +7815,17 @@ def client_summary(client):
         yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
     if copy.checked:
         yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
-    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s; %s' % (
+    yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s%s' % (
         counted(size, 'byte'), seconds, bits(max(0, size - copy.resumed) * 8 / max(1e-6, seconds)),
         counted(window.coded, 'packet'), window.by_tcp, by_chain,
-        'SHA-256 %s' % client.copy.hash.hexdigest() if window.digest else 'without a digest')
+        '' if window.digest else '; without a digest')
+    if copy.hash:
+        yield DIGEST, digest_line(copy.hash.hexdigest(), client.sink.is_file and client.options.output)
+
+
+def digest_line(digest, path):
+    """What sha256sum -c reads; without a path that it can read, or under a name that it would quote: `-`."""
+    return '%s  %s' % (digest, path if path and re.match(r'[!-\[\]-~][ -\[\]-~]*$', path) else '-')
 
 
 class Summary(object):
@@ -7705,8 +7833,9 @@ class Summary(object):
 
     ROWS = 20                           # of the table, unless all are wanted
 
-    def __init__(self, log, all_rows=False):
-        self._log, self._most = log, 1 << 30 if all_rows else self.ROWS
+    def __init__(self, log, all_rows=False, bare=None):
+        """bare(level, line): writes the digest's line as it is; None: it goes through the log."""
+        self._log, self._most, self._bare = log, 1 << 30 if all_rows else self.ROWS, bare
 
     def happened(self, what, facts):
         """An event."""
@@ -7717,8 +7846,11 @@ class Summary(object):
         elif what == 'client_ended' and facts['code'] == OK:
             lines = client_summary(facts['client'])
         for level, line in lines:
+            write = self._log.say
+            if level == DIGEST:
+                level, write = INFO, self._bare or write
             if LEVELS.index(level) >= LEVELS.index(self._log.level):
-                self._log.say(level, line)
+                write(level, line)
 
     def look(self, now):
         """Time passes."""
@@ -7729,8 +7861,10 @@ class JsonReport(object):
 
     MOST_STEPS = 1000
 
-    def __init__(self, path, command, job):
+    def __init__(self, path, command, words, job):
+        """words: of the command line."""
         self._path, self._command, self._job = path, command, job
+        self._words = words and [printable(word, 4096) for word in words]
         self._steps, self._every, self._next = [], 1.0, 0.0
 
     def happened(self, what, facts):
@@ -7759,7 +7893,8 @@ class JsonReport(object):
 
     def _write(self, code, reason):
         job = self._job
-        result = {'kmcast': __version__, 'command': self._command, 'exit_code': code, 'reason': reason,
+        result = {'kmcast': __version__, 'command': self._command, 'arguments': self._words,
+                  'ended': time.strftime('%Y-%m-%d %H:%M:%S'), 'exit_code': code, 'reason': reason,
                   'result': {OK: 'complete', PARTLY: 'partly'}.get(code, 'failed')}
         started, ended = getattr(job, 'started', None), getattr(job, 'ended', None) or monotonic()
         seconds = round(ended - started, 3) if started else 0
@@ -7768,12 +7903,18 @@ class JsonReport(object):
                       goodput=round(8 * result['bytes'] / seconds) if seconds else 0)
         if self._command == 'client' and code == NOT_STARTED:
             result['result'] = 'refused' if job and job.refused else 'not started'
-        folder, name = os.path.split(os.path.abspath(self._path))
-        temporary = os.path.join(folder, '.%s.%d.tmp' % (name[:100], os.getpid()))
+        text = json.dumps(result, sort_keys=True, indent=1).encode('ascii') + b'\n'
         try:
+            if os.path.exists(self._path) and not os.path.isfile(self._path):       # a device, a pipe: it stays what it is
+                with io.open(os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 'wb') as file:
+                    file.write(text)
+                return
+            path = os.path.realpath(self._path)
+            folder, name = os.path.split(path)
+            temporary = os.path.join(folder, '.%s.%d.tmp' % (name[:100], os.getpid()))
             with io.open(temporary, 'wb') as file:
-                file.write(json.dumps(result, sort_keys=True, indent=1).encode('ascii') + b'\n')
-            os.rename(temporary, self._path)
+                file.write(text)
+            os.rename(temporary, path)
         except OS_ERRORS as error:
             tell('unreported', path=printable(self._path), reason=explain(error))
 
@@ -8226,7 +8367,7 @@ class TcpServer(threading.Thread):
         """Give a place to whoever may become a client, or say why not.  Raises Failure."""
         member = peer.member
         twin = self.roster.twin(member)
-        why = self.roster.why_not(twin)
+        why = self.roster.why_not(twin, member)
         if self.session.dialect.greets and not why and not self.session.key:
             self._send(peer, self.session.welcome)
             if peer.leaving or not peer.open:
@@ -8493,7 +8634,7 @@ class Multicaster(object):
         self.sender = self.listener = self.session = self.tcp = self.course = None
         start_by = None if options.start_wait is None else monotonic() + options.start_wait
         self.roster = Roster(options.clients, options.min_clients, start_by, options.more, options.forever,
-                             options.most)
+                             options.most, options.listed)
         self.link = SemLink()
         self.pacer = Pacer()
         self.failure = None
@@ -8595,6 +8736,8 @@ class Multicaster(object):
         try:
             tell('server_started', interface=self.options.interface, address=self.options.local_ip,
                  group=self.session.group, port=self.session.port, places=self.roster.places)
+            if self.roster.hosts and self.roster.hosts.twice:
+                tell('listed_twice', names=listed(self.roster.hosts.twice))
             if self.options.local_ip.startswith('127.'):
                 tell('only_here', address=self.options.local_ip)
             self._serve_image()
@@ -8678,7 +8821,7 @@ class Multicaster(object):
         roster, course = self.roster, self.course
         failed = [member for member in roster.everyone if member.outcome != 'complete' or member.wrong]
         served = roster.served - len([member for member in roster.everyone if member.wrong])
-        complete = roster.served >= (0 if roster.forever else roster.places) and not failed and not roster.refused
+        complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
         if course.data and not course.multicasting and not course.unicast:
@@ -8877,7 +9020,7 @@ class Multicaster(object):
             lacks = lacks_of(self, member)
             lines.append('%s: %s, lost %s%s' % (member, member_in_words(member), counted(member.lost, 'packet'),
                                                 ', lacks ' + amount(lacks) if lacks else ''))
-        return lines
+        return lines + ['%s: it has not come' % name for name in self.roster.missing if name]
 
     def debtors(self):
         """The clients for whom the oldest steps of the threads wait."""
@@ -8948,7 +9091,7 @@ class Client(object):
         """Receive the image; returns an exit code.  Raises Failure."""
         try:
             try:
-                self.copy = Copy(self.sink.open())
+                self.copy = Copy(self.sink.open(), self.options.expect_sha256 is not None)
                 self._connect()
                 while True:
                     try:
@@ -9158,6 +9301,7 @@ class Client(object):
             if key:
                 raise Failure('that server speaks the base protocol, which has no keys', NOT_STARTED)
             self.dialect = BaseDialect
+            self._check_image(True)
             self._begin(None, payload_for(1500), checks=[plain_crc, c_sum])
             return
         if version != SESSION_VERSION:
@@ -9233,6 +9377,7 @@ class Client(object):
         self.unicast = fields.get('unicast') is True
         self._again = fields.get('again') is True
         self.server.alive_every = alive_every(stall_of(fields))
+        self._check_image(digest is not None)
         self._say_lack(self._begin(name_of(fields, 'image'), payload, salts, digest is not None))
         if self.image['size'] is not None:
             self.sink.expect(self.image['size'])
@@ -9242,11 +9387,30 @@ class Client(object):
         if self.window and rehearsal != self.rehearsal:
             raise Failure('the server has %s now' % ('a rehearsal, and no image,' if rehearsal else 'an image, and no rehearsal,'))
         if rehearsal and not self.rehearsal:
-            self.rehearsal = True
+            self.rehearsal, options = True, self.options
+            options.expect_name = options.expect_size = options.expect_sha256 = None
             self.sink.close()
             self.sink = NoSink()
             self.copy = Copy(self.sink)
             tell('rehearsal')
+
+    def _check_image(self, telling):
+        """Before anything is written: is it the image that is expected?  Raises Failure.
+
+        telling: whether the session can tell at its end, as it has digests, or its rounds come in order.
+        """
+        name, size, wanted = self.image.get('name'), self.image.get('size'), self.options.expect_name
+        if wanted is not None and not fnmatch.fnmatchcase(name or '', wanted):
+            raise Failure('the image is %s, and not %s (--expect-name)' % (name or 'without a name', printable(wanted)))
+        if size is not None:
+            self._check_size(size)
+        if self.options.expect_sha256 and not telling:
+            raise Failure('without digests (--no-digest of the server) nobody can tell whether --expect-sha256 is right')
+
+    def _check_size(self, size):
+        if self.options.expect_size not in (None, size):
+            raise Failure('the image has %s, and not %d (--expect-size)' % (
+                counted(size, 'byte'), self.options.expect_size))
 
     def _begin(self, image, payload, salts=(0, 0), digest=False, checks=None):      # pylint: disable=too-many-arguments
         """A session begins; returns what we said that we hold, and do not: (start, stop) of each.  Raises Failure.
@@ -9554,6 +9718,10 @@ class Client(object):
 
     def _finish(self):
         """All is here and verified: make it final.  Raises Failure."""
+        self._check_size(self.copy.bytes)
+        digest = self.copy.hash and self.copy.hash.hexdigest()
+        if self.options.expect_sha256 not in (None, digest):
+            raise Failure('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
         self._start()
         if not self.window.distrusts:
             self.overflows = self.receiver.overflows()
@@ -9635,6 +9803,334 @@ class Client(object):
 
 
 # ---------------------------------------------------------------------------
+# Report page
+# ---------------------------------------------------------------------------
+
+# One HTML page from reports.  Its charts are SVG, it has no script and takes nothing from anywhere.
+
+PAGE = u"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+%(title)s
+<style>
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --wash: #f3f5f7;
+        --good: #1a7f37; --bad: #b42318; --blue: #0072b2; --sky: #56b4e9; --green: #009e73; --orange: #d55e00;
+        --yellow: #e69f00; --pink: #cc79a7; --wait: #e69f0055; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14171b; --ink: #e6e9ec; --soft: #9aa4ae; --line: #373e47; --wash: #1d2126; --good: #4ac26b;
+          --bad: #ff8578; --blue: #4ba3d9; --sky: #b9dff5; --wait: #e69f0066; } }
+@media print {
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --good: #1a7f37;
+          --bad: #b42318; --blue: #0072b2; --sky: #56b4e9; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  tr, figure, li { break-inside: avoid; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+       overflow-wrap: anywhere; }
+main { max-width: 72em; margin: auto; padding: 1em; }
+h1 { font-size: 1.5em; margin: .3em 0; } h2 { font-size: 1.2em; margin: 2em 0 .3em; border-top: 1px solid var(--line);
+     padding-top: 1em; } h3 { font-size: 1em; margin: 1.4em 0 .3em; }
+.good { color: var(--good); } .bad { color: var(--bad); } .good, .bad { font-weight: 600; }
+.soft, th, .axis { color: var(--soft); font-size: .87em; font-weight: normal; }
+a { color: var(--blue); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2em 1em; margin: .6em 0; }
+dt { color: var(--soft); } dd { margin: 0; }
+code { font: .93em ui-monospace, monospace; }
+figure { margin: .5em 0; } svg { display: block; width: 100%%; }
+.chart { display: grid; grid-template-columns: 5.5em minmax(0, 1fr); padding-right: 2em; }
+.chart svg { height: 12em; background: var(--wash); }
+.axis { position: relative; } .axis span { position: absolute; white-space: nowrap; }
+.y span { right: .6em; transform: translateY(-50%%); } .x { grid-column: 2; height: 1.6em; }
+.x span { transform: translateX(-50%%); }
+.bar { height: .7em; background: var(--wash); }
+.key::before { content: ""; display: inline-block; width: .7em; height: .7em; margin-right: .35em; background: var(--of); }
+.keys span { margin-right: 1.2em; }
+table { border-collapse: collapse; width: 100%%; } th { text-align: left; }
+th, td { padding: .3em .8em .3em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:empty::before { content: "\\2013"; color: var(--soft); }
+.wide { min-width: 10em; } .lead { min-width: 13em; } .lead:first-child { min-width: 17em; }
+@media (max-width: 66em) {
+  thead { display: none; } table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: 1fr 1fr; padding: .6em 0; border-bottom: 1px solid var(--line); }
+  td { border: 0; padding: .1em .5em .1em 0; min-width: 0; } td:empty { display: none; }
+  td.wide, td.lead, td.lead:first-child { grid-column: 1 / -1; min-width: 0; } .number { text-align: left; white-space: normal; }
+  td[title]::before { content: attr(title) ": "; color: var(--soft); font-size: .87em; } }
+</style>
+</head>
+<body>
+%(body)s
+</body>
+</html>
+"""
+
+COLORS = {'multicast': 'blue', 'coded': 'sky', 'chain': 'green', 'tcp': 'orange',
+          'network': 'blue', 'output': 'yellow', 'silence': 'pink'}
+PARTS = {'multicast': 'multicast', 'coded': 'repair by multicast', 'chain': 'from client to client', 'tcp': 'TCP'}
+
+
+class Markup(type(u'')):
+    """A text that is HTML already."""
+
+
+def markup(value):
+    """Anything as HTML; what comes from a report is a text, and stays one."""
+    if isinstance(value, Markup):
+        return value
+    text = re.sub(u'[^\t\n -~\u00a0-\ud7ff\ue000-\ufffd]|[\u200b-\u200f\u2028-\u202e\u2060-\u206f]',
+                  u'\ufffd', u'%s' % (value,))
+    for character, entity in ((u'&', u'&amp;'), (u'<', u'&lt;'), (u'>', u'&gt;'), (u'"', u'&quot;'), (u"'", u'&#39;')):
+        text = text.replace(character, entity)
+    return Markup(text)
+
+
+def element(name, *children, **attributes):
+    """An element of HTML or SVG; class_ is class, stroke_width is stroke-width."""
+    written = u''.join(u' %s="%s"' % (key.rstrip('_').replace('_', '-'), markup(value))
+                       for key, value in sorted(attributes.items()) if value is not None)
+    return Markup(u'<%s%s>%s</%s>' % (name, written, html_of(children), name))
+
+
+def html_of(children):
+    """What stands one behind the other."""
+    return Markup(u''.join(markup(child) for child in children))
+
+
+def as_number(value):
+    """A number of a report; 0 for what is none."""
+    good = isinstance(value, NUMBER + (float,)) and not isinstance(value, bool) and abs(value) < 1e18
+    return value if good else 0
+
+
+def objects_of(value):
+    """The objects of a list in a report."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def parts_of(value):
+    """[(name, number)] of an object in a report, the greatest first, without those that are 0."""
+    parts = [(name, as_number(part)) for name, part in value.items()] if isinstance(value, dict) else []
+    return sorted([part for part in parts if part[1] > 0], key=lambda part: (-part[1], part[0]))
+
+
+def drawn_bar(parts, whole):
+    """A bar of (name, number), of which `whole` is all of its width."""
+    left, drawn = 0.0, []
+    for name, size in parts:
+        width = 100.0 * size / whole
+        drawn.append(element('rect', x='%.2f' % left, y=0, width='%.2f' % width, height=1,
+                             style='fill: var(--%s)' % COLORS.get(name, 'soft')))
+        left += width
+    return element('svg', *drawn, class_='bar', viewBox='0 0 100 1', preserveAspectRatio='none', aria_hidden='true')
+
+
+def legend(parts, words):
+    """The legend of a bar: a name and words for each part."""
+    return element('div', *[element('span', '%s %s' % (name, words(size)), class_='key',
+                                    style='--of: var(--%s)' % COLORS.get(key, 'soft')) for key, name, size in parts],
+                   class_='keys soft')
+
+
+def steps_of(report):
+    """[(from, to, bit/s, who was waited for or None)] of a report's course, times in seconds."""
+    result, before, done = [], 0.0, 0
+    for step in objects_of(report.get('steps')):
+        now, size = as_number(step.get('seconds')), as_number(step.get('bytes'))
+        if now > before:
+            who = step.get('waited_for')
+            result.append((before, now, max(0, 8 * (size - done) / (now - before)), who if isinstance(who, TEXT) else None))
+            before, done = now, size
+    return result
+
+
+def fewer(steps, most):
+    """The same course in at most so many steps."""
+    size = -(-len(steps) // most) or 1
+    for first in range(0, len(steps), size):
+        some = steps[first:first + size]
+        begin, end = some[0][0], some[-1][1]
+        yield begin, end, sum((step[1] - step[0]) * step[2] for step in some) / (end - begin)
+
+
+def axis_ticks(most, factors):
+    """Round numbers up to `most` for an axis, some four."""
+    scale = 10 ** math.floor(math.log10(most)) if factors is None else 1
+    for factor in factors or (0.2, 0.5, 1, 2, 5):
+        if most / (factor * scale) <= 5:
+            break
+    return [place * factor * scale for place in range(int(most / (factor * scale)) + 1)]
+
+
+SPANS = (0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400, 604800)
+
+
+def goodput_chart(report, most):
+    """The goodput of a report over time, with who was waited for; '' without any.  most: steps."""
+    steps = steps_of(report)
+    if not steps:
+        return ''
+    end, peak = steps[-1][1], max(1000.0, max(step[2] for step in steps) * 1.05)
+    drawn, waits, totals = [], [], {}
+
+    def across(seconds):
+        return '%.1f' % (1000 * seconds / end)
+
+    def down(rate):
+        return '%.1f' % (200 - 200 * rate / peak)
+    for begin, until, _, who in steps:
+        if who and waits and waits[-1][2] == who and waits[-1][1] == begin:
+            waits[-1][1] = until
+        elif who:
+            waits.append([begin, until, who])
+        if who:
+            totals[who] = totals.get(who, 0) + until - begin
+    for begin, until, who in sorted(waits, key=lambda wait: wait[0] - wait[1])[:most]:
+        drawn.append(element('rect', element('title', 'waiting for %s, %.1f s' % (who, until - begin)), x=across(begin), y=0,
+                             width=across(until - begin), height=200, style='fill: var(--wait)'))
+    for rate in axis_ticks(peak, None)[1:]:
+        drawn.append(element('path', d='M0 %s H1000' % down(rate), stroke='var(--line)', vector_effect='non-scaling-stroke'))
+    line = u''.join(u'M%s %sH%s' % (across(begin), down(rate), across(until)) if not place else
+                    u'V%sH%s' % (down(rate), across(until))
+                    for place, (begin, until, rate) in enumerate(fewer(steps, most)))
+    drawn.append(element('path', d=line + 'V200H0Z', fill='var(--blue)', fill_opacity='.15'))
+    drawn.append(element('path', d=line, fill='none', stroke='var(--blue)', stroke_width=2, vector_effect='non-scaling-stroke'))
+    across_labels = [element('span', duration(second) if second >= 1 or not second else '%.1f s' % second,
+                             style='left: %.2f%%' % (100 * second / end)) for second in axis_ticks(end, SPANS)]
+    down_labels = [element('span', bits(rate), style='top: %.2f%%' % (100 - 100 * rate / peak))
+                   for rate in axis_ticks(peak, None)[1:]]
+    shown = element('figure', element(
+        'div', element('div', *down_labels, class_='axis y'),
+        element('svg', *drawn, viewBox='0 0 1000 200', preserveAspectRatio='none', role='img',
+                aria_label='goodput over time'),
+        element('div', *across_labels, class_='axis x'), class_='chart'))
+    listed_waits = [element('li', '%s: %.1f s' % (who, seconds))
+                    for who, seconds in sorted(totals.items(), key=lambda item: -item[1])[:20]]
+    return html_of([element('h3', 'Goodput over time'), shown] + (
+        [element('p', 'Nothing came while it waited (marked) for', class_='key soft', style='--of: var(--wait)'),
+         element('ul', *listed_waits)] if listed_waits else []))
+
+
+WORST = ('failed', 'missing', 'refused', 'partly', 'not started', 'complete')
+
+
+def verdict_of(row):
+    """A result and its exit code."""
+    result, code = row.get('result'), row.get('exit_code')
+    return element('span', '%s%s' % (result, '' if code is None else ', exit code %s' % code),
+                   class_='good' if result == 'complete' else 'bad')
+
+
+def html_table(heads, rows):
+    """A table; heads: (title, class); on a narrow page a cell says its title, unless it is of the class `lead`."""
+    body = [element('tr', *[element('td', cell, class_=kind, title=None if kind == 'lead' else title)
+                            for (title, kind), cell in zip(heads, row)]) for row in rows]
+    return element('table', element('thead', element('tr', *[element('th', title, class_=kind) for title, kind in heads])),
+                   element('tbody', *body))
+
+
+def hosts_of(report):
+    """The table of a server's hosts, worst first."""
+    rows = objects_of(report.get('hosts'))
+    waits = [parts_of(row.get('waited_for')) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: (
+        WORST.index(rows[place].get('result')) if rows[place].get('result') in WORST else 0,
+        -sum(part[1] for part in waits[place]), -as_number(rows[place].get('lost'))))
+    most = max([1e-9] + [sum(part[1] for part in parts) for parts in waits])
+    cells = []
+    for place in order:
+        row, parts = rows[place], waits[place]
+        repaired = dict(parts_of(row.get('repaired')))
+        held = [drawn_bar(parts, most), legend([(key, CAUSES.get(key, key), size) for key, size in parts],
+                                       lambda size: '%.1f s' % size)] if parts and parts[0][1] >= 0.05 else []
+        cells.append((
+            html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
+            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])),
+            '%.1f' % as_number(row.get('seconds')) if row.get('seconds') else '', row.get('lost') or '',
+            repaired.get('multicast') or '', repaired.get('tcp') or '', row.get('by_chain') or '', html_of(held)))
+    counts = collections.Counter('%s' % row.get('result') for row in rows)
+    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
+    return html_of([element('h3', 'Hosts: %s' % said), html_table(
+        [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in (
+            'seconds', 'lost', 'multicast', 'TCP', 'chain')] + [('all waited for it', 'wide')], cells),
+        element('p', 'Packets: lost of the multicast; repaired by multicast and by TCP; from another client (chain).',
+                class_='soft')]) if rows else ''
+
+
+def section_of(path, place, report, most):
+    """What the page has of one report."""
+    facts = [('report', path)]
+    words = report.get('arguments')
+    if isinstance(words, list):
+        facts.append(('command', element('code', 'kmcast ' + ' '.join(quoted('%s' % (word,)) for word in words))))
+    if report.get('reason'):
+        facts.append(('why', element('strong', report['reason'])))
+    server = report.get('server')
+    if isinstance(server, dict):
+        facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
+    size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
+    facts += [('image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
+              ('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else '')),
+              ('goodput', bits(as_number(report.get('goodput'))))]
+    for key in ('lost', 'overflows'):
+        if as_number(report.get(key)):
+            facts.append((key, counted(report[key], 'packet' if key == 'lost' else 'datagram')))
+    if report.get('sha256'):
+        facts.append(('SHA-256', element('code', report['sha256'])))
+    carried = parts_of(report.get('carried'))
+    if carried:
+        facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
+            [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
+    called = 'Server' if report['command'] == 'server' else 'Client'
+    return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
+                   element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
+                   goodput_chart(report, most), hosts_of(report))
+
+
+def quoted(word):
+    """A word as one would type it to a shell."""
+    return word if re.match(u'[\\w@%+=:,./-]+$', word) else u"'%s'" % word.replace(u"'", u"'\"'\"'")
+
+
+def report_page(reports):
+    """The page, from (path, report): what --report has written."""
+    servers = [report for _, report in reports if report['command'] == 'server']
+    rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('reason') != UNINVITED]
+    complete = len([row for row in rows if row.get('result') == 'complete'])
+    title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
+        'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
+    reports = sorted(reports, key=lambda item: (item[1]['command'] != 'server', WORST.index(item[1].get('result'))
+                                                if item[1].get('result') in WORST else 0))
+    body = [element('h1', title)]
+    if len(reports) > 1:
+        body.append(html_table((('report', 'lead'), ('result', 'lead'), ('goodput', 'number')), [
+            (html_of([element('a', path, href='#r%d' % place), element('div', report['command'], class_='soft')]),
+             html_of([verdict_of(report), element('div', report.get('reason') or '', class_='soft')]),
+             bits(as_number(report.get('goodput')))) for place, (path, report) in enumerate(reports)]))
+    most = max(50, min(400, 20000 // len(reports)))
+    body += [section_of(path, place, report, most) for place, (path, report) in enumerate(reports)]
+    body.append(element('p', 'kmcast %s' % __version__, class_='soft'))
+    return PAGE % {'title': element('title', title), 'body': element('main', *body)}
+
+
+def read_report(path):
+    """What --report has written there.  Raises Failure."""
+    try:
+        with io.open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
+            report = json.loads(file.read().decode('utf-8'))
+    except OS_ERRORS as error:
+        raise Failure('cannot read %s: %s' % (printable(path), explain(error)), USAGE)
+    except (ValueError, RuntimeError):  # the latter: too deep
+        report = None
+    if not isinstance(report, dict) or report.get('command') not in ('server', 'client'):
+        raise Failure('%s is no report that kmcast has written' % printable(path), USAGE)
+    return report
+
+
+# ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
 
@@ -9686,6 +10182,13 @@ def minutes_type(text):
     return 60 * float(text)
 
 
+def sha256_type(text):
+    """An argument type: 64 hexadecimal digits."""
+    if not re.match(r'[0-9a-fA-F]{64}\Z', text):
+        raise argparse.ArgumentTypeError('%s is no SHA-256, 64 hexadecimal digits' % printable(text))
+    return text.lower()
+
+
 def file_type(text):
     """An argument type: a path; None for `-`, which is standard input or output."""
     return None if text == '-' else text
@@ -9715,11 +10218,91 @@ def group_type(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose help is a page, and whose errors are one line that says what to do.
+
+    commands    name -> Parser of each command; all of them share it
+    rows        (group, action) of what its help shows
+    options     option -> action
+    """
+
+    GROUPS = ('', 'what', 'where', 'when', 'speed', 'safety', 'output')
+
+    def __init__(self, example='', form='', commands=None, **settings):
+        """example: what its help starts with; form: of its command line."""
+        argparse.ArgumentParser.__init__(self, add_help=False, **settings)
+        self.example, self.form = example, form
+        self.commands = {} if commands is None else commands
+        self.rows, self.options = [], {}
+        self.origin = ''                # where the words come from that are parsed, for errors
+
+    def add(self, group, *names, **settings):
+        """add_argument(), in a group of the help."""
+        action = self.add_argument(*names, **settings)
+        self.rows.append((group, action))
+        self.options.update((name, action) for name in action.option_strings)
+
+    def format_help(self):
+        """The page: an example, the form of the command line, and a line for each argument and option."""
+        rows = sorted(self.rows, key=lambda row: self.GROUPS.index(row[0]))
+        lines = [(group, ', '.join(action.option_strings) + (
+            ' ' * bool(action.option_strings) + (action.metavar or action.dest.upper()) if action.nargs != 0 else ''),
+            action.help) for group, action in rows]
+        width = max(len(line[1]) for line in lines)
+        text = 'Example:  %s\nUsage:    %s\n\n' % (self.example, self.form)
+        before = ''
+        for group, called, explained in lines:
+            text += '%-8s%-*s  %s\n' % (group if group != before else '', width, called, explained)
+            before = group
+        return text + self.epilog if self.epilog else text
 
     def error(self, message):
         """Exit with the line and the code for wrong usage."""
-        self.exit(USAGE, '%s: error: %s (see %s --help)\n' % (self.prog, message, self.prog))
+        self.exit(USAGE, '%s: error: %s%s (see %s --help)\n' % (self.prog, self.origin, message, self.prog))
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse has it, but first see to what it has no good words for."""
+        self._look(sys.argv[1:] if args is None else args)
+        return argparse.ArgumentParser.parse_known_args(self, args, namespace)
+
+    def has(self, name):
+        """Whether an option is its own, perhaps shortened or with a value behind it."""
+        if name.startswith('--'):
+            return any(option.startswith(name.split('=')[0]) for option in self.options)
+        return name[:2] in self.options
+
+    def _look(self, words):
+        """Exit with an error if there is an option, or a command, that is none."""
+        for word in words:
+            name = word.split('=')[0]
+            if word == '--':
+                return
+            if len(word) < 2 or word[0] != '-' or ' ' in name or word[1] in '.0123456789':
+                if self.commands.get(None) is not self:
+                    continue
+                if word not in self.commands:
+                    self.error('there is no command %s%s' % (
+                        printable(word), self._meant(word, [command for command in self.commands if command])))
+                return
+            if not self.has(word):
+                self.error(self._stranger(name))
+
+    def _stranger(self, name):
+        """What is wrong with an option that it has not."""
+        others = [parser for parser in self.commands.values() if parser is not self]
+        of = sorted(parser.prog.split()[-1] for parser in others if name in parser.options)
+        if of and self.commands.get(None) is self:
+            return '%s is an option of %s, and stands behind that word' % (name, of[0])
+        if of:
+            return '%s is an option of %s, not of %s' % (name, ' and '.join(of), self.prog.split()[-1])
+        known = set(option for parser in self.commands.values() for option in parser.options)
+        return 'there is no option %s%s' % (printable(name), self._meant(name, known))
+
+    def _meant(self, word, names):
+        """The name that is nearest to a word, as a question; '' if none is near."""
+        near = difflib.get_close_matches(word, sorted(names), 1)
+        of = [parser.prog.split()[-1] for parser in self.commands.values() if near and near[0] in parser.options]
+        mine = not of or self.prog.split()[-1] in of
+        return '; did you mean %s%s?' % (near[0], '' if mine else ', of ' + of[0]) if near else ''
 
 
 class PrintVersion(argparse.Action):
@@ -9732,124 +10315,206 @@ class PrintVersion(argparse.Action):
 
 def command_line():
     """The parser of the command line."""
-    parser = Parser(prog='kmcast', description='Send one image to many hosts at once, '
-                    'reliably: multicast carries it once, TCP what was lost.')
-    parser.add_argument('--version', action=PrintVersion, nargs=0, help='say the version')
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--datagrams', choices=('auto',) + WAYS, default='auto',
-                        help='how to send or receive many packets at once (auto)')
-    common.add_argument('--stall-timeout', type=seconds_type, metavar='SECONDS',
-                        help='give up a peer that has got nothing done for so long; 0: never; in '
-                        'the base protocol 15 for a server and 0 for a client (30)')
-    common.add_argument('--allow-empty', action='store_true',
-                        help='an image of 0 bytes is no error; a client heeds it in the base '
-                        'protocol only, else the server has the say')
-    common.add_argument('--key', metavar='FILE', help='only who has this key takes part, and only what the server vouches '
-                        'for with it is taken; -: standard input, fd:N: a descriptor (what KMCAST_KEY_FILE names)')
-    common.add_argument('--report', metavar='FILE', help='write how it went there, as JSON')
-    common.add_argument('--log', metavar='FILE', help='add what -v says there, with date and time')
-    common.add_argument('-v', '--verbose', action='store_true', help='say more')
-    common.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    all_parsers = {}
+    parser = Parser(
+        prog='kmcast', commands=all_parsers,
+        example='kmcast server -i image.tgz auto 40               # on the server, for 40 hosts\n'
+        '          kmcast client -o image.tgz auto 10.0.0.1         # on each of them; 10.0.0.1 is the server',
+        form='kmcast COMMAND [options] ARGUMENTS               # kmcast COMMAND --help says more')
+    all_parsers[None] = parser
+    choices = parser.add_subparsers(dest='command', metavar='COMMAND')
+
+    def command(name, help, example, form):     # pylint: disable=redefined-builtin
+        made = all_parsers[name] = choices.add_parser(
+            name, commands=all_parsers, example=example, form=form,
+            epilog='\nOptions can stand in the variable KMCAST_OPTIONS, too. man kmcast says more.\n'
+            if name in ('server', 'client', 'check') else None)
+        parser.rows.append(('', argparse.Namespace(option_strings=(), metavar=name, nargs=None, help=help)))
+        return made
+
+    def add_common(made):
+        made.add('output', '-v', '--verbose', action='store_true', help='say more')
+        made.add('output', '-q', '--quiet', action='store_true', help='say only what went wrong')
+        made.add('output', '-h', '--help', action='help', help='show this and exit')
+
+    def add_of_both(made):
+        made.add('when', '--stall-timeout', type=seconds_type, metavar='SECONDS',
+                 help='give up a peer that has got nothing done for so long; 0: never (30)')
+        made.add('speed', '--datagrams', choices=('auto',) + WAYS, default='auto', metavar='WAY',
+                 help='many packets at once: auto, gso, mmsg or plain (auto)')
+        made.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+        made.add('safety', '--key', metavar='FILE',
+                 help='who has it takes part; -: stdin (what KMCAST_KEY_FILE names)')
+        made.add('output', '--report', metavar='FILE', help='write how it went there, as JSON')
+        made.add('output', '--log', metavar='FILE', help='add what -v says there, with date and time')
+        add_common(made)
     port = {'nargs': '?', 'type': whole_number(1, 65535), 'metavar': 'PORT',
             'help': 'TCP port of the server, and its UDP port (%d)' % DEFAULT_PORT}
 
-    sending = argparse.ArgumentParser(add_help=False)
-    sending.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to multicast from: '
-                         'an address of this host, an interface\'s name, or auto')
-    sending.add_argument('clients', metavar='CLIENTS', type=whole_number(1, 100000),
-                         help='how many clients to wait for')
-    sending.add_argument('port', **port)
-    sending.add_argument('--group', type=group_type, default=GROUP,
-                         help='multicast group (%s)' % GROUP)
-    sending.add_argument('--ttl', type=whole_number(0, 255), default=8,
-                         help='routers that multicast may pass (8)')
-    sending.add_argument('--mtu', type=whole_number(256, 9000), metavar='BYTES',
-                         help='largest IP packet (1500, or the interface\'s if that is less)')
-    sending.add_argument('--start-wait', type=seconds_type, metavar='SECONDS',
-                         help='start after so long, even if not all clients came')
-    sending.add_argument('--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
-                         help='how many must be there for --start-wait to start (1)')
-    sending.add_argument('--allow', type=networks_type, metavar='NETWORKS',
-                         help='take connections from these only, such as 10.0.0.0/24,10.0.1.7')
+    def add_of_senders(made):
+        made.add('', 'local_ip', metavar='LOCAL_IP', help='the interface to multicast from: its address or name, or auto')
+        made.add('', 'clients', metavar='CLIENTS', nargs='?', type=whole_number(1, 100000),
+                 help='how many hosts to wait for')
+        made.add('', 'port', **port)
+        made.add('where', '--hosts', metavar='FILE',
+                 help='in the place of CLIENTS: names or addresses, one a line; -: stdin')
+        made.add('where', '--more', action='store_true', help='also take hosts beyond CLIENTS, or the list')
+        made.add('where', '--group', type=group_type, default=GROUP, help='multicast group (%s)' % GROUP)
+        made.add('where', '--ttl', type=whole_number(0, 255), default=8, help='routers that multicast may pass (8)')
+        made.add('when', '--start-wait', type=seconds_type, metavar='SECONDS',
+                 help='start after so long, even if not all came')
+        made.add('when', '--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
+                 help='how many must be there for --start-wait to start (1)')
+        made.add('speed', '--mtu', type=whole_number(256, 9000), metavar='BYTES',
+                 help='largest IP packet (1500, or the interface\'s if that is less)')
+        made.add('safety', '--allow', type=networks_type, metavar='NETWORKS',
+                 help='take connections from these only, such as 10.0.0.0/24,10.0.1.7')
 
-    server = commands.add_parser('server', parents=[common, sending], help='send an image',
-                                 description='Send standard input, or a file, to CLIENTS clients.')
+    server = command('server', 'send an image',
+                     'kmcast server -i image.tgz auto 40', 'kmcast server [options] LOCAL_IP CLIENTS [PORT]')
+    add_of_senders(server)
     server.set_defaults(rehearsal=None)
-    server.add_argument('-i', '--input', type=file_type, metavar='FILE', default='-',
-                        help='the image; -: standard input (-)')
-    server.add_argument('--pipe', metavar='COMMAND', help='the image is what COMMAND writes, and '
-                        'is complete only if COMMAND exits with 0')
-    server.add_argument('--size', type=whole_number(0, 1 << 63), metavar='BYTES',
-                        help='of an image that comes by a pipe: for progress and room')
-    server.add_argument('--name', help='what to call the image (the name of FILE)')
-    server.add_argument('--rate', type=rate_type, default='auto',
-                        help='bit/s as in 940M, auto: as fast as the slowest link, max (auto)')
-    server.add_argument('--unicast', action='store_true',
-                        help='no multicast: the clients pass the image on, one to the next')
-    server.add_argument('--chain', choices=('auto', 'always', 'never'), default='auto',
-                        help='whether clients pass the image on: auto, where multicast does not reach; always, as '
-                        '--unicast; never, all is sent by TCP there (auto)')
-    server.add_argument('--min-rate', type=least_rate_type, default=0, metavar='RATE',
-                        help='a client that alone keeps the transfer slower gets the rest after the others')
-    server.add_argument('--more', action='store_true',
-                        help='who comes late takes part though CLIENTS are here or have the image')
-    server.add_argument('--linger', type=seconds_type, default=0, metavar='SECONDS',
-                        help='wait so long for others, when all who are here have the image (0)')
-    server.add_argument('--forever', action='store_true',
-                        help='serve whoever comes, until SIGTERM; SIGUSR1 starts with those who are here')
-    server.add_argument('--spool', type=file_type, metavar='FILE', help='keep there what comes by a pipe, so that who '
-                        'comes late gets it, too; FILE is overwritten, and has the image at the end')
-    server.add_argument('--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
-                        help='packets in a round at the most; memory is that of some five rounds '
-                        '(as many as make 4 MB)')
-    server.add_argument('--clients-per-thread', type=whole_number(1, 1000), metavar='N',
-                        help='clients that one TCP thread serves (64, or all of them where they are '
-                        '200 or more)')
-    server.add_argument('--no-digest', action='store_true', help='do without SHA-256')
-    server.add_argument('--compat', action='store_true',
-                        help='serve clients of the base protocol (the C implementation)')
+    server.add('what', '-i', '--input', type=file_type, metavar='FILE',
+               help='the image; -: standard input (-)')
+    server.add('what', '--pipe', metavar='COMMAND', help='the image is what COMMAND writes; it must exit with 0')
+    server.add('what', '--size', type=whole_number(0, 1 << 63), metavar='BYTES',
+               help='of an image that comes by a pipe: for progress and room')
+    server.add('what', '--name', help='what to call the image (the name of FILE)')
+    server.add('what', '--spool', type=file_type, metavar='FILE',
+               help='keep what comes by a pipe there, for who comes late')
+    server.add('where', '--unicast', action='store_true',
+               help='no multicast: the hosts pass the image on, one to the next')
+    server.add('where', '--chain', choices=('auto', 'always', 'never'), default='auto', metavar='WHEN',
+               help='auto: where multicast does not reach; always; never (auto)')
+    server.add('when', '--linger', type=seconds_type, default=0, metavar='SECONDS',
+               help='wait so long for others when all who are here have it (0)')
+    server.add('when', '--forever', action='store_true', help='serve whoever comes, until SIGTERM; SIGUSR1 starts')
+    add_of_both(server)
+    server.add('speed', '--rate', type=rate_type, default='auto',
+               help='bit/s as in 940M; auto: as the slowest link; max (auto)')
+    server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
+               help='a host that alone keeps all slower gets the rest after the others')
+    server.add('speed', '--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
+               help='packets in a round at the most (as many as make 4 MB)')
+    server.add('speed', '--clients-per-thread', type=whole_number(1, 1000), metavar='N',
+               help='that one TCP thread serves (64, or all where they are 200 or more)')
+    server.add('safety', '--no-digest', action='store_true', help='do without SHA-256')
+    server.add('safety', '--compat', action='store_true',
+               help='serve clients of the base protocol (the C implementation)')
 
-    client = commands.add_parser('client', parents=[common], help='receive an image',
-                                 description='Receive an image to standard output, or to a file.')
-    client.add_argument('local_ip', metavar='LOCAL_IP', help='the interface to receive multicast '
-                        'on: an address of this host, an interface\'s name, or auto')
-    client.add_argument('server_ip', metavar='SERVER_IP', help='the server\'s address')
-    client.add_argument('port', **port)
-    client.add_argument('-o', '--output', type=file_type, metavar='FILE', default='-',
-                        help='write here, and the file appears when it is complete and verified; '
-                        '-: to standard output (-)')
-    client.add_argument('--pipe', metavar='COMMAND', help='write to the standard input of COMMAND; '
-                        'success only if COMMAND exits with 0')
-    client.add_argument('--wait', type=seconds_type, default=60.0, metavar='SECONDS',
-                        help='how long to try to reach the server, at the start and when the connection breaks (60)')
-    client.add_argument('--resume', action='store_true',
-                        help='with -o FILE: go on where an earlier run broke off, and leave what there is for a later one')
+    client = command('client', 'receive an image',
+                     'kmcast client -o image.tgz auto 10.0.0.1', 'kmcast client [options] LOCAL_IP SERVER_IP [PORT]')
+    client.add('', 'local_ip', metavar='LOCAL_IP', help='the interface to receive on: its address or name, or auto')
+    client.add('', 'server_ip', metavar='SERVER_IP', help='the server\'s address')
+    client.add('', 'port', **port)
+    client.add('what', '--expect-name', metavar='GLOB', help='refuse an image of another name')
+    client.add('what', '--expect-size', type=whole_number(0, 1 << 63), metavar='BYTES',
+               help='refuse an image of another size, or fail at its end')
+    client.add('what', '--expect-sha256', type=sha256_type, metavar='HEX',
+               help='fail at the end of an image that has another SHA-256')
+    client.add('where', '-o', '--output', type=file_type, metavar='FILE',
+               help='it appears when complete and verified; -: standard output (-)')
+    client.add('where', '--pipe', metavar='COMMAND', help='write to its standard input; it must exit with 0')
+    client.add('when', '--wait', type=seconds_type, default=60.0, metavar='SECONDS',
+               help='how long to try to reach the server, also when it is lost (60)')
+    client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
+    add_of_both(client)
 
-    check = commands.add_parser('check', parents=[common, sending], help='a rehearsal: does multicast reach the clients?',
-                                description='Rehearse with CLIENTS clients, which run their ordinary command, and write nothing.')
-    check.add_argument('--minutes', type=minutes_type, default='0.5', metavar='M',
-                       help='for how long multicast must get through (0.5)')
+    check = command('check', 'a rehearsal: does multicast reach the clients?',
+                    'kmcast check auto 40', 'kmcast check [options] LOCAL_IP CLIENTS [PORT]')
+    add_of_senders(check)
+    check.add('when', '--minutes', type=minutes_type, default='0.5', metavar='M',
+              help='for how long multicast must get through (0.5)')
+    add_of_both(check)
 
-    key = commands.add_parser('key', help='make a key for --key',
-                              description='Write a new key to standard output; if that is a file, it gets mode 600.')
+    demo = command('demo', 'a server and some clients on this host, to see it work',
+                   'kmcast demo', 'kmcast demo [options] [FILE]')
+    demo.add('', 'file', nargs='?', metavar='FILE', help='what to send (64 MiB of random data)')
+    demo.add('what', '--clients', type=whole_number(1, 100), default=3, metavar='N', help='how many clients (3)')
+    add_common(demo)
 
-    demo = commands.add_parser('demo', help='a server and some clients on this host, to see it work',
-                               description='Send FILE, or 64 MiB of random data, to some clients '
-                               'on this host by loopback.')
-    demo.add_argument('--clients', type=whole_number(1, 100), default=3, metavar='N',
-                      help='how many clients (3)')
-    demo.add_argument('file', nargs='?', metavar='FILE', help='what to send')
-    for command in (key, demo):
-        command.add_argument('-v', '--verbose', action='store_true', help='say more')
-        command.add_argument('-q', '--quiet', action='store_true', help='say only what went wrong')
+    page = command('report', 'a page to look at, from what --report has written',
+                   'kmcast report report.json > page.html', 'kmcast report FILE...')
+    page.add('', 'files', nargs='+', metavar='FILE', help='what server or client --report has written; -: standard input')
+    page.add('output', '-h', '--help', action='help', help='show this and exit')
+    page.set_defaults(verbose=False, quiet=False)
+
+    key = command('key', 'a new key for --key', 'kmcast key > kmcast.key', 'kmcast key')
+    key.add('output', '-h', '--help', action='help', help='show this and exit')
+    key.set_defaults(verbose=False, quiet=False)
+
+    completion = command('completion', 'what makes bash complete all this with the Tab key',
+                         'kmcast completion bash > /etc/bash_completion.d/kmcast', 'kmcast completion bash')
+    completion.add('', 'shell', choices=('bash',), metavar='bash', help='the shell that it is for')
+    completion.add('output', '-h', '--help', action='help', help='show this and exit')
+    completion.set_defaults(verbose=False, quiet=False)
+
+    parser.add('output', '--version', action=PrintVersion, nargs=0, help='say the version')
+    parser.add('output', '-h', '--help', action='help', help='show this and exit')
     return parser
+
+
+RIVALS = (('input', 'pipe'), ('output', 'pipe'), ('hosts', 'clients'), ('unicast', 'chain'), ('verbose', 'quiet'))
+
+
+def from_environment(parser, given):
+    """The options of KMCAST_OPTIONS for a command, as words.
+
+    parser: the command's; given: what its command line says, which wins.  Those of the
+    other command are left out, so that both can be told the same.
+    """
+    parser.origin = 'KMCAST_OPTIONS: '
+    try:
+        words = shlex.split(os.environ.get('KMCAST_OPTIONS', ''))
+    except ValueError as error:
+        parser.error(str(error).lower())
+    groups, result = [], []
+    for word in words:                  # an option and its value
+        if word.startswith('-') and word != '-':
+            groups.append([word])
+        elif groups and len(groups[-1]) == 1 and '=' not in groups[-1][0]:
+            groups[-1].append(word)
+        else:
+            parser.error('%s is no option' % printable(word))
+    said = set(name for name, value in vars(given).items() if value != parser.get_default(name))
+    for group in groups:
+        name = group[0].split('=')[0]
+        action = parser.options.get(name)
+        if not action and any(name in parser.commands[other].options for other in ('server', 'client')):
+            continue
+        if action and action.nargs == 0 and len(group) > 1:
+            parser.error('%s is no option' % printable(group[1]))
+        rivals = [names for names in RIVALS if action and action.dest in names]
+        if not any(name in said for names in rivals for name in names if name != action.dest):
+            result += group
+    return result
+
+
+def read_hosts(options):
+    """The HostList of --hosts; None without.  Raises Failure."""
+    if options.hosts is None:
+        return None
+    if options.hosts == '-' and not options.input and options.pipe is None:
+        raise Failure('standard input is the image, so it cannot be the list of hosts; give -i FILE or --pipe', USAGE)
+    called = 'standard input' if options.hosts == '-' else printable(options.hosts)
+    try:
+        with io.open(0 if options.hosts == '-' else options.hosts, 'rb', closefd=options.hosts != '-') as file:
+            text = file.read()
+    except OS_ERRORS as error:
+        raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
+    hosts = HostList(str(text.decode('ascii', 'replace').replace(u'\ufffd', u'?')), called)
+    if options.compat and not all(is_address(name) for name in hosts.names):
+        raise Failure('in the base protocol a client does not tell its name: %s must have addresses' % called, USAGE)
+    return hosts
 
 
 def server_command(options, signals):
     """`kmcast server`: what will do it.  Raises Failure."""
     if options.input and options.pipe is not None:
         raise Failure('give one of --input and --pipe', USAGE)
+    options.listed = read_hosts(options)
+    if options.listed:
+        options.clients = len(options.listed.names)
     port_like = options.clients >= 1024 and options.port < 1024
     if options.clients > MOST_CLIENTS or port_like:
         raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
@@ -9870,7 +10535,8 @@ def server_command(options, signals):
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
     options.interface = '%s (%s)' % names[0] if names else options.local_ip
-    source = Drill() if options.rehearsal else Source(options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
+    source = Drill() if options.rehearsal else Source(
+        options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
     if options.forever and not source.again:
         source.close()
         raise Failure('--forever needs an image that can be read again: -i FILE, or --spool FILE', USAGE)
@@ -9880,8 +10546,8 @@ def server_command(options, signals):
 def check_command(options, signals):
     """`kmcast check`: a server that has nothing to send.  Raises Failure."""
     ours = dict(vars(options), rehearsal=options.minutes)
-    vars(options).update(vars(command_line().parse_args(['server', options.local_ip, str(options.clients), '--chain', 'never',
-                                                         '-i', '/dev/zero'])))
+    vars(options).update(vars(command_line().parse_args(
+        ['server', '--chain', 'never', '-i', '/dev/zero', options.local_ip])))
     vars(options).update(ours)
     return server_command(options, signals)
 
@@ -9937,6 +10603,97 @@ def key_of(options):
     return name and read_key(name)
 
 
+BASH = """\
+# bash completion for kmcast, made by "kmcast completion bash"
+_kmcast() {
+    local i word command='' place=0 valued=' %(valued)s ' files=' %(files)s '
+    local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} words=''
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        if [[ $word == -?* ]]; then
+            [[ $valued == *" $command$word "* ]] && ((i++))
+        elif [[ -z $command ]]; then
+            command=$word
+        else
+            ((place++))
+        fi
+    done
+    COMPREPLY=()
+    if [[ $files == *" $command$before "* ]]; then
+        compopt -o filenames 2>/dev/null
+        COMPREPLY=($(compgen -f -- "$current"))
+        return
+    fi
+    case $command$before in
+%(values)s
+        *)  if [[ $valued == *" $command$before "* ]]; then
+                return
+            elif [[ $current == -* || -z $command ]]; then
+                case $command in
+%(options)s
+                esac
+            elif [[ $place == 0 && ( $command == server || $command == client ) ]]; then
+                words="auto $(ls /sys/class/net)"
+            elif [[ %(of_files)s ]]; then
+                compopt -o filenames 2>/dev/null
+                COMPREPLY=($(compgen -f -- "$current"))
+                return
+            fi ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -F _kmcast kmcast kmcast.py kmcast.pyz
+"""
+
+
+def completion_command(_options, _signals):
+    """`kmcast completion`: a script for bash(1), "Programmable Completion", made from the parser."""
+    parser = command_line()
+    valued, files, values, options, of_files = [], [], [], [], []
+    for command, made in sorted(parser.commands.items(), key=lambda item: item[0] or ''):
+        command = command or ''
+        names = sorted(made.options) + ([other for other in parser.commands if other] if not command else [])
+        options.append("                    '%s') words='%s' ;;" % (command, ' '.join(sorted(names))))
+        for _, action in made.rows:
+            calls = [command + name for name in action.option_strings if action.nargs != 0]
+            valued += calls
+            if action.metavar == 'FILE':
+                files += calls
+                of_files += [] if calls else ['$command == ' + command]
+            elif getattr(action, 'choices', None) and command:
+                values.append("        %s) words='%s' ;;" % ('|'.join(calls or [command + command]), ' '.join(action.choices)))
+    return Printer(BASH % {'valued': ' '.join(valued), 'files': ' '.join(files), 'values': '\n'.join(values),
+                           'options': '\n'.join(options), 'of_files': ' || '.join(of_files)})
+
+
+class Printer(object):
+    """What a command does that just writes a text on standard output."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def run(self):
+        """Write it; returns an exit code.  Raises Failure."""
+        try:
+            with io.open(1, 'wb', closefd=False) as output:
+                output.write(self.text.encode('ascii', 'xmlcharrefreplace'))
+        except OS_ERRORS as error:
+            raise Failure('cannot write standard output: %s' % explain(error))
+        return OK
+
+    @staticmethod
+    def status(_now):
+        """None: it is done at once."""
+
+    def close(self):
+        """It leaves nothing behind."""
+
+
+def report_command(options, _signals):
+    """`kmcast report`.  Raises Failure."""
+    return Printer(report_page([(path, read_report(path)) for path in options.files]))
+
+
 class DemoClient(threading.Thread):
     """A client process of the demo, and what came out of it."""
 
@@ -9982,6 +10739,7 @@ class Demo(object):
         us = os.getpid()
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
+            env=dict(item for item in os.environ.items() if item[0] != 'KMCAST_OPTIONS'),
             preexec_fn=lambda: end_with(us), **pipes)
         self._processes.append(process)
         return process
@@ -10047,26 +10805,57 @@ class Demo(object):
                     pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'check': check_command, 'demo': Demo, 'key': MakeKey}
+COMMANDS = {'server': server_command, 'client': client_command, 'check': check_command, 'demo': Demo, 'key': MakeKey, 'report': report_command,
+            'completion': completion_command}
+
+
+def settle_numbers(options, rest, parser):
+    """Find CLIENTS, which --hosts takes the place of, and PORT; returns what is left of `rest`.
+
+    argparse takes an optional positional only right behind the others.
+    """
+    slots = [('port', 65535)]
+    if options.command != 'client' and options.hosts is None:
+        slots.insert(0, ('clients', 100000))
+    given = [str(number) for number in (getattr(options, 'clients', None), options.port) if number is not None]
+    while rest and rest[0].isdigit() and len(given) < len(slots):
+        given.append(rest.pop(0))
+    options.clients = options.port = None
+    for (name, most), text in zip(slots, given):
+        try:
+            setattr(options, name, whole_number(1, most)(text))
+        except argparse.ArgumentTypeError as error:
+            parser.error('argument %s: %s' % (name.upper(), error))
+    if options.clients is None and slots[0][0] == 'clients':
+        parser.error('how many CLIENTS? %s, or --hosts FILE in the place of CLIENTS' % parser.form)
+    if given[len(slots):]:
+        parser.error('--hosts takes the place of CLIENTS: kmcast %s --hosts FILE LOCAL_IP [PORT]' % options.command)
+    options.port = options.port or DEFAULT_PORT
+    return rest
+
+
+def read_command_line(words):
+    """What the words, and KMCAST_OPTIONS, ask for: a Namespace, whose `words` are all of them."""
+    parser = command_line()
+    options, rest = parser.parse_known_args(words)
+    if not options.command:             # Python 3 lets it be missing
+        parser.error('which COMMAND? one of %s' % ', '.join(name for name in parser.commands if name))
+    own = parser.commands[options.command]
+    if options.command in ('server', 'client', 'check'):
+        place = words.index(options.command) + 1
+        words = words[:place] + from_environment(own, options) + words[place:]
+        options, rest = parser.parse_known_args(words)
+        own.origin = ''
+        rest = settle_numbers(options, rest, own)
+    if rest:
+        own.error('unrecognized arguments: %s' % printable(' '.join(rest)))
+    options.words = words
+    return options
 
 
 def main(arguments=None):
     """The program; returns its exit code."""
-    parser = command_line()
-    options, rest = parser.parse_known_args(arguments)
-    if options.command in ('server', 'client', 'check') and options.port is None:
-        # argparse wants an optional positional right behind the others.
-        if len(rest) == 1 and rest[0].isdigit():
-            try:
-                options.port = whole_number(1, 65535)(rest.pop())
-            except argparse.ArgumentTypeError as error:
-                parser.error('argument PORT: %s' % error)
-        else:
-            options.port = DEFAULT_PORT
-    if rest:
-        parser.error('unrecognized arguments: %s' % printable(' '.join(rest)))
-    if not options.command:             # Python 3 lets it be missing
-        parser.error('which COMMAND? one of server, client, check, demo, key')
+    options = read_command_line(sys.argv[1:] if arguments is None else list(arguments))
     open_standard_files()
     return run_job(options, StopInOrder())
 
@@ -10077,7 +10866,7 @@ def read_by_user(options, job):
     level = DEBUG if options.verbose else ERROR if options.quiet else INFO
     clock = '%H:%M:%S ' if options.verbose and not screen.terminal else ''
     log = Log(options.command, level, screen.line, clock)
-    tell.readers[:] = [log, Summary(log, options.verbose)]
+    tell.readers[:] = [log, Summary(log, options.verbose, lambda _level, line: screen.line(line))]
     if job is None:
         return
     if getattr(options, 'log', None):
@@ -10087,7 +10876,7 @@ def read_by_user(options, job):
     if not options.quiet:
         tell.readers.append(Progress(options.command, job, screen))
     if getattr(options, 'report', None):
-        tell.readers.append(JsonReport(options.report, options.command, job))
+        tell.readers.append(JsonReport(options.report, options.command, getattr(options, 'words', None), job))
 
 
 def run_job(options, signals):

@@ -391,7 +391,7 @@ def _environment(changes=None):
     """Return the environment for a process: ours without what would change how an interpreter works."""
     env = dict(os.environ)
     for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONOPTIMIZE",
-                 "PYTEST_CURRENT_TEST"):
+                 "PYTEST_CURRENT_TEST", "KMCAST_OPTIONS"):
         env.pop(name, None)
     env["PYTHONFAULTHANDLER"] = "1"
     for name, value in (changes or {}).items():

@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import pty
 import re
+import shutil
 import socket
 import subprocess
 
@@ -215,14 +216,130 @@ def test_version_and_help_of_each_command(python):
     assert (code, stderr) == (0, "")
     assert re.match(br"kmcast \d+\.\d+\.\d+\n$", stdout)
     words = {
-        (): ["server", "client", "demo", "--version"],
+        (): ["server", "client", "demo", "report", "completion", "--version"],
         ("server",): ["LOCAL_IP", "CLIENTS", "PORT", "--group", "--ttl", "--mtu", "--rate", "--unicast", "--datagrams",
                       "--buffer-packets", "--clients-per-thread", "--compat", "--input", "--name", "--no-digest", "-v", "-q"],
         ("client",): ["LOCAL_IP", "SERVER_IP", "PORT", "--output", "--wait", "--datagrams", "-v", "-q"],
         ("demo",): ["--clients", "FILE"],
+        ("completion",): ["bash"],
+        ("report",): ["FILE"],
     }
     for command in words if python in (OLDEST, NEWEST) else []:
         code, stderr, stdout = helpers.start_kmcast(command + ("--help",), python, program=helpers.KMCAST).finish(20)
         assert (code, stderr) == (0, "")
         for word in words[command]:
             assert word in stdout.decode("ascii")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+@BOTH
+@pytest.mark.parametrize("args, said", [
+    (CLIENT + ["--compat"], "kmcast client: error: --compat is an option of server, not of client"),
+    (CLIENT + ["--size", "5"], "--size is an option of server"), (SERVER + ["--wait=5"], "--wait is an option of client"),
+    (SERVER + ["-o", "x"], "-o is an option of client"), (["demo", "--rate", "5M"], "--rate is an option of server, not of demo"),
+    (["client", "--clients", "3"], "--clients is an option of demo"),
+    (SERVER + ["--stal-timeout", "3"], "no option --stal-timeout; did you mean --stall-timeout?"),
+    (SERVER + ["--wiat", "3"], "no option --wiat; did you mean --wait, of client?"),
+    (CLIENT + ["--expect-nmae=x"], "did you mean --expect-name?"), (SERVER + ["--zzzz"], "no option --zzzz ("),
+    (SERVER + ["-x"], "no option -x ("), (["sever", LOOPBACK, "1"], "no command sever; did you mean server?"),
+    (["--rate", "5M", "server", LOOPBACK, "1"], "--rate is an option of server, and stands behind that word"),
+    (["completion", "zsh"], "zsh")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_an_option_of_the_other_command_and_a_misspelt_one_are_named_as_such(python, args, said):
+    line = the_one_line(helpers.start_kmcast(args, python))
+    assert said in line, line
+
+
+@BOTH
+def test_an_option_may_be_shortened_and_a_value_may_look_like_one(python):
+    port = helpers.free_port()
+    server = helpers.start_server(["--pip", "echo  --zzzz -x", "--nam=-x --zzzz", LOOPBACK, 1, port], python)
+    client = helpers.start_client(["-o-", "--stal=9", LOOPBACK, LOOPBACK, port], python)
+    assert client.finish(20)[::2] == (0, b"--zzzz -x\n")
+    assert server.finish(20)[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KMCAST_OPTIONS
+
+@BOTH
+def test_options_can_come_from_the_environment(python, tmp_path):
+    """Both ends can be given the same: each takes what is its own."""
+    env = {"KMCAST_OPTIONS": "-q --name 'an image' --wait=20 -o '%s' --expect-name 'an *' --rate 50M" % (tmp_path / "copy")}
+    port = helpers.free_port()
+    server = helpers.start_server(["--log", tmp_path / "log", LOOPBACK, 1, port], python, env=env, stdin=b"data")
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port], python, env=env)
+    assert client.finish(20) == (0, "", b"") and (tmp_path / "copy").read_bytes() == b"data"
+    assert server.finish(20)[:2] == (0, "")
+
+
+@BOTH
+def test_the_command_line_wins_over_the_environment(python, tmp_path):
+    env = {"KMCAST_OPTIONS": "-q -o %s --expect-size 5 -i /nonexistent --name another" % (tmp_path / "never")}
+    port = helpers.free_port()
+    server = helpers.start_server(["-v", "--pipe", "echo data", LOOPBACK, 1, port], python, env=env)
+    client = helpers.start_client(["--expect-size", 5, "--pipe", "cat > %s" % (tmp_path / "copy"), LOOPBACK, LOOPBACK, port],
+                                  python, env=env)
+    assert client.finish(20)[0] == 0 and os.listdir(str(tmp_path)) == ["copy"]
+    code, stderr, _ = server.finish(20)
+    assert code == 0 and "bytes a packet" in stderr, stderr
+
+
+@BOTH
+@pytest.mark.parametrize("text, said", [
+    ("--rate x", "x is not a rate"), ("--zzzz", "no option --zzzz"), ("auto 40", "auto is no option"), ("-v auto", "auto is no option"),
+    ("--rate 5M 40", "40 is no option"), ("-v '", "quotation"), ("--size", "--size")])
+def test_what_is_wrong_with_the_environment_is_said_to_be_there(python, text, said):
+    line = the_one_line(helpers.start_kmcast(SERVER, python, env={"KMCAST_OPTIONS": text}))
+    assert line.startswith("kmcast server: error: KMCAST_OPTIONS: ") and said in line, line
+
+
+@BOTH
+def test_the_demo_takes_nothing_from_the_environment(python, tmp_path):
+    (tmp_path / "image").write_bytes(b"data")
+    env = {"KMCAST_OPTIONS": "--zzzz -o %s" % (tmp_path / "copy")}
+    code, stderr, _ = helpers.start_kmcast(["demo", "--clients", "1", tmp_path / "image"], python, env=env,
+                                           program=helpers.KMCAST).finish(30)
+    assert code == 0 and os.listdir(str(tmp_path)) == ["image"], stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completion
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """A function: the words of a command line, the last one to be completed -> what bash offers."""
+    if not shutil.which("bash"):
+        pytest.skip("no bash here")
+    directory = tmp_path_factory.mktemp("completion")
+    (directory / "a file").write_text("")
+    script = subprocess.check_output([NEWEST, helpers.KMCAST, "completion", "bash"])
+    assert subprocess.check_output([OLDEST, helpers.KMCAST, "completion", "bash"]) == script
+    (directory / "script").write_bytes(script)
+
+    def offered(*words):
+        ask = ('set -u; . ./script; complete -p kmcast > /dev/null; COMP_WORDS=("$@"); '
+               'COMP_CWORD=$(($# - 1)); _kmcast; for word in "${COMPREPLY[@]:-}"; do printf "%s\\n" "$word"; done')
+        return subprocess.check_output(["bash", "-c", ask, "bash", "kmcast"] + list(words),
+                                       cwd=str(directory)).decode("ascii").split("\n")[:-1]
+    return offered
+
+
+def test_bash_completes_commands_options_and_their_values(complete):
+    assert complete("s") == ["server"] and "client" in complete("")
+    assert complete("server", "--st") == ["--stall-timeout", "--start-wait"]
+    assert complete("client", "--st") == ["--stall-timeout"]
+    assert complete("server", "--chain", "a") == ["auto", "always"]
+    assert complete("server", "--chain", "auto", "--datagrams", "m") == ["mmsg"]
+    assert complete("server", "--rate", "") == [""]
+    assert complete("server", "--rate", "5M", "l") == ["lo"]
+    assert set(complete("client", "")) >= {"auto", "lo"} and complete("client", "auto", "") == [""]
+    assert complete("completion", "") == ["bash"]
+
+
+def test_bash_completes_files_where_there_is_to_be_one(complete):
+    for words in (["server", "-i"], ["server", "--hosts"], ["client", "-o"], ["client", "-q", "--report"], ["demo"],
+                  ["report"], ["report", "script"]):
+        assert "script" in complete(*(words + [""])), words
+    assert "script" not in complete("server", "")

@@ -31,13 +31,13 @@ MUTANTS = [
     ("who is ready does not listen",
      "        member.stands(number, LISTENS, None, now)\n        return []\n", "        return []\n"),
     ("a buffer is free before it is written",
-     "        self.rounds.remove(incoming)\n        return [('send'",
-     "        self.rounds.remove(incoming)\n        self._free.append(incoming.buffer)\n        return [('send'"),
+     "        self.rounds.remove(incoming)\n        if incoming.heard and",
+     "        self.rounds.remove(incoming)\n        self._free.append(incoming.buffer)\n        if incoming.heard and"),
     ("a thread's parent does not hear what clients below ask for",
      "                answers.add(self._below.pop(step))\n", "                self._below.pop(step)\n"),
     # Up to here they are run with the suite.  The window of the server:
     ("a signal out of turn is accepted",
-     "        if how not in self.PAYS.get(kind, ()):\n", "        if how is None:\n"),
+     "        if how not in self.PAYS[kind]:\n", "        if how is None:\n"),
     ("every answer is taken for one on the oldest round",
      "        if number is None:\n            number = member.oldest\n", "        number = member.oldest\n"),
     ("who left still owes",
@@ -70,10 +70,11 @@ MUTANTS = [
     ("a client is ready for any number of rounds",
      "            if used >= self.room:\n", "            if used >= 50:\n"),
     ("what was written makes no room",
-     "        self._free.append(incoming.buffer)\n        return self._make_room()\n",
-     "        self._free.append(incoming.buffer)\n        return []\n"),
+     "            return []\n        self._free.append(incoming.buffer)\n        return self._make_room()\n",
+     "            return []\n        self._free.append(incoming.buffer)\n        return []\n"),
     ("what came damaged is not given to the writer again",
-     "        incoming.given, incoming.how = False, Incoming.SUSPECT\n", "        incoming.how = Incoming.SUSPECT\n"),
+     "        incoming.given, incoming.how, incoming.suspected = False, Incoming.SUSPECT, True\n",
+     "        incoming.how, incoming.suspected = Incoming.SUSPECT, True\n"),
     ("what came damaged is not asked for again",
      "        gaps = incoming.buffer.differing(sums)\n", "        gaps = 0\n"),
     ("sums are those of the next packet",
@@ -92,13 +93,14 @@ MUTANTS = [
     ("what came straight to a place is taken for what should be there",
      "                and headers[part_of_round] == self.headers[part_of_round])\n", "                )\n"),
     ("packets are expected where others are already",
-     "not target.checks and target.lacks(place, place + MOST_SEGMENTS) else None\n", "not target.checks else None\n"),
+     "        return (target, place) if target.lacks(place, place + MOST_SEGMENTS) else None\n",
+     "        return target, place\n"),
     # The course:
     ("the base stands still",
      "        self._base = (self._base + buffer.count) & self.dialect.seqs\n", "        pass\n"),
     ("the window is never full",
-     "        if self._full and len(self._underway) < self.window and not self.over:\n",
-     "        if self._full and not self.over:\n"),
+     "        if self._full and len(self._underway) < self.window and not self.over and not self._has_time():\n",
+     "        if self._full and not self.over and not self._has_time():\n"),
     ("a round more than the window has room for is under way",
      "        if self._full and len(self._underway) < self.window and",
      "        if self._full and len(self._underway) <= self.window and"),
@@ -120,7 +122,7 @@ MUTANTS = [
     ("who is set aside stays so",
      "        if all(cohort.aside for cohort in self._cohorts):\n", "        if False:\n"),
     ("who lacks something after all gets nothing more",
-     "            held.remove(start, stop)\n        member.lacked", "            pass\n        member.lacked"),
+     "            held.remove(start, stop)\n        if not self._started:", "            pass\n        if not self._started:"),
     ("a round is of those who have just come, too",
      "        return self.members if members is None else [member", "        return self.members if True else [member"),
     ("a part is cut elsewhere when it is read again",
@@ -155,7 +157,7 @@ MUTANTS = [
      "        try:\n            self.link.wait_child()\n        except LinkClosed:\n            self._unwatch",
      "        try:\n            pass\n        except LinkClosed:\n            self._unwatch"),
     ("the server does not wait for its threads",
-     "            thread.join(2 * FAREWELL_TIME)\n", "            pass\n"),
+     "            thread.join(2 * FAREWELL_TIME)\n        return", "            pass\n        return"),
     ("a silent server is waited for",
      "        if self._stall_timeout and monotonic() - self.server.heard > self._stall_timeout:\n", "        if False:\n"),
     ("the image is final before all is written",
@@ -163,7 +165,7 @@ MUTANTS = [
     ("a client that did not get in is not named",
      "                self.roster.refuse(member, why)\n", "                pass\n"),
     ("what the kernel did not take is lost",
-     "                self.outgoing.put_head(memoryview(data)[count:])\n                return\n", "                return\n"),
+     "            self.outgoing.put_head(memoryview(data)[count:])\n            return False\n", "            return False\n"),
     # These cost only time, or the reason in words, and that seldom.
     ("who left is repaired for",
      "            requests = dict(item for item in requests.items() if item[0] in here)\n", "            pass\n"),
@@ -212,6 +214,11 @@ def test_a_seed_is_replayed_message_by_message():
 def test_what_is_broken_is_found(mutant, tmp_path):
     code, said = simulate("--kmcast", broken(mutant, tmp_path), "--seeds", "300", "--jobs", "2", "--until-found")
     assert code == 1 and "seed" in said, said
+
+
+def test_what_is_broken_by_hand_is_still_there(tmp_path):
+    for mutant in MUTANTS:
+        broken(mutant, tmp_path)
 
 
 def measure(words, directory):

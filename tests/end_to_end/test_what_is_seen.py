@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import signal
+import stat
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from helpers import LOOPBACK
 from pythons import BOTH, NEWEST
 from test_failures import Consumer, wait_until
 
-KEYS = {"kmcast", "command", "result", "exit_code", "reason", "bytes", "sha256", "seconds", "goodput", "carried", "steps"}
+KEYS = {"kmcast", "command", "arguments", "ended", "result", "exit_code", "reason", "bytes", "sha256", "seconds", "goodput", "carried", "steps"}
 
 
 def read(path):
@@ -35,6 +36,8 @@ def test_the_reports_of_a_transfer_say_what_was_carried_and_what_became_of_each_
     report = read(tmp_path / "server")
     assert set(report) == KEYS | {"hosts"}
     assert (report["command"], report["result"], report["exit_code"], report["reason"]) == ("server", "complete", 0, None)
+    assert report["arguments"] == ["server", "--report", str(tmp_path / "server"), LOOPBACK, "2", str(port)]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", report["ended"])
     assert (report["bytes"], report["sha256"]) == (len(data), helpers.sha256(data))
     assert report["carried"]["multicast"] > 0 and report["goodput"] > 0
     assert [(host["result"], host["exit_code"]) for host in report["hosts"]] == 2 * [("complete", 0)]
@@ -72,6 +75,19 @@ def test_a_report_is_written_however_it_ends(tmp_path):
     assert (report["result"], report["exit_code"]) == ("failed", 1) and "SIGTERM" in report["reason"]
     assert read(tmp_path / "late")["result"] == "refused"
     assert not (tmp_path / "0").exists() and len(os.listdir(str(tmp_path))) == 3
+
+
+@BOTH
+def test_a_report_into_a_pipe_leaves_it_one(python, tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    reader = os.open(str(tmp_path / "pipe"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        client = helpers.start_client(["--report", tmp_path / "pipe", "--wait", 0, LOOPBACK, LOOPBACK, helpers.free_port()], python)
+        code = client.finish(20)[0]
+        report = json.loads(os.read(reader, 65536).decode("ascii"))
+    finally:
+        os.close(reader)
+    assert report["exit_code"] == code and stat.S_ISFIFO(os.stat(str(tmp_path / "pipe")).st_mode)
 
 
 def test_a_report_that_cannot_be_written_changes_nothing_but_gets_a_line(tmp_path):
@@ -182,4 +198,5 @@ def test_on_a_terminal_there_is_a_line_that_is_redrawn_and_torn_by_no_other(envi
     assert bool(re.search(r"\d+ %, [0-9.]+ Mbit/s", said)) == drawn, said
     for line in said.replace("\r\n", "\n").split("\n"):
         shown = line.split("\r\x1b[K")[-1] if drawn else line
-        assert "\x1b" not in shown and (shown == "" or shown.startswith("kmcast server: ")), repr(line)
+        assert "\x1b" not in shown, repr(line)
+        assert re.match("kmcast server: |[0-9a-f]{64}  -$|$", shown), repr(line)

@@ -12,11 +12,12 @@ import pytest
 import helpers
 import kmcast
 
-COMMANDS = ("server", "client", "check", "key", "demo")
+COMMANDS = ("server", "client", "check", "demo", "key", "report", "completion")
 
 #: Sections of the manual page that describe options -> the commands that have these.
 SECTIONS = {
-    "Options of every command": COMMANDS,
+    "Options of every command": COMMANDS + ("",),
+    "Options of server, client, check and demo": ("server", "client", "check", "demo"),
     "Options of server, client and check": ("server", "client", "check"),
     "Options of server and check": ("server", "check"),
     "Options of check": ("check",),
@@ -37,16 +38,14 @@ def read(*path):
 
 
 def run(*arguments):
-    """Standard output of kmcast, in lines that are not folded."""
-    environment = dict(os.environ, COLUMNS="1000")
-    output = subprocess.check_output([sys.executable, helpers.KMCAST] + list(arguments), env=environment)
-    return output.decode("ascii")
+    """Standard output of kmcast."""
+    return subprocess.check_output([sys.executable, helpers.KMCAST] + list(arguments)).decode("ascii")
 
 
 def split_option(text):
     """`-o FILE, --output FILE` -> (("--output", "-o"), "FILE")."""
-    names = re.findall(r"(?:^|[\s,])(--?[a-z][a-z-]*)", text)
-    metavar = re.sub(r"--?[a-z][a-z-]*|,", " ", re.sub(r"\{.*\}", lambda m: m.group(0).replace(",", "|"), text)).split()
+    names = re.findall(r"(?:^|[\s,])(--?[a-z][a-z0-9-]*)", text)
+    metavar = re.sub(r"--?[a-z][a-z0-9-]*|,", " ", re.sub(r"\{.*\}", lambda m: m.group(0).replace(",", "|"), text)).split()
     assert len(set(metavar)) <= 1, text
     return tuple(sorted(names)), metavar[0] if metavar else ""
 
@@ -60,11 +59,15 @@ def default_in_help(text):
 # --help
 
 def options_of_help(command):
-    """{(names, metavar): default or None} of `kmcast COMMAND --help`."""
+    """{(names, metavar): (group, default or None)} of `kmcast COMMAND --help`."""
     text = run(*[word for word in (command, "--help") if word])
-    entries = re.findall(r"^  (-\S.*?)(?:  +|\n {8,})(\S.*)$", text, re.MULTILINE)
-    assert len(entries) == len(re.findall(r"^  -", text, re.MULTILINE)), text
-    return dict((split_option(str(option)), default_in_help(explanation)) for option, explanation in entries)
+    entries = re.findall(r"^([a-z]*)  +(-\S.*?)  +(\S.*)$", text, re.MULTILINE)
+    assert entries, text
+    result, group = {}, None
+    for label, option, explanation in entries:
+        group = str(label) or group
+        result[split_option(str(option))] = group, default_in_help(explanation)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def options_of_help(command):
 def words(line):
     """A line of macros as the text that it gives: `Fl i Ar FILE` -> `-i FILE`."""
     line = re.sub(r"Brq (Cm .*)", lambda m: "{%s}" % m.group(1).replace("Cm ", "").replace(" , ", ","), line)
-    line = re.sub(r"\bFl (-?[a-z-]+)", r"-\1", line)
+    line = re.sub(r"\bFl (-?[a-z0-9-]+)", r"-\1", line)
     return re.sub(r"\b(?:Ar|Cm|Li) ", "", line).replace(" ,", ",")
 
 
@@ -90,15 +93,15 @@ def items(text):
 
 
 def options_of_man(command):
-    """{(names, metavar): default or None} of what the manual page says of a command."""
+    """{(names, metavar): (group, default or None)} of what the manual page says of a command."""
     result = {}
     in_description = sections(sections(read("man", "kmcast.1"), "Sh")["DESCRIPTION"], "Ss")
-    assert set(SECTIONS) <= set(in_description)
+    assert set(SECTIONS) == set(title for title in in_description if title.startswith("Options "))
     for title, commands in SECTIONS.items():
-        if command in commands:
-            for tag, body in items(in_description[title]):
+        for group, text in sections(in_description[title], "Em").items() if command in commands else ():
+            for tag, body in items(text):
                 found = re.search(r"^Default: (.*)\.$", body, re.MULTILINE)
-                result[split_option(tag)] = found.group(1) if found else None
+                result[split_option(tag)] = group.lower(), found.group(1) if found else None
     return result
 
 
@@ -109,7 +112,7 @@ def test_manual_page_has_the_options_and_defaults_of_help(command):
 
 @pytest.mark.parametrize("command", COMMANDS + ("",))
 def test_manual_page_has_the_arguments_of_help(command):
-    arguments = re.findall(r"^  ([A-Z][A-Z_]+)\b", run(*[word for word in (command, "--help") if word]), re.MULTILINE)
+    arguments = re.findall(r"^ +([A-Z][A-Z_]+)  ", run(*[word for word in (command, "--help") if word]), re.MULTILINE)
     description = sections(read("man", "kmcast.1"), "Sh")["DESCRIPTION"]
     described = [tag for tag, _ in items(description)]
     for argument in arguments:
@@ -118,8 +121,17 @@ def test_manual_page_has_the_arguments_of_help(command):
 
 def test_options_named_in_the_manual_page_exist():
     known = set(name for command in COMMANDS + ("",) for names, _ in options_of_help(command) for name in names)
-    named = set("-" + name for name in re.findall(r"\bFl (-?[a-z-]+)", read("man", "kmcast.1")))
+    named = set("-" + name for name in re.findall(r"\bFl (-?[a-z0-9-]+)", read("man", "kmcast.1")))
     assert named <= known
+
+
+@pytest.mark.parametrize("command", COMMANDS + ("",))
+def test_help_is_a_page_that_starts_with_an_example(command):
+    text = run(*[word for word in (command, "--help") if word])
+    assert text.startswith("Example:  kmcast %s" % (command or "server"))
+    assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 100, text
+    groups = re.findall(r"^([a-z]+) ", text, re.MULTILINE)
+    assert groups == sorted(groups, key=["what", "where", "when", "speed", "safety", "output"].index)
 
 
 def test_defaults_of_help_are_those_of_the_program():
@@ -127,7 +139,7 @@ def test_defaults_of_help_are_those_of_the_program():
     client = vars(kmcast.command_line().parse_args(["client", "auto", "10.0.0.1"]))
     demo = vars(kmcast.command_line().parse_args(["demo"]))
     for command, values in (("server", server), ("client", client), ("demo", demo)):
-        for (names, metavar), default in options_of_help(command).items():
+        for (names, metavar), (_, default) in options_of_help(command).items():
             value = values.get(names[0][2:].replace("-", "_"))
             if default is None:
                 assert not value, names             # none, off, or help
@@ -172,7 +184,7 @@ def pasted():
     text = read("README.md")
     blocks = re.findall(r"^ *```sh\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     blocks += re.findall(r"^    python3? .*", text, re.MULTILINE)
-    blocks += re.findall(r"^\.Bd -literal.*\n(.*?)^\.Ed", read("man", "kmcast.1"), re.MULTILINE | re.DOTALL)
+    blocks += re.findall(r"^\.Bd -literal[^\n]*\n(.*?)^\.Ed", read("man", "kmcast.1"), re.MULTILINE | re.DOTALL)
     for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             yield line
@@ -180,7 +192,7 @@ def pasted():
 
 def kmcast_calls(line):
     """The arguments of each call of kmcast in a line of shell, as lists of words."""
-    tokens = shlex.split(line, comments=True)
+    tokens = shlex.split(re.sub(r"\$\(cut .*?\)", "0" * 64, line), comments=True)     # a digest
     for place, word in enumerate(tokens):
         if word in PROGRAMS and tokens[place + 1:place + 2] and tokens[place + 1] in COMMANDS:
             arguments = []
@@ -200,7 +212,7 @@ def test_commands_in_the_documents_are_accepted():
     assert set(arguments[0] for arguments in calls) == set(COMMANDS)
     for arguments in calls:
         try:
-            options = kmcast.command_line().parse_args(arguments)
+            options = kmcast.read_command_line(arguments)
         except SystemExit:
             pytest.fail("not accepted: kmcast %s" % " ".join(arguments))
         if options.command in ("server", "client") and options.pipe:
@@ -210,7 +222,7 @@ def test_commands_in_the_documents_are_accepted():
 def test_options_named_in_readme_exist():
     known = set(name for command in COMMANDS + ("",) for names, _ in options_of_help(command) for name in names)
     text = re.sub(r"^ *```.*?^ *```", "", read("README.md"), flags=re.MULTILINE | re.DOTALL)
-    named = re.findall(r"`(-[a-z-]+)[^`]*`", text)
+    named = re.findall(r"`(-[a-z0-9-]+)[^`]*`", text)
     assert len(named) > 10
     assert set(named) <= known
 

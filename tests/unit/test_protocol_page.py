@@ -165,7 +165,7 @@ class Greeter(kmcast.Client):
     """The greetings of a client, without sockets."""
 
     def __init__(self, answers):                # pylint: disable=super-init-not-called
-        self.options = argparse.Namespace(stall_timeout=None, key=None)
+        self.options = argparse.Namespace(stall_timeout=None, key=None, expect_name=None, expect_size=None, expect_sha256=None)
         self.answers, self.said, self.server, self.sink = list(answers), [], self, self
         self.alive_every = self.window = self.journal = self.vouchers = None
         self.seeks, self.copy = True, kmcast.Copy(self)

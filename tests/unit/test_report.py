@@ -123,3 +123,9 @@ def test_the_table_has_a_row_a_host_and_says_how_many_it_left_out():
     assert len(list(kmcast.host_table([row("node%d" % number) for number in range(25)], 100))) == 26
     (_, line) = kmcast.host_table([row("node1", waited_for={"output": 3.0, "network": 1.0})], 20)
     assert "3.0 s, output" in line
+
+
+def test_a_name_that_sha256sum_would_quote_is_not_said():
+    assert kmcast.digest_line("0" * 64, "images/node 1.img") == "0" * 64 + "  images/node 1.img"
+    for name in ("a\\b", "a\nb", u"\u00e4", " a", "", None, False):
+        assert kmcast.digest_line("0" * 64, name) == "0" * 64 + "  -"
