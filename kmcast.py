@@ -409,7 +409,7 @@ LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
 # What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows')
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room')
 
 
 def payload_for(mtu):
@@ -3225,8 +3225,8 @@ class Sink(object):
                 raise
         return self._fd is not None
 
-    def expect(self, size):
-        """The image will have so many bytes: find out whether there is room.  Raises Failure."""
+    def room(self):
+        """How many bytes an image can have; None if that cannot be told.  Raises OS_ERRORS."""
         room = None
         if self._target:
             space = os.fstatvfs(self._fd)
@@ -3237,6 +3237,11 @@ class Sink(object):
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
                 self._place = None      # so the next write goes to its own
+        return room
+
+    def expect(self, size):
+        """The image will have so many bytes: find out whether there is room.  Raises Failure."""
+        room = self.room()
         if room is not None and size > room:
             raise Failure('no room for the image at %s: it has %d bytes, and there is room for %d'
                           % (printable(self._path), size, room), NOT_STARTED)
@@ -7655,6 +7660,7 @@ def server_rows(server):
             'seconds': member.ended and server.started and round(
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
         if server.options.rehearsal:
+            rows[-1].update(room=member.figures.get('room'), socket_buffer=member.figures.get('socket_buffer'))
             rows[-1].update(wrong=member.wrong, heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
@@ -7726,11 +7732,12 @@ def in_columns(lines, more):
 def check_table(rows, most):
     """Lines of a table of the hosts of a rehearsal, `most` at the most: which share of each stage they heard."""
     stages = [stage.name for stage in Rehearsal.STAGES]
-    lines = [['host', 'address', 'multicast'] + stages]
+    lines = [['host', 'address', 'multicast'] + stages + ['room', 'buffer']]
     for row in rows[:most]:
         heard = row.get('heard', {})
         lines.append([row['host'] or '?', row['address'] or '?', 'works' if row['result'] == 'complete' else row.get('wrong') or row['result']]
-                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages])
+                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages]
+                     + ['-' if row.get(name) is None else amount(row[name]) for name in ('room', 'socket_buffer')])
     return in_columns(lines, len(rows) - most)
 
 
@@ -9068,7 +9075,8 @@ class Client(object):
         self.unicast = False            # no multicast is to be expected: the server said so, or it is forged
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
-        self.rehearsal = False          # nothing is written: the server said so
+        self.rehearsal = False          # nothing is written: the server said so,
+        self.room = None                # and this is how many bytes could be
         self.says = {}                  # what the server said of its state
         self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
@@ -9388,6 +9396,7 @@ class Client(object):
             raise Failure('the server has %s now' % ('a rehearsal, and no image,' if rehearsal else 'an image, and no rehearsal,'))
         if rehearsal and not self.rehearsal:
             self.rehearsal, options = True, self.options
+            self.room = self.sink.room()
             options.expect_name = options.expect_size = options.expect_sha256 = None
             self.sink.close()
             self.sink = NoSink()
@@ -9661,6 +9670,9 @@ class Client(object):
                    'written': self.sink.written}
         if self.overflows is not None:
             figures['overflows'] = self.overflows
+        if self.rehearsal:
+            figures['socket_buffer'] = self.receiver.socket_buffer
+            figures.update({} if self.room is None else {'room': self.room})
         return figures
 
     def _check_stall(self):

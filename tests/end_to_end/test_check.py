@@ -87,13 +87,14 @@ def test_a_client_that_never_comes_is_missing():
     assert code == 3 and "1 client never came" in stderr
 
 
-def test_the_report_says_what_each_client_heard(tmp_path):
+def test_the_report_says_what_each_client_heard_and_has_room_for(tmp_path):
     port, report = helpers.free_port(), str(tmp_path / "report")
     server = start_check(1, port, None, "--report", report)
-    helpers.start_client([LOOPBACK, LOOPBACK, port]).finish()
+    helpers.start_client(["-o", str(tmp_path / "image"), LOOPBACK, LOOPBACK, port]).finish()
     assert server.finish()[0] == 0
     row = json.loads((tmp_path / "report").read_bytes().decode("ascii"))["hosts"][0]
     assert row["result"] == "complete" and row["wrong"] is None and row["heard"]["10M"] > 0.9
+    assert row["room"] > 0 and row["socket_buffer"] > 0
 
 
 def test_wrong_minutes_are_wrong_usage():
