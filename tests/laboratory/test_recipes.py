@@ -351,6 +351,47 @@ def test_a_rehearsal(lines, machines):
     assert [host.get("/root/image.tgz") for host in hosts[1:]] == [None, None]
 
 
+def share(hosts, name):
+    """Bring a file of the server's to all hosts, as `scp -p` does."""
+    for host in hosts[1:]:
+        host.put(name, hosts[0].get(name), 0o600)
+
+
+@recipe("With a key")
+def test_with_a_key(lines, machines):
+    hosts = machines()
+    make, on_server, on_each = lines
+    hosts[0].run(make)
+    share(hosts, "/root/kmcast.key")
+    heard(follow(hosts, on_server, on_each))
+    check_image(*hosts)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+@recipe("Encrypted")
+def test_encrypted(lines, machines):
+    """What is on the wire is looked at in tests/end_to_end/test_recipes.py."""
+    hosts = machines()
+    make, on_server, on_each = lines
+    hosts[0].run(lines_of("With a key")[0] + " && " + make)
+    for name in ("/root/kmcast.key", "/root/image.secret"):
+        share(hosts, name)
+    follow(hosts, on_server, on_each)
+    check_image(*hosts)
+
+
+@recipe("Only from these networks")
+def test_only_from_these_networks(lines, machines):
+    hosts = machines()
+    heard(follow(hosts, *lines))
+    check_image(*hosts)
+    elsewhere = lines[0].replace("10.0.0.0/24", "10.0.2.0/24")
+    server = hosts[0].start(for_hosts(elsewhere, 1))
+    code, _, _ = hosts[1].start(lines[1].replace("client", "client --wait 0", 1)).finish(60)
+    assert code == 3
+    server.stop()
+
+
 @recipe("Jumbo frames")
 def test_jumbo_frames(lines, machines):
     hosts = machines(interface="eth1", mtu=9000)
