@@ -4,6 +4,7 @@
 
     kmcast.py server [options] LOCAL_IP CLIENTS [PORT]      < image
     kmcast.py client [options] LOCAL_IP SERVER_IP [PORT]    > image
+    kmcast.py check [options] LOCAL_IP CLIENTS [PORT]
     kmcast.py key                                           > key
 
 The server multicasts the image once, in rounds of one buffer each; every
@@ -413,7 +414,7 @@ LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
 # What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows')
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room')
 
 
 def payload_for(mtu):
@@ -3027,6 +3028,18 @@ class Source(object):
             self._hasher.close()
 
 
+class Drill(Source):
+    """The image of a rehearsal: as many bytes as are asked for, until `over()`."""
+
+    def __init__(self):
+        Source.__init__(self, '/dev/zero')
+        self.name, self.over = 'a rehearsal', lambda: False
+
+    def read_into(self, view):
+        """Read once, as a Source does."""
+        return 0 if self.over() else Source.read_into(self, view)
+
+
 def is_mount_point(path):
     """Whether a file system, or a single file, is mounted there: proc(5), mountinfo."""
     wanted = os.fsencode(path) if hasattr(os, 'fsencode') else path
@@ -3217,8 +3230,8 @@ class Sink(object):
                 raise
         return self._fd is not None
 
-    def expect(self, size):
-        """The image will have so many bytes: find out whether there is room.  Raises Failure."""
+    def room(self):
+        """How many bytes an image can have; None if that cannot be told.  Raises OS_ERRORS."""
         room = None
         if self._target:
             space = os.fstatvfs(self._fd)
@@ -3229,6 +3242,11 @@ class Sink(object):
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
                 self._place = None      # so the next write goes to its own
+        return room
+
+    def expect(self, size):
+        """The image will have so many bytes: find out whether there is room.  Raises Failure."""
+        room = self.room()
         if room is not None and size > room:
             raise Final('no room for the image at %s: it has %d bytes, and there is room for %d'
                           % (printable(self._path), size, room), NOT_STARTED)
@@ -3402,6 +3420,21 @@ class Sink(object):
             if self.journal:
                 remove(self.journal.path)
         self._temporary = None
+
+
+class NoSink(Sink):
+    """Where the image of a rehearsal goes: nowhere."""
+
+    def start(self):
+        """There is no command to start."""
+
+    def write(self, data, place):
+        """Count it."""
+        self.written += len(data)
+
+    def commit(self, size):
+        """There is nothing to be made final, but it is too late to stop."""
+        self._decide()
 
 
 class Copy(object):
@@ -4282,6 +4315,7 @@ class Round(object):
     digest          of the image through it
     multicast       packets of it that were multicast, from the first on
     head, tail      bit/s at which the packets of these trains were sent; None: not known
+    heard           member -> packets of these that it heard
     """
 
     def __init__(self, number, buffer, place, part=0, audience=None):
@@ -4291,6 +4325,7 @@ class Round(object):
         self.multicast = 0
         self.speed = None               # Speed at which it was to be sent
         self.head = self.tail = None
+        self.heard = {}
 
     @staticmethod
     def head_of(count):
@@ -4427,6 +4462,8 @@ class Member(object):
         self.deaf_told = False
         self.listed = None              # its name on the list of hosts
         self.outcome = None             # 'complete', or why not
+        self.tally = {}                 # of a rehearsal: stage -> (packets that were multicast, that it heard)
+        self.wrong = None               # and what is not well with it: a key of ADVICE
         self.ended = None               # when
         self.sentence = None            # why its thread is to drop it at its next look
 
@@ -4745,6 +4782,7 @@ class ServerWindow(object):
         lost = how_many(gaps & ((1 << done.multicast) - 1)) if gaps else 0
         figures = self.dialect.figures_of(message) or (done.multicast - lost, 0, 0, 0, 0)
         lost = max(0, done.multicast - figures[0])
+        done.heard[member] = done.multicast - lost
         member.deaf_rounds = member.deaf_rounds + 1 if lost == done.multicast else 0
         member.heard_rounds = member.heard_rounds + 1 if lost <= member.FEW * done.multicast else 0
         if lost == done.multicast:
@@ -6572,11 +6610,15 @@ class Course(object):
             if (self.control and self.control.line is None and unanswered
                     and unanswered + count > self.UNTOLD + 2 * self._answered):
                 return None
-            speed = (self.control.speed(self.hands.now(), Round.head_of(count)[1] and self.multicasting)
-                     if self.control else self._even())
-            underway.round.speed = speed
-            return Sending(underway, buffer, count, speed)
+            underway.round.speed = self._speed(underway.round, count)
+            return Sending(underway, buffer, count, underway.round.speed)
         return None
+
+    def _speed(self, _round, count):
+        """The Speed at which to send so many packets of a round."""
+        if not self.control:
+            return self._even()
+        return self.control.speed(self.hands.now(), Round.head_of(count)[1] and self.multicasting)
 
     def _even(self):
         """The Speed of what tells nothing."""
@@ -6781,6 +6823,9 @@ class Course(object):
             del self._cohort[member]
         self._cohorts = [cohort for cohort in self._cohorts if not cohort.members <= members]
         self._finished.update(members)
+        self._say_farewell(members, last)
+
+    def _say_farewell(self, members, last):
         self.hands.do(Step('finish', last, message=self._farewell(), audience=members))
 
     def _look_for_the_end(self, now):
@@ -7115,6 +7160,92 @@ class Course(object):
             yield [], ()
 
 
+# A stretch of a rehearsal: its name in the report, the rate in bit/s, and for how long, seconds.
+Stage = collections.namedtuple('Stage', 'name rate seconds')
+
+
+class Rehearsal(Course):
+    """The Course of an image that nobody writes: how is multicast heard, at which rates, and for how long?
+
+    It goes from one stage to the next as long as somebody hears most of it.  The last one is slow,
+    and lasts until the end: it shows whether multicast is cut off after a while.
+    """
+
+    STAGES = (Stage('10M', 10e6, 2.0), Stage('100M', 100e6, 2.0), Stage('1G', 1e9, 0.5),
+              Stage('max', UNLIMITED, 0.25), Stage('hold', 1e6, UNLIMITED))
+    SENSE = 0.5                         # share that somebody must hear for a faster stage to make sense
+    WELL = 0.9                          # share that all must hear of the first stage
+    STOPPED = 2                         # rounds in a row of which who heard some before hears nothing
+
+    def __init__(self, seconds, *arguments):
+        """seconds: from the start to the end; arguments: as a Course takes them."""
+        Course.__init__(self, *arguments)
+        self._seconds = seconds
+        self._stage = 0
+        self._stages = {}               # part of the image -> its Stage
+        self._stage_began = None        # seconds
+        self.control, self._rate = None, self.STAGES[0].rate
+
+    def enough(self):
+        """Whether the image is to end."""
+        return self._started and self.hands.now() - self.pass_began >= self._seconds
+
+    def _grow(self):
+        now = self.hands.now()
+        if self._started:
+            self._stage_began = self._stage_began or now
+            if now - self._stage_began >= self.STAGES[self._stage].seconds:
+                self._stage = self._stage + 1 if self._makes_sense() else len(self.STAGES) - 1
+                self._stage_began, self.limit = now, self.FIRST_ROUND
+                self._rate = self.STAGES[self._stage].rate
+        self._stages[self._part] = self.STAGES[self._stage]
+        return Course._grow(self)
+
+    def _makes_sense(self):
+        name = self.STAGES[self._stage].name
+        shares = [self.share(member, name) for member in self.roster.here]
+        return self.multicasting and max([share for share in shares if share is not None] or [1]) >= self.SENSE
+
+    def _speed(self, wanted, _count):
+        rate = self._stages[wanted.part].rate
+        return Speed(rate, rate, False, None)
+
+    def plan(self, buffer, requests):
+        """All repair is by TCP, lest it be multicast at the rate of another stage."""
+        return iter(())
+
+    def _learn(self, done, answers):
+        Course._learn(self, done, answers)
+        name = self._stages[done.part].name
+        for member, heard in done.heard.items():
+            before = member.tally.get(name, (0, 0))
+            member.tally[name] = before[0] + done.multicast, before[1] + heard
+
+    @staticmethod
+    def share(member, name):
+        """Which share of a stage's packets a member heard; None: there were none."""
+        sent, heard = member.tally.get(name, (0, 0))
+        return heard / sent if sent else None
+
+    def _wrong(self, member):
+        """What is not well with a member: a key of ADVICE; None: nothing."""
+        if not any(heard for _, heard in member.tally.values()):
+            return 'deaf'
+        if member.deaf_rounds >= self.STOPPED:
+            return 'stopped'
+        least = [self.share(member, name) for name in (self.STAGES[0].name, self.STAGES[-1].name)]
+        return 'lossy' if min(share for share in least + [1] if share is not None) < self.WELL else None
+
+    def _say_farewell(self, members, last):
+        those = {}
+        for member in members:
+            member.wrong = self._wrong(member)
+            those.setdefault(member.wrong, set()).add(member)
+        for wrong, alike in those.items():
+            message = self._farewell(wrong=wrong)
+            self.hands.do(Step('finish', last, message=message, audience=frozenset(alike)))
+
+
 # ---------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------
@@ -7191,6 +7322,7 @@ WORDS = {
     'doubted': (WARNING, '%(count)d bytes that were here are not as the server has them, and are asked for again'),
     'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
+    'rehearsal': (INFO, 'this is a rehearsal: nothing is written, and no command is started'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
     'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
@@ -7209,6 +7341,21 @@ def causes(payload):
     jumbo = ', jumbo frames that something on the way does not take (--mtu)'
     return ('usual causes: a switch with IGMP snooping but no querier, a firewall on '
             'the host, the wrong LOCAL_IP' + (jumbo if payload > payload_for(1500) else ''))
+
+
+# What a rehearsal found wrong with a client, and what to do about it.
+ADVICE = {
+    'deaf': 'no multicast reaches it: let UDP to the group pass its firewall, see whether its LOCAL_IP is right, and whether '
+            'a switch on the way has IGMP snooping but no querier (then give it one, or turn snooping off)',
+    'stopped': 'multicast reached it, and then no more: a switch on the way has IGMP snooping but no querier; give it one '
+               '(on a router, or the switch itself), or turn snooping off',
+    'lossy': 'it loses more than a tenth even at low rates: look at its cable and port (errors, half duplex), at Wi-Fi on '
+             'the way, and at limits for multicast in the switch (storm control)'}
+
+
+def advice(wrong):
+    """The words for what a rehearsal found wrong."""
+    return ADVICE.get(wrong, wrong)
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
@@ -7613,8 +7760,8 @@ def server_rows(server):
     """What became of each host, worst first: dicts with the keys of the report."""
     rows = []
     for member in server.roster.everyone:
-        complete = member.outcome == 'complete'
-        reason = None if complete else member.outcome or whose(server.failure) or 'unknown'
+        complete = member.outcome == 'complete' and not member.wrong
+        reason = None if complete else advice(member.wrong) or member.outcome or whose(server.failure) or 'unknown'
         rows.append({
             'host': member.host, 'address': member.address,
             'result': 'complete' if complete else 'failed', 'reason': reason,
@@ -7626,6 +7773,11 @@ def server_rows(server):
             'late': member.late and round(member.late, 3), 'lacks': 0 if complete else lacks_of(server, member),
             'seconds': member.ended and server.started and round(
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
+        if server.options.rehearsal:
+            rows[-1].update(room=member.figures.get('room'), socket_buffer=member.figures.get('socket_buffer'))
+            rows[-1].update(wrong=member.wrong, heard=dict(
+                (stage.name, round(server.course.share(member, stage.name), 4))
+                for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
     missing = server.roster.missing
     for (host, address), why in server.roster.refused:
         rows.append({'host': host, 'address': address, 'result': 'refused', 'reason': why,
@@ -7679,11 +7831,50 @@ def host_table(rows, most):
                       '-' if not row['seconds'] else '%.1f' % row['seconds'])
                      + ('-' if row['late'] is None else '%.1f' % row['late'],
                         amount(row['lacks']) if row['lacks'] else '-')[:2 * passes])
+    return in_columns(lines, len(rows) - most)
+
+
+def in_columns(lines, more):
+    """Lists of texts as lines of a table; more: how many are not among them."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield '  '.join(part.ljust(width) for part, width in zip(line, widths)).rstrip()
-    if len(rows) > most:
-        yield 'and %d more (-v shows all)' % (len(rows) - most)
+    if more > 0:
+        yield 'and %d more (-v shows all)' % more
+
+
+def check_table(rows, most):
+    """Lines of a table of the hosts of a rehearsal, `most` at the most: which share of each stage they heard."""
+    stages = [stage.name for stage in Rehearsal.STAGES]
+    lines = [['host', 'address', 'multicast'] + stages + ['room', 'buffer']]
+    for row in rows[:most]:
+        heard = row.get('heard', {})
+        lines.append([row['host'] or '?', row['address'] or '?', 'works' if row['result'] == 'complete' else row.get('wrong') or row['result']]
+                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages]
+                     + ['-' if row.get(name) is None else amount(row[name]) for name in ('room', 'socket_buffer')])
+    return in_columns(lines, len(rows) - most)
+
+
+def never_came(server, rows):
+    """A line on those who did not; none if all came, or it does not matter."""
+    absent, hosts = [row['host'] or row['address'] for row in rows if row['result'] == 'missing'], server.roster.hosts
+    if absent and (hosts or not server.failure):
+        yield '%s never came%s' % (counted(len(absent), 'client'), ': ' + listed(absent, 200) if hosts else '')
+
+
+def check_summary(server, rows, most):
+    """(level, line) of how a rehearsal went."""
+    for row in rows:
+        if row['result'] in ('failed', 'refused'):
+            yield ERROR, '%s: %s%s' % (named(row), 'refused, ' if row['result'] == 'refused' else '', row['reason'])
+    if server.failure:
+        yield ERROR, server.failure
+    for line in check_table(rows, most):
+        yield INFO, line
+    for line in never_came(server, rows):
+        yield ERROR, line
+    yield INFO, 'multicast works for %d of %s' % (
+        len([row for row in rows if row['result'] == 'complete']), counted(server.roster.places, 'client'))
 
 
 def server_summary(server, rows, most):
@@ -7714,10 +7905,8 @@ def server_summary(server, rows, most):
         if len(rows) > 1:
             for line in host_table(rows, most):
                 yield INFO, line
-    absent = [row['host'] or row['address'] for row in rows if row['result'] == 'missing']
-    if absent and (roster.hosts or not server.failure):
-        yield ERROR, '%s never came%s' % (
-            counted(len(absent), 'client'), ': ' + listed(absent, 200) if roster.hosts else '')
+    for line in never_came(server, rows):
+        yield ERROR, line
     served = len([row for row in rows if row['result'] == 'complete'])
     count = roster.served if roster.more else roster.places
     yield INFO, '%s%s %s the image' % ('' if roster.more else '%d of ' % served, counted(count, 'client'),
@@ -7729,6 +7918,9 @@ def server_summary(server, rows, most):
 
 def client_summary(client):
     """(level, line) of how a client's transfer went well."""
+    if client.rehearsal:
+        yield INFO, 'the rehearsal went well: multicast works here'
+        return
     window, seconds = client.window, client.ended - client.started
     size = client.copy.bytes
     if client.fallback:
@@ -7790,7 +7982,8 @@ class Summary(object):
         """An event."""
         lines = ()
         if what == 'server_ended':
-            lines = server_summary(facts['server'], server_rows(facts['server']), self._most)
+            summary = check_summary if facts['server'].options.rehearsal else server_summary
+            lines = summary(facts['server'], server_rows(facts['server']), self._most)
         elif what == 'client_ended' and facts['code'] == OK:
             lines = client_summary(facts['client'])
         for level, line in lines:
@@ -7886,6 +8079,7 @@ def client_report(client):
     payload = window.payload if window else 0
     digest = copy.hash.hexdigest() if copy and copy.hash else None
     return {
+        'rehearsal': client.rehearsal,
         'bytes': copy.bytes if copy else 0, 'sha256': digest, 'resumed': copy.resumed if copy else 0,
         'verified': {'bytes': copy.checked, 'seconds': round(copy.check_seconds, 3)} if copy else None,
         'server': {'address': client.options.server_ip, 'port': client.options.port},
@@ -7933,6 +8127,8 @@ class Session(object):
             'digest': 'sha256' if self.digest else None,
             'stall': self.stall_timeout, 'window': self.dialect.window, 'image': image,
             'again': again, 'source': source, 'unicast': self.unicast}
+        if options.rehearsal:
+            self._fields['rehearsal'] = True
         if self.key:
             seed = os.urandom(TOKEN_SIZE)
             self.vouchers = Vouchers(self.key, seed)
@@ -8621,11 +8817,14 @@ class Multicaster(object):
         checks = () if self.session.digest else dialect.checks
         self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
-        self.course = Course(self, self.roster, dialect, payload, capacity, options.rate,
+        course = functools.partial(Rehearsal, options.rehearsal) if options.rehearsal else Course
+        self.course = course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
                              Chain(dialect) if dialect.talks and options.chain != 'never' else None,
                              UNLIMITED if options.forever else options.linger, source.size or options.size)
+        if options.rehearsal:
+            source.over = self.course.enough
 
     def _mtu(self, wanted):
         egress = self.sender.mtu
@@ -8746,12 +8945,12 @@ class Multicaster(object):
         """Begin with those who are here."""
         self.roster.hurry = bool(self.roster.here)
 
-    def _last_word(self):
-        """The BYE that ends a good session."""
+    def _last_word(self, **more):
+        """The BYE that ends a good session; more: what else it has."""
         size, digest, vouchers = self.source.bytes, self.source.digest(), self.session.vouchers
         proof = {'proof': hexadecimal(vouchers.of_end(size, digest))} if vouchers else {}
         return self.session.dialect.bye(
-            ok=True, bytes=size, sha256=hexadecimal(digest) if self.session.digest else None, **proof)
+            ok=True, bytes=size, sha256=hexadecimal(digest) if self.session.digest else None, **dict(proof, **more))
 
     def _threads(self):
         thread = self.tcp if self.tcp.ident else None
@@ -8762,13 +8961,14 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        failed = [member for member in roster.everyone if member.outcome != 'complete']
+        failed = [member for member in roster.everyone if member.outcome != 'complete' or member.wrong]
+        served = roster.served - len([member for member in roster.everyone if member.wrong])
         complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
         if course.data and not course.multicasting and not course.unicast:
             course.warn_of_silence()
-        code = OK if complete else PARTLY if roster.served else FAILED
+        code = OK if complete else PARTLY if served > 0 else FAILED
         tell('server_ended', server=self, code=code, served=roster.served)
         return code
 
@@ -9388,6 +9588,8 @@ class Client(object):
         self.unicast = False            # no multicast is to be expected: the server said so, or it is forged
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
+        self.rehearsal = False          # nothing is written: the server said so,
+        self.room = None                # and this is how many bytes could be
         self.says = {}                  # what the server said of its state
         self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
@@ -9412,7 +9614,7 @@ class Client(object):
             try:
                 self._until_signalled(self._receive)
             except Failure as error:
-                if not self.options.fallback or isinstance(error, Final):
+                if not self.options.fallback or self.rehearsal or isinstance(error, Final):
                     raise
                 self._until_signalled(functools.partial(self._fall_back, error))
         except Failure as error:
@@ -9429,8 +9631,13 @@ class Client(object):
         if not self.fallback:
             self._say_done()
             self._see_follower_off()
-        tell('client_ended', client=self, code=OK)
-        return OK
+        wrong = self.rehearsal and self._fields.get('wrong')
+        code = FAILED if wrong else OK
+        tell('client_ended', client=self, code=code)
+        if wrong:
+            self.failure = 'the rehearsal failed: %s' % advice(field(self._fields, 'wrong', TEXT))
+            tell('failed', reason=self.failure)
+        return code
 
     def _until_signalled(self, work):
         """Do that, after which the image is in place.  Raises Failure."""
@@ -9747,6 +9954,7 @@ class Client(object):
                 and isinstance(source[1], NUMBER) and 0 < source[1] < 65536):
             raise ProtocolError('a frame without a proper "source"')
         self._source = str(source[0]), source[1]
+        self._rehearse(fields.get('rehearsal') is True)
         self.unicast = fields.get('unicast') is True
         self._again = fields.get('again') is True
         self.server.alive_every = alive_every(stall_of(fields))
@@ -9754,6 +9962,19 @@ class Client(object):
         self._say_lack(self._begin(name_of(fields, 'image'), payload, salts, digest is not None))
         if self.image['size'] is not None:
             self.sink.expect(self.image['size'])
+
+    def _rehearse(self, rehearsal):
+        """If this is a rehearsal, put what would be written nowhere, and take away what was made for it.  Raises Failure."""
+        if self.window and rehearsal != self.rehearsal:
+            raise Failure('the server has %s now' % ('a rehearsal, and no image,' if rehearsal else 'an image, and no rehearsal,'))
+        if rehearsal and not self.rehearsal:
+            self.rehearsal, options = True, self.options
+            self.room = self.sink.room()
+            options.expect_name = options.expect_size = options.expect_sha256 = None
+            self.sink.close()
+            self.sink = NoSink()
+            self.copy = Copy(self.sink)
+            tell('rehearsal')
 
     def _check_image(self, telling):
         """Before anything is written: is it the image that is expected?  Raises Failure.
@@ -10022,6 +10243,9 @@ class Client(object):
                    'written': self.sink.written}
         if self.overflows is not None:
             figures['overflows'] = self.overflows
+        if self.rehearsal:
+            figures['socket_buffer'] = self.receiver.socket_buffer
+            figures.update({} if self.room is None else {'room': self.room})
         return figures
 
     def _check_stall(self):
@@ -10543,6 +10767,13 @@ def least_rate_type(text):
     return rate
 
 
+def minutes_type(text):
+    """An argument type: minutes, more than 0; in seconds."""
+    if not re.match(r'[0-9]+(\.[0-9]+)?$', text) or not float(text):
+        raise argparse.ArgumentTypeError('%s is not a number of minutes' % printable(text))
+    return 60 * float(text)
+
+
 def sha256_type(text):
     """An argument type: 64 hexadecimal digits."""
     if not re.match(r'[0-9a-fA-F]{64}\Z', text):
@@ -10689,7 +10920,7 @@ def command_line():
         made = all_parsers[name] = choices.add_parser(
             name, commands=all_parsers, example=example, form=form,
             epilog='\nOptions can stand in the variable KMCAST_OPTIONS, too. man kmcast says more.\n'
-            if name in ('server', 'client') else None)
+            if name in ('server', 'client', 'check') else None)
         parser.rows.append(('', argparse.Namespace(option_strings=(), metavar=name, nargs=None, help=help)))
         return made
 
@@ -10712,33 +10943,41 @@ def command_line():
     port = {'nargs': '?', 'type': whole_number(1, 65535), 'metavar': 'PORT',
             'help': 'TCP port of the server, and its UDP port (%d)' % DEFAULT_PORT}
 
+    def add_of_senders(made):
+        made.add('', 'local_ip', metavar='LOCAL_IP', help='the interface to multicast from: its address or name, or auto')
+        made.add('', 'clients', metavar='CLIENTS', nargs='?', type=whole_number(1, 100000),
+                 help='how many hosts to wait for')
+        made.add('', 'port', **port)
+        made.add('where', '--hosts', metavar='FILE',
+                 help='in the place of CLIENTS: names or addresses, one a line; -: stdin')
+        made.add('where', '--more', action='store_true', help='also take hosts beyond CLIENTS, or the list')
+        made.add('where', '--group', type=group_type, default=GROUP, help='multicast group (%s)' % GROUP)
+        made.add('where', '--ttl', type=whole_number(0, 255), default=8, help='routers that multicast may pass (8)')
+        made.add('when', '--start-wait', type=seconds_type, metavar='SECONDS',
+                 help='start after so long, even if not all came')
+        made.add('when', '--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
+                 help='how many must be there for --start-wait to start (1)')
+        made.add('speed', '--mtu', type=whole_number(256, 9000), metavar='BYTES',
+                 help='largest IP packet (1500, or the interface\'s if that is less)')
+        made.add('safety', '--allow', type=networks_type, metavar='NETWORKS',
+                 help='take connections from these only, such as 10.0.0.0/24,10.0.1.7')
+
     server = command('server', 'send an image',
                      'kmcast server -i image.tgz auto 40', 'kmcast server [options] LOCAL_IP CLIENTS [PORT]')
-    server.add('', 'local_ip', metavar='LOCAL_IP', help='the interface to multicast from: its address or name, or auto')
-    server.add('', 'clients', metavar='CLIENTS', nargs='?', type=whole_number(1, 100000),
-               help='how many hosts to wait for')
-    server.add('', 'port', **port)
+    add_of_senders(server)
+    server.set_defaults(rehearsal=None)
     server.add('what', '-i', '--input', type=file_type, metavar='FILE',
                help='the image; -: standard input (-)')
     server.add('what', '--pipe', metavar='COMMAND', help='the image is what COMMAND writes; it must exit with 0')
     server.add('what', '--size', type=whole_number(0, 1 << 63), metavar='BYTES',
                help='of an image that comes by a pipe: for progress and room')
     server.add('what', '--name', help='what to call the image (the name of FILE)')
-    server.add('where', '--hosts', metavar='FILE',
-               help='in the place of CLIENTS: names or addresses, one a line; -: stdin')
-    server.add('where', '--more', action='store_true', help='also take hosts beyond CLIENTS, or the list')
     server.add('what', '--spool', type=file_type, metavar='FILE',
                help='keep what comes by a pipe there, for who comes late')
-    server.add('where', '--group', type=group_type, default=GROUP, help='multicast group (%s)' % GROUP)
-    server.add('where', '--ttl', type=whole_number(0, 255), default=8, help='routers that multicast may pass (8)')
     server.add('where', '--unicast', action='store_true',
                help='no multicast: the hosts pass the image on, one to the next')
     server.add('where', '--chain', choices=('auto', 'always', 'never'), default='auto', metavar='WHEN',
                help='auto: where multicast does not reach; always; never (auto)')
-    server.add('when', '--start-wait', type=seconds_type, metavar='SECONDS',
-               help='start after so long, even if not all came')
-    server.add('when', '--min-clients', type=whole_number(1, 100000), default=1, metavar='M',
-               help='how many must be there for --start-wait to start (1)')
     server.add('when', '--linger', type=seconds_type, default=0, metavar='SECONDS',
                help='wait so long for others when all who are here have it (0)')
     server.add('when', '--forever', action='store_true', help='serve whoever comes, until SIGTERM; SIGUSR1 starts')
@@ -10747,14 +10986,10 @@ def command_line():
                help='bit/s as in 940M; auto: as the slowest link; max (auto)')
     server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
                help='a host that alone keeps all slower gets the rest after the others')
-    server.add('speed', '--mtu', type=whole_number(256, 9000), metavar='BYTES',
-               help='largest IP packet (1500, or the interface\'s if that is less)')
     server.add('speed', '--buffer-packets', type=whole_number(1, MAX_PACKETS), metavar='N',
                help='packets in a round at the most (as many as make 4 MB)')
     server.add('speed', '--clients-per-thread', type=whole_number(1, 1000), metavar='N',
                help='that one TCP thread serves (64, or all where they are 200 or more)')
-    server.add('safety', '--allow', type=networks_type, metavar='NETWORKS',
-               help='take connections from these only, such as 10.0.0.0/24,10.0.1.7')
     server.add('safety', '--no-digest', action='store_true', help='do without SHA-256')
     server.add('safety', '--compat', action='store_true',
                help='serve clients of the base protocol (the C implementation)')
@@ -10778,6 +11013,13 @@ def command_line():
     client.add('safety', '--cafile', metavar='FILE', help='whom to trust for an https URL (those of this host)')
     client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
     add_of_both(client)
+
+    check = command('check', 'a rehearsal: does multicast reach the clients?',
+                    'kmcast check auto 40', 'kmcast check [options] LOCAL_IP CLIENTS [PORT]')
+    add_of_senders(check)
+    check.add('when', '--minutes', type=minutes_type, default='0.5', metavar='M',
+              help='for how long multicast must get through (0.5)')
+    add_of_both(check)
 
     demo = command('demo', 'a server and some clients on this host, to see it work',
                    'kmcast demo', 'kmcast demo [options] [FILE]')
@@ -10887,11 +11129,21 @@ def server_command(options, signals):
     options.local_ip = local_address(options.local_ip)
     names = [entry for entry in interfaces() if entry[1] == options.local_ip]
     options.interface = '%s (%s)' % names[0] if names else options.local_ip
-    source = Source(options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
+    source = Drill() if options.rehearsal else Source(
+        options.input, options.pipe, not (options.no_digest or options.compat), options.spool)
     if options.forever and not source.again:
         source.close()
         raise Failure('--forever needs an image that can be read again: -i FILE, or --spool FILE', USAGE)
     return Multicaster(options, source, signals)
+
+
+def check_command(options, signals):
+    """`kmcast check`: a server that has nothing to send.  Raises Failure."""
+    ours = dict(vars(options), rehearsal=options.minutes)
+    vars(options).update(vars(command_line().parse_args(
+        ['server', '--chain', 'never', '-i', '/dev/zero', options.local_ip])))
+    vars(options).update(ours)
+    return server_command(options, signals)
 
 
 def client_command(options, signals):
@@ -11155,7 +11407,7 @@ class Demo(object):
                     pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'demo': Demo, 'key': MakeKey, 'report': report_command,
+COMMANDS = {'server': server_command, 'client': client_command, 'check': check_command, 'demo': Demo, 'key': MakeKey, 'report': report_command,
             'completion': completion_command}
 
 
@@ -11165,7 +11417,7 @@ def settle_numbers(options, rest, parser):
     argparse takes an optional positional only right behind the others.
     """
     slots = [('port', 65535)]
-    if options.command == 'server' and options.hosts is None:
+    if options.command != 'client' and options.hosts is None:
         slots.insert(0, ('clients', 100000))
     given = [str(number) for number in (getattr(options, 'clients', None), options.port) if number is not None]
     while rest and rest[0].isdigit() and len(given) < len(slots):
@@ -11179,7 +11431,7 @@ def settle_numbers(options, rest, parser):
     if options.clients is None and slots[0][0] == 'clients':
         parser.error('how many CLIENTS? %s, or --hosts FILE in the place of CLIENTS' % parser.form)
     if given[len(slots):]:
-        parser.error('--hosts takes the place of CLIENTS: kmcast server --hosts FILE LOCAL_IP [PORT]')
+        parser.error('--hosts takes the place of CLIENTS: kmcast %s --hosts FILE LOCAL_IP [PORT]' % options.command)
     options.port = options.port or DEFAULT_PORT
     return rest
 
@@ -11191,7 +11443,7 @@ def read_command_line(words):
     if not options.command:             # Python 3 lets it be missing
         parser.error('which COMMAND? one of %s' % ', '.join(name for name in parser.commands if name))
     own = parser.commands[options.command]
-    if options.command in ('server', 'client'):
+    if options.command in ('server', 'client', 'check'):
         place = words.index(options.command) + 1
         words = words[:place] + from_environment(own, options) + words[place:]
         options, rest = parser.parse_known_args(words)

@@ -93,7 +93,7 @@ def recipe(*titles):
 
 def for_hosts(line, count):
     """A line for the server with another number of hosts."""
-    line = re.sub(r"\b(kmcast server .*(?:auto|eth1|10\.0\.0\.1)) \d+", r"\1 %d" % count, line)
+    line = re.sub(r"\b(kmcast (?:server|check) .*(?:auto|eth1|10\.0\.0\.1)) \d+", r"\1 %d" % count, line)
     return line.replace("--min-clients 30", "--min-clients 1")
 
 
@@ -254,6 +254,21 @@ def test_the_same_as_a_service(lines, machines):
     check_image(*hosts)
 
 
+@recipe("On by HTTP when it fails")
+def test_on_by_http_when_it_fails(lines, machines):
+    """No server ever comes."""
+    hosts = machines()
+    hosts[0].run("mkdir -p /srv/www && tar cf /srv/www/images.tar image.tgz")
+    web = hosts[0].start("exec python3 -m http.server 80 --directory /srv/www")
+    try:
+        for host in hosts[1:]:
+            host.run("mkdir /srv/images && " + lines[1].replace("--wait 600", "--wait 5"))
+            same = host.get("/srv/images/image.tgz") == IMAGE
+            assert same, host.address
+    finally:
+        web.stop()
+
+
 @recipe("A pipe, kept for who comes late")
 def test_a_pipe_kept_for_who_comes_late(lines, machines):
     hosts = machines()
@@ -341,6 +356,14 @@ def test_this_image_and_no_other(lines, machines):
     os.unlink(hosts[1].path("/root/image.tgz"))
     follow(hosts, *lines, codes=[1, 1])
     assert hosts[1].get("/root/image.tgz") is None
+
+
+@recipe("A rehearsal")
+def test_a_rehearsal(lines, machines):
+    hosts = machines()
+    ends = follow(hosts, lines[0].replace("--minutes 10", "--minutes 0.05"), lines[1])
+    assert "multicast works for 2 of 2 clients" in ends[0][0]
+    assert [host.get("/root/image.tgz") for host in hosts[1:]] == [None, None]
 
 
 def share(hosts, name):

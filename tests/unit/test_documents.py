@@ -12,13 +12,15 @@ import pytest
 import helpers
 import kmcast
 
-COMMANDS = ("server", "client", "demo", "key", "report", "completion")
+COMMANDS = ("server", "client", "check", "demo", "key", "report", "completion")
 
 #: Sections of the manual page that describe options -> the commands that have these.
 SECTIONS = {
     "Options of every command": COMMANDS + ("",),
-    "Options of server, client and demo": ("server", "client", "demo"),
-    "Options of server and client": ("server", "client"),
+    "Options of server, client, check and demo": ("server", "client", "check", "demo"),
+    "Options of server, client and check": ("server", "client", "check"),
+    "Options of server and check": ("server", "check"),
+    "Options of check": ("check",),
     "Options of server": ("server",),
     "Options of client": ("client",),
     "Options of demo": ("demo",),

@@ -432,6 +432,7 @@ def test_the_keys_of_frames_are_those_of_the_program():
     assert keys("HELLO") == set(json.loads(HELLO[5:].decode("ascii")))
     assert keys("WELCOME") == set(json.loads(session().welcome[5:].decode("ascii")))
     assert keys("With a key") == set(("nonce", "seed", "proof"))
+    assert keys("A rehearsal") == set(("rehearsal", "wrong"))
     assert keys("The end") == set(("ok", "bytes", "sha256"))
     assert keys("BYE") == set(("ok", "reason", "empty", "again"))
     token = b"t" * kmcast.TOKEN_SIZE

@@ -1,0 +1,53 @@
+"""kmcast check where the network, or a firewall, takes multicast away: who is concerned, and what to do."""
+
+import time
+
+import helpers
+from deployment import firewall, no_file
+
+
+def rehearse(lab, minutes, tmp_path, meanwhile=None):
+    """A rehearsal with all hosts; returns (exit code, stderr) of the server and of each client."""
+    server = helpers.start_kmcast(["check", "--minutes", minutes, lab.server.address, len(lab.clients), 18383], host=lab.server)
+    server.wait_stderr("waiting for")
+    clients = [helpers.start_client(["-o", str(tmp_path / host.name), host.address, lab.server.address], host=host)
+               for host in lab.clients]
+    if meanwhile:
+        meanwhile(clients)
+    ends = [process.finish(120)[:2] for process in [server] + clients]
+    no_file(tmp_path)
+    return ends
+
+
+def test_a_firewall_that_drops_udp(laboratory, tmp_path):
+    lab = laboratory(clients=3)
+    firewall(lab.clients[0], "input", "meta l4proto udp drop")
+    (code, said), deaf, first, second = rehearse(lab, 0.05, tmp_path)
+    assert code == 3 and "multicast works for 2 of 3 clients" in said, said
+    assert "%s (%s): no multicast reaches it: let UDP" % (lab.clients[0].name, lab.clients[0].address) in said, said
+    assert deaf[0] == 1 and "firewall" in deaf[1], deaf
+    assert (first[0], second[0]) == (0, 0), (first, second)
+
+
+def test_a_switch_that_forgets_the_group(laboratory, tmp_path):
+    """As one does that has IGMP snooping, but no querier, after some minutes: here as soon as the transfer is under way."""
+    lab = laboratory(clients=2)
+
+    def forget(clients):
+        for client in clients:
+            client.wait_begun()
+        time.sleep(8)                   # some seconds of the slow stage
+        for host in lab.clients:
+            host.block_multicast()
+    (code, said), first, second = rehearse(lab, 0.4, tmp_path, forget)
+    assert code == 1 and "multicast works for 0 of 2 clients" in said, said
+    assert said.count("multicast reached it, and then no more") == 2 and "querier" in said, said
+    assert first[0] == second[0] == 1 and "snooping" in first[1], (first, second)
+
+
+def test_a_host_that_loses_much(laboratory, tmp_path):
+    lab = laboratory(clients=2)
+    lab.clients[0].lose(30)
+    (code, said), lossy, good = rehearse(lab, 0.05, tmp_path)
+    assert code == 3 and "loses more than a tenth" in said, said
+    assert (lossy[0], good[0]) == (1, 0)
