@@ -13,8 +13,8 @@ MULTICAST_MISSING = ["multicast does not reach this host", "IGMP snooping", "fir
 
 
 def lost(run):
-    """The packets that the clients were without after the multicast, in all, and of the worst."""
-    each = [sum(client.repaired()) for client in run.clients]
+    """The packets that the clients asked for again, in all, and of the worst."""
+    each = [host["lost"] for host in run.server.report()["hosts"]]
     return sum(each), max(each)
 
 
