@@ -410,6 +410,7 @@ def test_a_signal_starts_it_with_those_who_are_here(here, python):
     made.server.wait_stderr("waiting for")
     made.server.signal(signal.SIGUSR1)
     client = made.come()
+    made.server.wait_stderr("is here")
     made.server.signal(signal.SIGUSR1)
     whole(made, client)
     whole(made, made.come())
