@@ -47,7 +47,7 @@ def test_the_reports_of_a_transfer_say_what_was_carried_and_what_became_of_each_
         assert host["lost"] == sum(host["repaired"].values())
     for number in range(2):
         report = read(tmp_path / str(number))
-        assert set(report) == KEYS | {"server", "lost", "overflows", "resumed", "verified", "fallback"}
+        assert set(report) == KEYS | {"server", "lost", "overflows", "resumed", "verified", "fallback", "rehearsal"}
         assert (report["result"], report["exit_code"], report["sha256"]) == ("complete", 0, helpers.sha256(data))
         assert report["carried"]["multicast"] > 0
 
