@@ -493,31 +493,33 @@ def stall_of(fields):
     return value
 
 
-def name_of(fields, key, optional=False):
-    """The 32 hexadecimal digits that a frame has for a key; None for null.  Raises ProtocolError."""
+def digits_of(fields, key, size, optional=False):
+    """The hexadecimal digits of so many bytes that a frame has for a key; None for null.  Raises ProtocolError."""
     text = field(fields, key, TEXT, optional)
-    if text is not None and not re.match('[0-9a-f]{%d}$' % (2 * TOKEN_SIZE), text):
+    if text is not None and not re.match(r'[0-9a-f]{%d}\Z' % (2 * size), text):
         raise ProtocolError('a frame without a proper "%s"' % key)
     return text
 
 
-def digest_in(fields, key):
-    """The 64 hexadecimal digits of a SHA-256 that a frame has for a key.  Raises ProtocolError."""
-    text = field(fields, key, TEXT)
-    if not re.match('[0-9a-f]{%d}$' % (2 * DIGEST_SIZE), text):
-        raise ProtocolError('a frame without a proper "%s"' % key)
-    return text.encode('ascii')
+def name_of(fields, key, optional=False):
+    """The 32 digits that name an image or an output; None for null.  Raises ProtocolError."""
+    return digits_of(fields, key, TOKEN_SIZE, optional)
+
+
+def token_of(fields, key='token', optional=False):
+    """A token of the chain, a nonce: bytes; None for null.  Raises ProtocolError."""
+    text = digits_of(fields, key, TOKEN_SIZE, optional)
+    return text and binascii.unhexlify(text.encode('ascii'))
+
+
+def digest_of(fields, key):
+    """A SHA-256, or what is as long: bytes.  Raises ProtocolError."""
+    return binascii.unhexlify(digits_of(fields, key, DIGEST_SIZE).encode('ascii'))
 
 
 def random_name():
     """32 hexadecimal digits that nobody else has."""
     return hexadecimal(os.urandom(TOKEN_SIZE))
-
-
-def token_of(fields, key='token', optional=False):
-    """The same as bytes: a token of the chain, a nonce."""
-    text = name_of(fields, key, optional)
-    return text and binascii.unhexlify(text.encode('ascii'))
 
 
 def place_of_upstream(fields):
@@ -1161,7 +1163,7 @@ class Journal(object):
         for start, stop in Held.from_list(fields.get('wrote', [])):
             self.held.add(start, stop)
             if fields.get('sha256') is not None:
-                self.digests[stop] = binascii.unhexlify(digest_in(fields, 'sha256'))
+                self.digests[stop] = digest_of(fields, 'sha256')
 
     def _add(self, **fields):
         """A line more; one that the disk does not take costs a later run what it would have told."""
@@ -10282,9 +10284,8 @@ class Client(object):
                 raise Failure(EMPTY)
             return True
         size = field(self._fields, 'bytes', NUMBER)
-        digest = window.digest and binascii.unhexlify(digest_in(self._fields, 'sha256'))
-        if self.vouchers and not same(digest_in(dict({'proof': None}, **self._fields), 'proof'),
-                                      hexadecimal(self.vouchers.of_end(size, digest)).encode('ascii')):
+        digest = window.digest and digest_of(self._fields, 'sha256')
+        if self.vouchers and not same(digest_of(self._fields, 'proof'), self.vouchers.of_end(size, digest)):
             raise Failure('the end is not vouched for: ' + NOT_VOUCHED)
         writer.end(size, digest)
         since, state_at = monotonic(), monotonic() + self.STATE_EVERY
