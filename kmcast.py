@@ -166,6 +166,16 @@ else:
         """The `size` bytes of an integer, big-endian."""
         return number.to_bytes(size, 'big')
 
+try:
+    same = hmac.compare_digest
+except AttributeError:                  # before 2.7.7
+    def same(one, other):
+        """Whether two byte strings are equal; how long it takes does not tell how far."""
+        differing = len(one) ^ len(other)
+        for ours, theirs in zip(bytearray(one), bytearray(other)):
+            differing |= ours ^ theirs
+        return not differing
+
 # Before 3.3 each module had an exception of its own; before 3.5 a signal
 # could end any system call with EINTR.
 OS_ERRORS = (OSError, IOError, socket.error, select.error)
@@ -926,17 +936,6 @@ class Key(object):
         """
         said = b''.join(U32.pack(len(word)) + word for word in (label,) + words)
         return hmac.new(self._secret, said, hashlib.sha256).digest()
-
-
-def same(one, other):
-    """Whether two byte strings are equal; how long it takes does not tell how far.
-
-    What hmac.compare_digest does, which Python has from 2.7.7 on.
-    """
-    differing = len(one) ^ len(other)
-    for ours, theirs in zip(bytearray(one), bytearray(other)):
-        differing |= ours ^ theirs
-    return not differing
 
 
 class Greeting(object):
@@ -11168,30 +11167,6 @@ def client_command(options, signals):
     return Client(options, signals)
 
 
-class MakeKey(object):
-    """`kmcast key`: a new key, as text, to standard output."""
-
-    def __init__(self, _options, _signals):
-        pass
-
-    @staticmethod
-    def run():
-        """Write it; returns an exit code.  Raises Failure."""
-        try:
-            if stat.S_ISREG(os.fstat(1).st_mode):
-                os.fchmod(1, 0o600)     # before there is anything to be read
-            os.write(1, binascii.hexlify(os.urandom(32)) + b'\n')
-        except OS_ERRORS as error:
-            raise Failure('cannot write the key: %s' % explain(error))
-        return OK
-
-    def status(self, _now):
-        """None: it is a moment."""
-
-    def close(self):
-        """It has nothing."""
-
-
 def key_of(options):
     """The Key that the command line or the environment names; None without one.  Raises Failure."""
     name, only_file = options.key, 'KMCAST_KEY_FILE'
@@ -11272,8 +11247,9 @@ def completion_command(_options, _signals):
 class Printer(object):
     """What a command does that just writes a text on standard output."""
 
-    def __init__(self, text):
-        self.text = text
+    def __init__(self, text, called='standard output'):
+        """called: the text or where it goes, for the user."""
+        self.text, self.called = text, called
 
     def run(self):
         """Write it; returns an exit code.  Raises Failure."""
@@ -11281,7 +11257,7 @@ class Printer(object):
             with io.open(1, 'wb', closefd=False) as output:
                 output.write(self.text.encode('ascii', 'xmlcharrefreplace'))
         except OS_ERRORS as error:
-            raise Failure('cannot write standard output: %s' % explain(error))
+            raise Failure('cannot write %s: %s' % (self.called, explain(error)))
         return OK
 
     @staticmethod
@@ -11290,6 +11266,16 @@ class Printer(object):
 
     def close(self):
         """It leaves nothing behind."""
+
+
+def key_command(_options, _signals):
+    """`kmcast key`: a new key, as text; a file gets mode 600 before there is anything to be read.  Raises Failure."""
+    try:
+        if stat.S_ISREG(os.fstat(1).st_mode):
+            os.fchmod(1, 0o600)
+    except OS_ERRORS as error:
+        raise Failure('cannot write the key: %s' % explain(error))
+    return Printer(hexadecimal(os.urandom(32)) + '\n', 'the key')
 
 
 def report_command(options, _signals):
@@ -11408,8 +11394,8 @@ class Demo(object):
                     pass                # what was still to be written
 
 
-COMMANDS = {'server': server_command, 'client': client_command, 'check': check_command, 'demo': Demo, 'key': MakeKey, 'report': report_command,
-            'completion': completion_command}
+COMMANDS = {'server': server_command, 'client': client_command, 'check': check_command, 'demo': Demo,
+            'key': key_command, 'report': report_command, 'completion': completion_command}
 
 
 def settle_numbers(options, rest, parser):
