@@ -452,7 +452,7 @@ def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=N
     if change is not None:
         arguments[:1] = ["-c", _CHANGED % (os.path.dirname(compiled(python)), change)]
     elif program != BASE_PEER and version_of(python) == version_of(newest()) >= (3, 7):
-        command += ["-X", "dev", "-W", "error"]
+        command += ["-W", "error"]          # not -X dev, whose memory allocator takes its time
     warm = None
     if not prefix and program in (None, BASE_PEER) and sys.version_info[0] > 2:
         warm = command, arguments, host.namespaces if host else ()
