@@ -22,6 +22,12 @@ def in_turn(names, cases, ids=None):
     """
     several, pythons = "," in names, sorted({OLDEST, NEWEST})
     rows = [(tuple(case) if several else (case,)) + (pythons[number % len(pythons)],) for number, case in enumerate(cases)]
-    if callable(ids):
-        ids = [ids(case) for case in cases]
-    return pytest.mark.parametrize(names + ", python", rows, ids=ids)
+    if ids:
+        texts = [ids(case) for case in cases] if callable(ids) else ids
+        ids = ["%s-%s" % (text, helpers.version_name(row[-1])) for text, row in zip(texts, rows)]
+    return pytest.mark.parametrize(names + ", python", rows, ids=ids or _version_of_python)
+
+
+def _version_of_python(value):
+    """The id of a value that is an interpreter; None of others, which pytest names as ever."""
+    return helpers.version_name(value) if value in (OLDEST, NEWEST) else None

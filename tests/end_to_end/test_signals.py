@@ -13,7 +13,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import all_receive, orderly, wrapped
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from test_failures import Consumer, PAYLOAD, ROUNDS, SMALL, Started, wait_until
 
 USR = (signal.SIGUSR1, signal.SIGUSR2)
@@ -415,10 +415,10 @@ def pyz(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(params=["py", "pyz"])
-def program(request):
+@pytest.fixture
+def program(request, kind):
     """What an operator starts."""
-    return helpers.KMCAST if request.param == "py" else request.getfixturevalue("pyz")
+    return helpers.KMCAST if kind == "py" else request.getfixturevalue("pyz")
 
 
 #: The lines of kmcast.py before the first of its own statements, which imports __future__ and cannot be the second.
@@ -439,6 +439,7 @@ def interrupted_in_order(process):
 
 
 @BOTH
+@pytest.mark.parametrize("kind", ["py", "pyz"])
 def test_ctrl_c_in_the_first_moments_shows_no_traceback(python, program):
     """Who has mistyped something is quick with that."""
     def interrupt(seconds):
@@ -448,7 +449,7 @@ def test_ctrl_c_in_the_first_moments_shows_no_traceback(python, program):
             client.signal(signal.SIGINT)
         interrupted_in_order(client)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(interrupt, [0.02 * step for step in range(16)]))
+        list(pool.map(interrupt, [0.04 * step for step in range(8)]))
 
 
 #: A sitecustomize.py: a SIGINT when a module is imported.
@@ -463,8 +464,7 @@ sys.meta_path.insert(0, Interrupt())
 """
 
 
-@BOTH
-@pytest.mark.parametrize("module", ["argparse", "json", "subprocess", "zlib"])
+@in_turn("kind, module", [(kind, module) for kind in ("py", "pyz") for module in ("argparse", "json", "subprocess", "zlib")])
 def test_ctrl_c_while_it_imports_what_it_needs_shows_no_traceback(python, program, module, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT)
     client = helpers.start_client(["--wait", 1, LOOPBACK, LOOPBACK, helpers.free_port()], python, program=program,
