@@ -35,7 +35,7 @@ def images(ended, data):
 
 @BOTH
 def test_the_server_sends_the_image_once_and_the_clients_pass_it_on(python):
-    data = helpers.random_bytes(20 * MB)
+    data = helpers.random_bytes(10 * MB)
     ended = helpers.transfer(data, 4, ["--unicast"], server_python=python, client_python=python)
     ended.check(data)
     multicast, tcp, chain = images(ended, data)

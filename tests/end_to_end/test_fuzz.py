@@ -10,7 +10,7 @@ import helpers
 from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
-ROUNDS = {"client": 400, "server": 600, "relay": 100, "parsers": 4000, "client --key": 200, "server --key": 300}
+ROUNDS = {"client": 200, "server": 300, "relay": 50, "parsers": 2000, "client --key": 100, "server --key": 150}
 
 
 @BOTH
