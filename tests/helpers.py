@@ -309,14 +309,14 @@ class Process(object):
 
     def wait(self, timeout):
         """Wait for the end, at most `timeout` seconds; return the exit code, or None if it still runs."""
-        deadline = time.time() + timeout
+        deadline = time.time() + _patient(timeout)
         while self.poll() is None and time.time() < deadline:
             time.sleep(0.01)
         return self.popen.returncode
 
     def wait_stderr(self, text, timeout=30):
         """Wait until stderr contains `text`; fail if the process ends, or `timeout` seconds pass, without it."""
-        deadline = time.time() + timeout
+        deadline = time.time() + _patient(timeout)
         while text not in self.stderr:
             ended = self.poll() is not None
             if (ended or time.time() > deadline) and text not in self.stderr:
@@ -365,6 +365,14 @@ class Process(object):
         except OSError:
             pass                                # no process of the group is left
         self.popen.wait()
+
+
+def _patient(timeout):
+    """How many seconds to wait at most: a busy machine takes some for what takes milliseconds.
+
+    Less than a stall timeout's 30, so that who waits for that is found to. A timeout of less than 5 s is meant as it is.
+    """
+    return max(timeout, 25) if timeout >= 5 else timeout
 
 
 def _texts(arguments):
