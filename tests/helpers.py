@@ -102,14 +102,23 @@ def compiled(python):
     or import it.
 
     Given the source, Python compiles it at every start, which takes longer than many a test's transfer. The tests of the
-    files that an operator has, kmcast.py and kmcast.pyz, give these as `program`.
+    files that an operator has, kmcast.py and kmcast.pyz, give these as `program`. In the directory that the environment
+    variable KMCAST_COMPILED names, which tests/run.sh sets, it is there for all who test.
     """
     if python not in _programs:
-        directory = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, directory, True)
-        program = os.path.join(directory, "kmcast.pyc")
-        subprocess.check_call([python, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)",
-                               KMCAST, program, KMCAST])
+        directory = os.environ.get("KMCAST_COMPILED")
+        if not directory:
+            directory = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, directory, True)
+        program = os.path.join(directory, version_name(python), "kmcast.pyc")
+        if not os.path.exists(program):
+            made = tempfile.mkdtemp(dir=directory)
+            subprocess.check_call([python, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)",
+                                   KMCAST, os.path.join(made, "kmcast.pyc"), KMCAST])
+            try:
+                os.rename(made, os.path.dirname(program))
+            except OSError:
+                shutil.rmtree(made)             # another one has been faster
         _programs[python] = program             # only now: a test may start processes in several threads
     return _programs[python]
 

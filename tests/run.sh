@@ -36,6 +36,7 @@ done
 : "${parts:=unit e2e lab}"
 
 temporary=$(mktemp -d) || exit 1
+mkdir "$temporary/programs" || exit 1
 trap 'rm -rf "$temporary"' EXIT
 trap 'trap "" TERM; kill 0; exit 130' INT     # what runs in the background does not hear Ctrl-C itself
 trap 'exit 143' HUP TERM
@@ -82,11 +83,12 @@ find_interpreters() {
 # PYTHONPATH: the interpreters that a test starts would inherit it.)
 
 # Run pytest with interpreter $1 and directory $2; the rest are its arguments. Most of the time that a pytest takes to
-# start is spent in compiling, so all of them share what they have compiled, in a place outside of the repository.
+# start is spent in compiling, so all of them share what they have compiled, in a place outside of the repository; and so
+# they do with what helpers.py compiles.
 run_pytest() {
     interpreter=$1 directory=$2
     shift 2
-    "$interpreter" -c 'import sys
+    KMCAST_COMPILED=$temporary/programs "$interpreter" -c 'import sys
 directory, compiled = sys.argv.pop(1), sys.argv.pop(1)
 if directory:
     sys.path.insert(0, directory)
