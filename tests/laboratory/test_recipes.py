@@ -156,10 +156,21 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """The path of a kmcast.pyz."""
+    """The path of a kmcast.pyz, into which what Python would make of it at each start is put as well."""
     path = tmp_path_factory.mktemp("packed") / "kmcast.pyz"
     subprocess.check_call(["sh", os.path.join(helpers.ROOT, "build_pyz.sh"), str(path)])
+    subprocess.check_call([NEWEST, "-c", COMPILE, helpers.KMCAST, str(path)])
     return path
+
+
+COMPILE = """
+import py_compile, sys, zipfile
+source, archive = sys.argv[1:]
+if sys.version_info >= (3, 7):
+    py_compile.compile(source, archive + "c", invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.write(archive + "c", "__main__.pyc")
+"""
 
 
 @pytest.fixture
