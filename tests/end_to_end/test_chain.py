@@ -97,6 +97,10 @@ def deaf_to(hears):
     return lambda datagram: [datagram] if hears else []
 
 
+#: Through a Network more than this would get lost in it, on a busy machine.
+RATE = ["--rate", "50M"]
+
+
 def transfer_with_paths(data, hears, *args):
     """A transfer to clients of which each hears multicast or not; returns (server, clients), which run."""
     port = helpers.free_port()
@@ -117,7 +121,7 @@ def finish(server, clients, data):
 
 
 def test_where_nobody_hears_anything_a_chain_is_made():
-    data = helpers.random_bytes(20 * MB)
+    data = helpers.random_bytes(10 * MB)
     server, clients = transfer_with_paths(data, [False] * 3, "-v")
     stderr = finish(server, clients, data)
     carried = server.report()["carried"]
@@ -126,9 +130,9 @@ def test_where_nobody_hears_anything_a_chain_is_made():
 
 
 def test_multicast_that_nobody_hears_at_first_is_used_once_it_is_heard():
-    data = helpers.random_bytes(20 * MB)
+    data = helpers.random_bytes(12 * MB)
     port = helpers.free_port()
-    server = helpers.start_server(["-v", LOOPBACK, 3, port], stdin=data)
+    server = helpers.start_server(["-v"] + RATE + [LOOPBACK, 3, port], stdin=data)
     network = helpers.Network(port)
     clients = []
     for _ in range(3):
@@ -144,8 +148,8 @@ def test_multicast_that_nobody_hears_at_first_is_used_once_it_is_heard():
 
 
 def test_one_that_hears_is_the_head_for_those_that_do_not():
-    data = helpers.random_bytes(20 * MB)
-    server, clients = transfer_with_paths(data, [True, False, False])
+    data = helpers.random_bytes(10 * MB)
+    server, clients = transfer_with_paths(data, [True, False, False], *RATE)
     finish(server, clients, data)
     carried = server.report()["carried"]
     assert carried["chain"] > len(data) and carried["multicast"] > len(data) / 2

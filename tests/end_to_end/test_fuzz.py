@@ -10,7 +10,7 @@ import helpers
 from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
-ROUNDS = {"client": 200, "server": 300, "relay": 50, "parsers": 2000, "client --key": 100, "server --key": 150}
+ROUNDS = {"client": 120, "server": 240, "relay": 30, "parsers": 1000, "client --key": 80, "server --key": 120}
 
 
 @BOTH

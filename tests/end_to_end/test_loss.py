@@ -41,10 +41,10 @@ def transfer(data, changes, server_args=(), client_args=(), server_python=None, 
 @pytest.mark.parametrize("percent", [1, 5, 30])
 def test_independent_loss_is_repaired_by_multicast(percent, server_python, client_pythons):
     """In two TCP threads; the coded packets and their recipes are lost like all others."""
-    packets, count = 1500, 6
+    packets, count = 1000, 4
     data = helpers.random_bytes(packets * PAYLOAD - 7, seed=percent)
     server, clients = transfer(data, [helpers.loss(percent, seed) for seed in range(count)],
-                            RATE + ["--clients-per-thread", 4], (), server_python, client_pythons)
+                            RATE + ["--clients-per-thread", 2], (), server_python, client_pythons)
     summary = helpers.summary(server)
     lost = sum(sum(helpers.repaired(client)) for client in clients)
     assert lost > 0.8 * count * packets * percent / 100
@@ -55,13 +55,14 @@ def test_independent_loss_is_repaired_by_multicast(percent, server_python, clien
 
 def test_shared_loss_is_repaired_once_for_all():
     """Every client lacks the same packets: one coded packet a lost one."""
-    data = helpers.random_bytes(1500 * PAYLOAD)
+    packets = 1000
+    data = helpers.random_bytes(packets * PAYLOAD)
     server, clients = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE)
     summary = helpers.summary(server)
     losses = [sum(helpers.repaired(client)) for client in clients]
     shared = min(losses)
     others = sum(losses) - 4 * shared           # a busy loopback loses some of its own, now here, now there
-    assert shared > 0.8 * 1500 * 5 / 100
+    assert shared > 0.8 * packets * 5 / 100
     assert summary.coded + summary.by_tcp < 2 * shared + others, "by TCP alone: %r, here: %r" % (losses, summary)
 
 
