@@ -210,7 +210,7 @@ def test_who_is_killed_is_not_missed_by_the_others(victim):
 
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_who_is_stopped_is_dropped_after_the_stall_timeout(victim):
-    chain = Chained(4, "--stall-timeout", 2)
+    chain = Chained(4, "--stall-timeout", 3)
     chain.clients[victim].signal(signal.SIGSTOP)
     chain.go_on()
     code, stderr = chain.finish(without=victim)

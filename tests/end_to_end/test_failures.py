@@ -168,7 +168,7 @@ def test_a_server_without_clients_stops_at_once(python, a_thread):
 
 
 def test_a_hung_client_is_given_up_after_the_stall_timeout():
-    session = Started(3, ["--stall-timeout", 1], python=OLDEST)
+    session = Started(3, ["--stall-timeout", 3], python=OLDEST)
     session.clients[1].signal(signal.SIGSTOP)
     session.write_rest()
     code, stderr, _ = session.server.finish(30)

@@ -176,10 +176,10 @@ def test_a_wrong_message(tmp_path, point):
         folder = tmp_path / str(number)
         folder.mkdir()
         # Some of them are the beginning of what is right: then the rest never comes.
-        started.append((what, folder, Script(script, ["--stall-timeout", 1], to_file=folder / "image",
+        started.append((what, folder, Script(script, ["--stall-timeout", 2], to_file=folder / "image",
                                              python=OLDEST if number % 2 else NEWEST)))
-        if len(started) % 5 == 0:
-            for _, _, server in started[-5:]:
+        if len(started) % 9 == 0:
+            for _, _, server in started[-9:]:
                 server.client.wait(20)
     for what, folder, server in started:
         code, stderr, _ = server.finish()
@@ -238,11 +238,11 @@ def test_silence(tmp_path):
     for number, point in enumerate(POINTS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        started.append((point, folder, Script(up_to(point), ["--stall-timeout", 1], to_file=folder / "image")))
+        started.append((point, folder, Script(up_to(point), ["--stall-timeout", 3], to_file=folder / "image")))
     for point, folder, server in started:
         code, stderr, _ = server.finish()
         assert server.error is None, point
-        judge(code, stderr, folder, point in BEGUN, "silent for 1 s")
+        judge(code, stderr, folder, point in BEGUN, "silent for 3 s")
 
 
 GROUP_INFOS = {
@@ -705,18 +705,18 @@ def test_a_flood_does_not_hide_a_silent_server():
             server.greet()
             server.start_round(ROUNDS[0])
             server.client.wait(15)
-    started = Script(script, ["--stall-timeout", 1], change=SPOOFED)
+    started = Script(script, ["--stall-timeout", 3], change=SPOOFED)
     code, stderr, _ = started.finish(30)
-    judge(code, stderr, says="silent for 1 s")
+    judge(code, stderr, says="silent for 3 s")
 
 
 def test_a_flood_does_not_hide_a_silent_server_from_a_small_socket_buffer():
     server = wire.Server()
-    client = wrapped(SPOOFED + "kmcast.SOCKET_BUFFER = 100000", ["client", "--stall-timeout", 1, LOOPBACK, LOOPBACK, server.port])
+    client = wrapped(SPOOFED + "kmcast.SOCKET_BUFFER = 100000", ["client", "--stall-timeout", 3, LOOPBACK, LOOPBACK, server.port])
     server.accept()
     with flooded(server.port, noise, server.group):
         server.greet()
         server.announce(ROUNDS[0])
         code, stderr, _ = client.finish(20)
     server.close()
-    judge(code, stderr, says="silent for 1 s")
+    judge(code, stderr, says="silent for 3 s")

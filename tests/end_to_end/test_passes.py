@@ -235,7 +235,7 @@ def test_who_lacks_again_and_again_is_dropped(here, python):
 
 @BOTH
 def test_who_has_stalled_may_come_back_and_gets_what_it_lacks(here, python):
-    made = here(["--stall-timeout", 1])
+    made = here(["--stall-timeout", 2])
     first, second = made.come(), made.come()
     made.take_together(0, first, second)
     assert made.part(first.ready()) == made.part(second.ready()) == 1

@@ -271,6 +271,7 @@ def test_on_by_http_when_it_fails(lines, machines):
     hosts = machines()
     hosts[0].run("mkdir -p /srv/www && tar cf /srv/www/images.tar image.tgz")
     web = hosts[0].start("exec python3 -m http.server 80 --directory /srv/www")
+    hosts[0].run("until grep -q ':0050 00000000:0000 0A' /proc/net/tcp; do sleep 0.1; done")      # it listens on port 80
     try:
         for host in hosts[1:]:
             host.run("mkdir /srv/images && " + lines[1].replace("--wait 600", "--wait 1"))
