@@ -238,11 +238,11 @@ def test_silence(tmp_path):
     for number, point in enumerate(POINTS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        started.append((point, folder, Script(up_to(point), ["--stall-timeout", 3], to_file=folder / "image")))
+        started.append((point, folder, Script(up_to(point), ["--stall-timeout", 2], to_file=folder / "image")))
     for point, folder, server in started:
         code, stderr, _ = server.finish()
         assert server.error is None, point
-        judge(code, stderr, folder, point in BEGUN, "silent for 3 s")
+        judge(code, stderr, folder, point in BEGUN, "silent for 2 s")
 
 
 GROUP_INFOS = {

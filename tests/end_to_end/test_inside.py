@@ -1,7 +1,5 @@
 """What is wrong in kmcast itself, injected, ends a session in order; and seqs may wrap."""
 
-import pytest
-
 import helpers
 import wire
 from helpers import LOOPBACK

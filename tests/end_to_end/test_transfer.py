@@ -12,7 +12,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK, payload_size
-from pythons import ALL, BOTH, EVERY, in_turn, NEWEST, OLDEST
+from pythons import ALL, BOTH, EVERY, NEWEST, OLDEST
 
 PAYLOAD = payload_size(1500)
 SMALL = ["--buffer-packets", 10]
