@@ -195,8 +195,8 @@ run_part() {
 
 # Files that take long, by name, and into how many shares each is divided. They are begun first.
 LONG="
-    end_to_end/test_fallback:2 end_to_end/test_clocks_of_both:2 end_to_end/test_what_is_seen:2 end_to_end/test_hostile_servers:2
-    end_to_end/test_chain:2 end_to_end/test_passes:1 end_to_end/test_transfer:2 end_to_end/test_failures:2 end_to_end/test_fuzz:1
+    end_to_end/test_fallback:3 end_to_end/test_clocks_of_both:2 end_to_end/test_what_is_seen:2 end_to_end/test_hostile_servers:2
+    end_to_end/test_chain:2 end_to_end/test_passes:2 end_to_end/test_transfer:2 end_to_end/test_failures:2 end_to_end/test_fuzz:1
     laboratory/test_chain:3 laboratory/test_recipes:3 laboratory/test_clocks:1 laboratory/test_rehearsal:1 laboratory/test_loss:2
     laboratory/test_passes:2 laboratory/test_faults_of_network:2 laboratory/test_faults_of_server:2 laboratory/test_stalls:1
     unit/test_pacing:1 unit/test_datagrams:1
@@ -318,7 +318,7 @@ if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"
 elif wants e2e; then
     # In the background: most of what the laboratory does is to wait.
-    run_part "end-to-end tests" tests/end_to_end 5 "$python_3" "$directory_3" "$@" &
+    run_part "end-to-end tests" tests/end_to_end 8 "$python_3" "$directory_3" "$@" &
 fi
 lab=skipped
 if [ -n "$python_3" ] && wants lab; then
@@ -331,7 +331,7 @@ if [ -n "$python_3" ] && wants lab; then
     if [ -n "$reason" ]; then
         skipped "laboratory tests: $reason"
     else
-        run_part "laboratory tests" tests/laboratory 6 "$python_3" "$directory_3" "$@" && lab=ran
+        run_part "laboratory tests" tests/laboratory 5 "$python_3" "$directory_3" "$@" && lab=ran
     fi
 fi
 wait

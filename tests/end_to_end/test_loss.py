@@ -41,16 +41,16 @@ def transfer(data, changes, server_args=(), client_args=(), server_python=None, 
 @pytest.mark.parametrize("percent", [1, 5, 30])
 def test_independent_loss_is_repaired_by_multicast(percent, server_python, client_pythons):
     """In two TCP threads; the coded packets and their recipes are lost like all others."""
-    packets, count = 1000, 4
+    packets, count = 1000, 6
     data = helpers.random_bytes(packets * PAYLOAD - 7, seed=percent)
     server, clients = transfer(data, [helpers.loss(percent, seed) for seed in range(count)],
-                            RATE + ["--clients-per-thread", 2], (), server_python, client_pythons)
+                            RATE + ["--clients-per-thread", 4], (), server_python, client_pythons)
     summary = helpers.summary(server)
     lost = sum(sum(helpers.repaired(client)) for client in clients)
     assert lost > 0.8 * count * packets * percent / 100
     assert summary.coded > 0
     assert summary.coded + summary.by_tcp < lost, "coding saved nothing: %d packets lost, %r" % (lost, summary)
-    assert all(helpers.repaired(client)[0] > 0 for client in clients)
+    assert len([client for client in clients if helpers.repaired(client)[0]]) > count // 2      # of few some come by TCP
 
 
 def test_shared_loss_is_repaired_once_for_all():
