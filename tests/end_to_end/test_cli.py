@@ -215,8 +215,7 @@ def test_version_and_help_of_each_command(python):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-@BOTH
-@pytest.mark.parametrize("args, said", [
+@in_turn("args, said", [
     (CLIENT + ["--compat"], "kmcast client: error: --compat is an option of server, not of client"),
     (CLIENT + ["--size", "5"], "--size is an option of server"), (SERVER + ["--wait=5"], "--wait is an option of client"),
     (SERVER + ["-o", "x"], "-o is an option of client"), (["demo", "--rate", "5M"], "--rate is an option of server, not of demo"),
@@ -226,7 +225,7 @@ def test_version_and_help_of_each_command(python):
     (CLIENT + ["--expect-nmae=x"], "did you mean --expect-name?"), (SERVER + ["--zzzz"], "no option --zzzz ("),
     (SERVER + ["-x"], "no option -x ("), (["sever", LOOPBACK, "1"], "no command sever; did you mean server?"),
     (["--rate", "5M", "server", LOOPBACK, "1"], "--rate is an option of server, and stands behind that word"),
-    (["completion", "zsh"], "zsh")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+    (["completion", "zsh"], "zsh")])
 def test_an_option_of_the_other_command_and_a_misspelt_one_are_named_as_such(python, args, said):
     line = the_one_line(helpers.start_kmcast(args, python))
     assert said in line, line
@@ -267,8 +266,7 @@ def test_the_command_line_wins_over_the_environment(python, tmp_path):
     assert code == 0 and "bytes a packet" in stderr, stderr
 
 
-@BOTH
-@pytest.mark.parametrize("text, said", [
+@in_turn("text, said", [
     ("--rate x", "x is not a rate"), ("--zzzz", "no option --zzzz"), ("auto 40", "auto is no option"), ("-v auto", "auto is no option"),
     ("--rate 5M 40", "40 is no option"), ("-v '", "quotation"), ("--size", "--size")])
 def test_what_is_wrong_with_the_environment_is_said_to_be_there(python, text, said):

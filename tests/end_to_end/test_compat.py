@@ -10,7 +10,7 @@ import helpers
 import kmcast
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
-from pythons import ALL, BOTH, NEWEST, OLDEST
+from pythons import ALL, BOTH, in_turn, NEWEST, OLDEST
 
 PAYLOAD = payload_size(1500)
 
@@ -70,8 +70,7 @@ def test_base_clients_with_buffers_of_full_size():
     serve_base_clients(data, 2, ["--buffer-packets", 65536], ["--drop", 1])
 
 
-@BOTH
-@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
+@in_turn("way", ["gso", "mmsg", "plain"])
 def test_base_clients_whatever_the_way_to_send(python, way):
     serve_base_clients(helpers.random_bytes(200001), 1, ["--datagrams", way], python=python)
 
@@ -154,8 +153,7 @@ def test_every_interpreter_as_client_of_a_base_server_with_short_packets_and_los
                           pythons=ALL)
 
 
-@BOTH
-@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
+@in_turn("way", ["gso", "mmsg", "plain"])
 def test_every_way_to_receive_from_a_base_server(python, way):
     take_from_base_server(helpers.random_bytes(300000), 1, ["--short"], ["--datagrams", way], [python])
 

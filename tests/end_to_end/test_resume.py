@@ -10,7 +10,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from wire import LACK
 
 IMAGE = helpers.random_bytes(5950, seed=8)
@@ -273,8 +273,7 @@ def test_of_a_part_that_is_too_short_only_what_is_there_counts(talk, python):
     talk.check()
 
 
-@BOTH
-@pytest.mark.parametrize("keeps", [1, 2, 3])
+@in_turn("keeps", [1, 2, 3])
 def test_behind_a_damaged_line_the_journal_counts_for_nothing(talk, python, keeps):
     talk.kill_with(0, 1, 2, 3)
     with open(talk.journal(), "rb") as file:
@@ -302,8 +301,7 @@ def test_a_journal_that_was_cut_off_can_be_gone_on_with_again(talk, python):
     talk.check()
 
 
-@BOTH
-@pytest.mark.parametrize("what", ["part", "journal"])
+@in_turn("what", ["part", "journal"])
 def test_one_without_the_other_counts_for_nothing(talk, python, what):
     talk.kill_with(0, 1, 2)
     os.unlink(getattr(talk, what)())
@@ -373,8 +371,7 @@ def test_two_at_once_do_not_go_on_with_the_same(talk, python):
     assert talk.client.finish(20)[0] == 0
 
 
-@BOTH
-@pytest.mark.parametrize("what", ["link", "directory"])
+@in_turn("what", ["link", "directory"])
 def test_what_somebody_else_has_laid_there_is_not_touched(talk, python, what, tmp_path):
     talk.kill_with(0, 1)
     secret = tmp_path / "secret"
@@ -391,8 +388,7 @@ def test_what_somebody_else_has_laid_there_is_not_touched(talk, python, what, tm
     assert talk.client.finish(20)[0] == 3
 
 
-@BOTH
-@pytest.mark.parametrize("args", [["--resume"], ["--resume", "--pipe", "cat"], ["--resume", "-o", "/dev/null"]])
+@in_turn("args", [["--resume"], ["--resume", "--pipe", "cat"], ["--resume", "-o", "/dev/null"]])
 def test_only_a_file_can_be_gone_on_with(args, python):
     client = helpers.start_client(args + [LOOPBACK, LOOPBACK, helpers.free_port()], python)
     code, stderr, _ = client.finish(20)

@@ -147,8 +147,7 @@ def test_a_full_standard_error_never_holds_up_a_transfer(python, full):
     assert server.finish(20)[0] == 0
 
 
-@BOTH
-@pytest.mark.parametrize("where", ["server", "client"])
+@in_turn("where", ["server", "client"])
 def test_who_is_stopped_while_its_standard_error_is_full_ends_in_order(python, where, full, tmp_path):
     port = helpers.free_port()
     of_server, of_client = [full if where == end else () for end in ("server", "client")]
@@ -204,8 +203,7 @@ kmcast.Log.say = late
 """
 
 
-@BOTH
-@pytest.mark.parametrize("words", ["has everything", "data: ", "repair: ", "1 of 1 client"])
+@in_turn("words", ["has everything", "data: ", "repair: ", "1 of 1 client"])
 def test_a_signal_when_all_clients_have_the_image_changes_nothing(python, words):
     """From the last one's last word on, through the farewell, and in the middle of the summary."""
     port = helpers.free_port()
@@ -259,8 +257,7 @@ def test_a_signal_at_the_very_moment_of_the_verdict_changes_nothing(python, tmp_
     assert parts(tmp_path) == ["image"]
 
 
-@BOTH
-@pytest.mark.parametrize("code", [SIGNAL_AT % "no kmcast server", SIGNAL_AT_THE_VERDICT], ids=["says so", "verdict"])
+@in_turn("code", [SIGNAL_AT % "no kmcast server", SIGNAL_AT_THE_VERDICT], ids=["says so", "verdict"])
 def test_a_signal_at_the_very_moment_of_a_failure_changes_nothing(python, code):
     client = wrapped(code, ["client", "--wait", 0, LOOPBACK, LOOPBACK, helpers.free_port()], python)
     code, stderr, _ = client.finish(20)
@@ -317,9 +314,8 @@ def receives_a_file(code, python, path):
     return client, server
 
 
-@BOTH
-@pytest.mark.parametrize("code", [AFTER_THE_RENAME, NO_FOLDER, NO_SYNC_OF_THE_FOLDER],
-                         ids=["a signal", "a folder that cannot be opened", "a folder that cannot be synchronised"])
+@in_turn("code", [AFTER_THE_RENAME, NO_FOLDER, NO_SYNC_OF_THE_FOLDER],
+         ids=["a signal", "a folder that cannot be opened", "a folder that cannot be synchronised"])
 def test_once_the_file_is_in_its_place_nothing_makes_the_client_fail(python, code, tmp_path):
     """Who takes 1 for "not to be used" would throw it away, and the server would list that host."""
     client, server = receives_a_file(code, python, tmp_path / "image")

@@ -285,8 +285,7 @@ def test_a_flood_of_datagrams_on_the_group(make):
 # File descriptors
 
 
-@BOTH
-@pytest.mark.parametrize("args", [["100"], ["--clients-per-thread", "1", "40"]], ids=" ".join)
+@in_turn("args", [["100"], ["--clients-per-thread", "1", "40"]], ids=" ".join)
 def test_fewer_descriptors_than_clients_are_an_error_at_the_start(python, args):
     args, clients = args[:-1], args[-1]
     server = helpers.start_server(args + [LOOPBACK, clients, helpers.free_port()], python=python, stdin=b"image",
