@@ -61,7 +61,7 @@ SAYINGS = {
 class Strangers(object):
     """Connects to `port` again and again and does something, with at most `most` connections at a time, until stop()."""
 
-    def __init__(self, port, act, most=100, pause=0.0, threads=1):
+    def __init__(self, port, act, most=100, pause=0.001, threads=1):
         self.port, self.act, self.most, self.pause = port, act, most, pause
         self.count = 0
         self._stopped = threading.Event()
