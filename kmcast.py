@@ -2554,7 +2554,7 @@ class RateControl(object):
         if abs(arrived - self.line) < (self.AGREE + self._error) * self.line and arrived < (1 - self.SLOWER) * departed:
             self.line += (1.0 if self._error else 0.5) * (arrived - self.line)      # so it is told more precisely
             self._error, self._gave_way = 0.0, None
-            self.rate = max(self.rate, min(departed, self.BELOW * self.line))
+            self.rate = min(departed, self.BELOW * self.line)
         elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
             return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
         elif self.rate < self.BELOW * self.line:
@@ -2576,7 +2576,7 @@ class RateControl(object):
     def _speed_up(self, speed, achieved, steady):
         """We are not at the line's rate yet."""
         faster = achieved * (1 + self._step)
-        if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
+        if faster <= self.rate or not steady or not self.BELOW * self.rate <= speed.rate <= self.rate * 1.0001:
             return None                 # we are the slowest, or it was sent before we learned more
         self.rate = faster
         self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
@@ -2594,8 +2594,8 @@ class RateControl(object):
             self.line = self._at_most(max(before, arrived), error)
             self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
             self._next_look, self._gave_way = now + self.LOOK_SOON, None
-        else:                           # what was known is not given up at once: somebody may have been held up
-            self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
+        else:                           # somebody may have been held up: the better of two is believed
+            self.rate = min(self.rate, self.OVER * self._at_most(max(arrived, before or 0.0), error))
             self.line = None
         if lossy:
             self._usual = worst.member.medium
