@@ -2450,8 +2450,8 @@ class RateControl(object):
     NOISE = 0.001                       # share of loss that is nobody's
     SAME = 0.75                         # times as much is lost at a lower rate: so it is lost at any
     SHARE = 0.5                         # of the line, which is ours whatever a rival takes
-    SIGNS = 3                           # of a rival, one after the other
-    SOON = 3.0                          # seconds from one of them to the next
+    SIGNS = 3                           # of a rival, one after the other,
+    SOON = 5.0                          # in so many seconds
     PATIENCE = 1.2                      # seconds that he has to take what we leave: TCP may have to find out first
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
@@ -7046,6 +7046,8 @@ class Course(object):
                                  answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
             why = self.control.learn_head(done.head, answers.head[0], answers.head[1], now) or why
+        if worst.lost > RateControl.MOST_MEDIUM and not self.control.line:
+            self.limit = min(self.limit, max(self.FIRST_ROUND, done.multicast))     # a longer one would tell no more
         self._settled += self.control.line is not None
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
