@@ -2446,18 +2446,16 @@ class RateControl(object):
     LEAP = 0.25                         # how much faster at once, once there was an estimate
     MORE = 1.04                         # times the line's rate, which a head must find
     HEADS = 3                           # times in a row
-    LOOK_EVERY = 4.0                    # seconds between two such heads,
-    LOOK_SOON = 1.0                     # and while we have less than the line
+    LOOK_EVERY = 4.0                    # seconds between two such heads
+    LOOK_SOON = 1.0                     # seconds until the first
     STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
     FASTER = 1.5                        # times what we ever sent at: no rate above matters
     NOISE = 0.001                       # share of loss that is nobody's
     SAME = 0.75                         # times as much is lost at a lower rate: so it is lost at any
-    GIVE, YIELD = 0.85, 0.7             # times the rate, for who may be a rival and for who is one
-    BACK = 0.06                         # share of the line that we take back in a second
-    SHARE = 0.47                        # of the line, whatever a rival takes
-    SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
-    PATIENCE = 1.2                      # that he has to take what we leave: TCP may have to find out first,
-    GENTLE = 15.0                       # and after which we look for more as if there had never been one
+    SHARE = 0.5                         # of the line, which is ours whatever a rival takes
+    SIGNS = 3                           # of a rival, one after the other,
+    SOON = 5.0                          # in so many seconds
+    PATIENCE = 1.2                      # seconds that he has to take what we leave: TCP may have to find out first
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
 
@@ -2475,11 +2473,11 @@ class RateControl(object):
         self._usual = 0.0               # the share that was known then to be lost at any rate
         self._lagged = False            # the last round did, with losses or without
         self._common = 0.0              # share of packets that all clients lose at any rate, on average
-        self._gave_way = None           # bit/s that arrived when we gave way, until it is seen to whom
-        self._rival_at = -UNLIMITED     # when there was last a sign of a rival
+        self._signs = 0                 # of a rival, one after the other
+        self._sign_at = -UNLIMITED      # when the last was seen, seconds
+        self._gave_way = None           # bit/s that arrived when we gave way
         self._found = 0                 # heads in a row that found more
         self._next_look = 0.0
-        self._last = None               # when it learned last, seconds
 
     def speed(self, now, looks):
         """The Speed of the next round; looks: whether its head is long enough to look for more."""
@@ -2488,7 +2486,7 @@ class RateControl(object):
         if self._trial or not looks or now < self._next_look:
             return Speed(self.rate, self.rate, not self._error and self.rate <= self.line, self._trial,
                          self.burst)
-        self._next_look = now + (self.LOOK_EVERY if self.rate > self.GIVE * self.line else self.LOOK_SOON)
+        self._next_look = now + (self.LOOK_EVERY if self.rate >= self.BELOW * self.line else 0.0)
         return Speed(self.rate, self.rate + (self.OVER - 1) * self.line, False, None, self.burst)
 
     @classmethod
@@ -2506,7 +2504,6 @@ class RateControl(object):
         Reception with the least ratio; count: packets in the round; now: seconds; mean: the share that
         a client lost on average, of so many.  Returns why the rate changed, or None.
         """
-        passed, self._last = now - (self._last or now), now
         if achieved < speed.rate:       # else it went at once, and nobody knows
             self._fastest = max(self._fastest, achieved)
         if speed.trial or speed.calm:
@@ -2525,7 +2522,7 @@ class RateControl(object):
         sent = achieved if steady else min(speed.rate, UNLIMITED if self._estimate else self.FASTER * self._fastest)
         arrived = max(self.LOWEST, sent * worst.ratio)
         if self.line is None:
-            return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady, now)
+            return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady)
         if speed.rate > self.rate * 1.0001:
             return None                 # of a round that was under way when we learned of others
         most = self._at_most(arrived, worst.error)
@@ -2534,12 +2531,10 @@ class RateControl(object):
             self._error = self._error / 2 if self._error > self.SLOWER else 0.0
             self.rate = min(self.rate, self.BELOW * self.line)
             return 'it carries %s, %.1f %% lost' % (bits(self.line), 100 * worst.lost)
-        if lags and lagged and self.rate < self.GIVE * self.line:
+        if lags and lagged and self._gave_way:
             return self._slow_down(arrived, worst, lossy, now)
         if lags and lagged or lossy and not lags:
             return self._give_way(most, now, '%.1f %% lost' % (100 * worst.lost))
-        if not lags:
-            self.rate = min(self.BELOW * self.line, self.rate + self.BACK * self.line * passed)
         return None
 
     def learn_head(self, departed, arrived, error, now):
@@ -2561,13 +2556,13 @@ class RateControl(object):
             return None
         if abs(arrived - self.line) < (self.AGREE + self._error) * self.line and arrived < (1 - self.SLOWER) * departed:
             self.line += (1.0 if self._error else 0.5) * (arrived - self.line)      # so it is told more precisely
-            self._error = 0.0
+            self._error, self._gave_way = 0.0, None
+            self.rate = min(departed, self.BELOW * self.line)
         elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
             return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
-        elif self._gave_way and now - self._rival_at > self.PATIENCE:       # and nobody took it
-            self.line, self._gave_way, self._error = min(self.line, self._gave_way), None, self.AGREE
-            self.rate = self.BELOW * self.line
-            return 'nobody else is there'
+        elif self.rate < self.BELOW * self.line:
+            self.rate = min(departed, self.BELOW * self.line)
+            return 'nobody takes it'
         return None
 
     @staticmethod
@@ -2581,15 +2576,13 @@ class RateControl(object):
         sigmas = 3 + math.sqrt(2 * math.log(clients))
         return lost * count > usual + sigmas * math.sqrt(usual) + sigmas / 3
 
-    def _speed_up(self, speed, achieved, steady, now):
+    def _speed_up(self, speed, achieved, steady):
         """We are not at the line's rate yet."""
         faster = achieved * (1 + self._step)
-        if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
+        if faster <= self.rate or not steady or not self.BELOW * self.rate <= speed.rate <= self.rate * 1.0001:
             return None                 # we are the slowest, or it was sent before we learned more
         self.rate = faster
         self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
-        if now - self._rival_at < self.GENTLE:
-            self._step = self.OVER - 1
         return 'it keeps up'
 
     def _slow_down(self, arrived, worst, lossy, now):
@@ -2604,8 +2597,8 @@ class RateControl(object):
             self.line = self._at_most(max(before, arrived), error)
             self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
             self._next_look, self._gave_way = now + self.LOOK_SOON, None
-        else:                           # what was known is not given up at once: somebody may have been held up
-            self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
+        else:                           # somebody may have been held up: the better of two is believed
+            self.rate = min(self.rate, self.OVER * self._at_most(max(arrived, before or 0.0), error))
             self.line = None
         if lossy:
             self._usual = worst.member.medium
@@ -2637,12 +2630,17 @@ class RateControl(object):
 
         It is somebody else if he takes what we leave.
         """
-        again, self._rival_at = now - self._rival_at < self.SOON, now
-        self._next_look = 0.0
-        least = self.SHARE * self.line
-        self._gave_way = max(arrived, self._gave_way or 0.0) if self.rate > least and (self._gave_way or not again) else None
-        self.rate = max(least, (self.YIELD if again else self.GIVE) * self.rate)
-        return why + (' again, to a rival' if again else '')
+        self._signs = self._signs + 1 if now - self._sign_at < self.SOON else 1
+        self._sign_at, self._next_look = now, 0.0
+        if self._signs < self.SIGNS:
+            return None
+        self._signs, before, self._gave_way = 0, self._gave_way, arrived
+        if before and self.rate > self.SHARE * self.line and abs(before - arrived) < self.AGREE * arrived:
+            self.line, self._gave_way, self._error = min(self.line, arrived), None, self.AGREE     # nobody took it
+            self.rate = self.BELOW * self.line
+            return why + ' again, and nobody takes it'
+        self.rate, self._next_look = min(self.rate, self.SHARE * self.line), now + self.PATIENCE
+        return why + ' all the time, to a rival'
 
 
 # ---------------------------------------------------------------------------
@@ -7067,6 +7065,8 @@ class Course(object):
                                  answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
             why = self.control.learn_head(done.head, answers.head[0], answers.head[1], now) or why
+        if worst.lost > RateControl.MOST_MEDIUM and not self.control.line:
+            self.limit = min(self.limit, max(self.FIRST_ROUND, done.multicast))     # a longer one would tell no more
         self._settled += self.control.line is not None
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
