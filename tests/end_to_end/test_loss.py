@@ -16,7 +16,7 @@ PAYLOAD = payload_size(1500)
 RATE = ["--rate", "30M"]
 
 #: Of a client: what is late as helpers.Network has it on a busy machine is not lost.
-PATIENT = "kmcast.ClientWindow.SETTLE = kmcast.ClientWindow.NOTHING_YET = 0.3"
+PATIENT = "kmcast.ClientWindow.SETTLE = kmcast.ClientWindow.NOTHING_YET = 1.0"
 
 
 def transfer(data, changes, server_args=(), client_args=(), server_python=None, client_pythons=(None,), of_client=None):
