@@ -320,7 +320,7 @@ if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"
 elif wants e2e; then
     # In the background: most of what the laboratory does is to wait.
-    run_part "end-to-end tests" tests/end_to_end 8 "$python_3" "$directory_3" "$@" &
+    run_part "end-to-end tests" tests/end_to_end 6 "$python_3" "$directory_3" "$@" &
 fi
 lab=skipped
 if [ -n "$python_3" ] && wants lab; then

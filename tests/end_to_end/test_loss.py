@@ -15,7 +15,9 @@ PAYLOAD = payload_size(1500)
 #: bit/s that helpers.Network passes on without losing more than it is told to
 RATE = ["--rate", "30M"]
 
-#: Of a client: what is late as helpers.Network has it on a busy machine is not lost.
+#: Where it is judged how sparing repair is: what a busy machine lets through in time,
+GENTLE = ["--rate", "6M"]
+#: and of a client, that what is late all the same is not lost.
 PATIENT = "kmcast.ClientWindow.SETTLE = kmcast.ClientWindow.NOTHING_YET = 1.0"
 
 
@@ -41,13 +43,13 @@ def transfer(data, changes, server_args=(), client_args=(), server_python=None, 
 @pytest.mark.parametrize("server_python, client_pythons", [
     (NEWEST, [OLDEST, NEWEST]), (OLDEST, [NEWEST, OLDEST])],
     ids=["server " + helpers.version_name(NEWEST), "server " + helpers.version_name(OLDEST)])
-@pytest.mark.parametrize("percent", [1, 5, 30])
+@pytest.mark.parametrize("percent", [3, 10, 30])
 def test_independent_loss_is_repaired_by_multicast(percent, server_python, client_pythons):
     """In two TCP threads; the coded packets and their recipes are lost like all others."""
-    packets, count = 1000, 6
+    packets, count = 400, 6
     data = helpers.random_bytes(packets * PAYLOAD - 7, seed=percent)
     server, clients = transfer(data, [helpers.loss(percent, seed) for seed in range(count)],
-                            RATE + ["--clients-per-thread", 4], (), server_python, client_pythons, PATIENT)
+                            GENTLE + ["--clients-per-thread", 4], (), server_python, client_pythons, PATIENT)
     summary = helpers.summary(server)
     lost = sum(sum(helpers.repaired(client)) for client in clients)
     assert lost > 0.8 * count * packets * percent / 100
@@ -58,9 +60,9 @@ def test_independent_loss_is_repaired_by_multicast(percent, server_python, clien
 
 def test_shared_loss_is_repaired_once_for_all():
     """Every client lacks the same packets: one coded packet a lost one."""
-    packets = 1000
+    packets = 400
     data = helpers.random_bytes(packets * PAYLOAD)
-    server, clients = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], RATE, of_client=PATIENT)
+    server, clients = transfer(data, [helpers.loss(5, seed=1) for _ in range(4)], GENTLE, of_client=PATIENT)
     summary = helpers.summary(server)
     losses = [sum(helpers.repaired(client)) for client in clients]
     shared = min(losses)
