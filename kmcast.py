@@ -4348,8 +4348,8 @@ class Step(object):
     kind: accept (the clients; only TCP server 1), announce (the `round`, to its audience), sent (the
     round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
     being `message`; by TCP for all others that asked), chain (`messages`: member -> what to
-    tell it), finish (the members in `audience`, None: all, get no more rounds: when each has
-    those under way, `message` is its last BYE), abort (`message` is the reason).
+    tell it), sentences (there are some on clients), finish (the members in `audience`, None: all, get
+    no more rounds: when each has those under way, `message` is its last BYE), abort (`message` is the reason).
     """
 
     def __init__(self, kind, round=None, coded=(), message=b'', messages=(), audience=None):   # pylint: disable=redefined-builtin
@@ -4575,6 +4575,10 @@ class ServerWindow(object):
 
     def _begin_chain(self, step, _awaited, _now):
         return [('send', member, step.messages[member]) for member in self.members if member in step.messages]
+
+    @staticmethod
+    def _begin_sentences(_step, _awaited, _now):
+        return []                       # they are carried out already
 
     def _begin_finish(self, step, awaited, now):
         audience = self._audience(step.audience)
@@ -6197,6 +6201,7 @@ class Roster(object):
         self.waiting = None             # for whom else than a client all wait, in words
         self.passing = (1, None)        # which pass it is, and seconds that it may still take
         self.sentences = 0              # passed on clients so far
+        self.away = set()               # members that were set aside, and have not come back yet
         self.served = 0                 # clients that have everything
         self.everyone = []              # who took part, whatever became of them; of very many the last
         self.forgotten = 0              # how many more there were
@@ -6248,8 +6253,10 @@ class Roster(object):
         """Whether a client is."""
         return member in self._here
 
-    def condemn(self, member, why):
-        """Its thread, whichever that is, is to drop a client at its next look."""
+    def condemn(self, member, why, away=False):
+        """Its thread, whichever that is, is to drop a client at its next look; away: and it is to come back."""
+        if away:
+            self.away.add(member)
         member.sentence = why
         self.sentences += 1
 
@@ -6266,13 +6273,14 @@ class Roster(object):
         names = self.hosts.find(member.host, member.address) if self.hosts else []
         if self.hosts and not names and not self.more:
             return UNINVITED
-        if self.closed or self.closing:
+        awaited = self.awaits(member)
+        if self.closed or self.closing and not awaited:
             return CLOSING if self.again else LATE
         if self.begun and not self.again:
             return NO_WAY_BACK
         if self.hosts:
             return self._name(member, names, twin)
-        here = len(self._here) - bool(twin)
+        here = len(self._here) - bool(twin) + len(self.away) - awaited
         full = here >= self.most if self.more else here + self.served >= self.places
         return NO_PLACE if self.begun and full else None
 
@@ -6315,12 +6323,22 @@ class Roster(object):
             self.leave(twin)
         return len(self._here)
 
+    def awaits(self, member):
+        """Whether a member was set aside when it was here before."""
+        return any(self._same(member, other) for other in list(self.away))
+
+    @staticmethod
+    def _same(member, other):
+        """Whether a member is another one that was here before."""
+        return bool(member and (member.who and other.who == member.who or
+                                other.identity == member.identity and not member.loopback))
+
     def _take_back(self, member):
         """Who is back is one with what it was before."""
         for other in self.everyone:
-            known = member.who and other.who == member.who or other.identity == member.identity and not member.loopback
-            if known and other.outcome != 'complete' and (other.ended or other.sentence):
+            if self._same(member, other) and other.outcome != 'complete' and (other.ended or other.sentence):
                 member.returns(other)
+                self.away.discard(other)
                 self.everyone.remove(other)
                 return
 
@@ -6346,6 +6364,7 @@ class Roster(object):
         if member.outcome == 'complete':
             self.served += 1
             self._has.add(member.listed)
+            self.away.discard(member)
         for name in member.names:
             if self._identities.get(name) is member:
                 del self._identities[name]
@@ -6407,6 +6426,7 @@ class Underway(object):
         self.sent = False               # by multicast
         self.steps = 1                  # that are not complete
         self.heard = False              # all have answered once
+        self.tells = True               # of the lines of those who are brought to now
         self.requests = {}              # member -> Request, of what it still asks for
         self.passes = 0                 # of coded repair
 
@@ -6450,6 +6470,7 @@ class Course(object):
     PATIENCE = 1.0                      # seconds without multicast, until it is said
     ENDURANCE = 0.5                     # seconds below --min-rate, until who alone is the reason is set aside,
     LAST_ENDURANCE = 10.0               # or dropped, where what it lacks is gone then
+    RETURN = STALL                      # seconds for who was set aside to come back, when nobody else is here
     ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all,
     MOST_LACKS = 1000                   # and so many times in each of these
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
@@ -6512,6 +6533,7 @@ class Course(object):
         self._slowest = UNLIMITED       # bit/s, of who was set aside
         self._idle_since = None         # when there was nothing to multicast, while there is not
         self._through_at = None         # when the last round was through
+        self._sending = None            # what is being multicast
         self._alone = {}                # client -> seconds waited for it alone since then
         self._lately = {}               # the same of the last rounds
         self._lately_since = None
@@ -6566,14 +6588,14 @@ class Course(object):
         if step.kind == 'sent' and not underway.heard:
             underway.heard = True
             self._answered += step.round.multicast
-            self._learn(step.round, answers)
+            self._learn(step.round, answers, underway.tells)
         underway.requests.update(answers.requests)
         if not underway.steps:
             self._go_on(underway)
 
     def sent(self, sending):
         """What next() returned was multicast."""
-        underway = sending.underway
+        underway, self._sending = sending.underway, None
         if sending.buffer is underway.round.buffer:             # else the step was counted with its pass
             underway.steps += 1
             underway.sent, underway.round.multicast = True, sending.last
@@ -6584,7 +6606,7 @@ class Course(object):
 
     def next(self):
         """The Sending that is due; None if there is none."""
-        sending = self._next_sending()
+        sending = self._sending = self._next_sending()
         now = self.hands.now()
         if sending:
             self._idle_since = None
@@ -6681,6 +6703,8 @@ class Course(object):
         member.lacks = self.lacking(member) if self.deserted else 0
         self._finished.discard(member)
         self._part_from(member)
+        if member is self._brake:
+            self._seek_rate(max(self.rate, self.min_rate))
         if member.window < self.dialect.window:
             self.window = min([self.dialect.window] + [other.window for other in self._cohort])
         self._look_for_the_end(now)
@@ -6705,9 +6729,9 @@ class Course(object):
         self._part_from(member)
         member.lacked += max(lacks.size, self._end // self.MOST_LACKS)
         if not self.roster.again:
-            self.roster.condemn(member, 'it lacks what it had, and that cannot be read again')
+            self._condemn(member, 'it lacks what it had, and that cannot be read again')
         elif member.lacked > self.ENOUGH_LACKED * max(self._end, self.size or 0):
-            self.roster.condemn(member, 'it lacks what it had, again and again')
+            self._condemn(member, 'it lacks what it had, again and again')
         tell('lacks', member=member, size=lacks.size)
         self._add([member], held if member.seek else Held([(0, held.prefix)]), member.seek, member.aside)
         self._announce()
@@ -6836,6 +6860,10 @@ class Course(object):
             return
         if self._alone_since is None:
             self._alone_since = now
+            if roster.away:
+                tell('waiting_for', members=list(roster.away))
+        if roster.away and now - self._alone_since < self.RETURN:
+            return
         waited = self._started and (now - self._alone_since >= self.linger
                                     or roster.all_served and not roster.more)
         if waited or roster.closing or roster.renewing:
@@ -7009,8 +7037,8 @@ class Course(object):
 
     # ---- what the answers tell
 
-    def _learn(self, done, answers):
-        """Set the rate, and whether to multicast at all, from how the first packets were heard."""
+    def _learn(self, done, answers, tells=True):
+        """Set the rate (if it tells of that), and whether to multicast at all, from how the first packets were heard."""
         count = done.multicast
         trouble = self.hands.trouble()
         if trouble:
@@ -7039,7 +7067,7 @@ class Course(object):
             if self._warned:
                 self._warned = False
                 tell('multicast_back')
-        elif self.control and answers.worst and done.tail:
+        elif self.control and answers.worst and done.tail and tells:
             self._set_rate(done, answers, now)
 
     def _set_rate(self, done, answers, now):
@@ -7053,6 +7081,8 @@ class Course(object):
             self._look_for_brake(answers.worst)
         if self._brake and self._settled == self.SETTLED and self.control.line:
             tell('brake', member=self._brake, rate=self.control.rate)
+            if self.control.line < self.min_rate and self.roster.again and self._others(self._brake):
+                self._set_aside(self._brake, self.control.line)
         if worst.lost > RateControl.MOST_MEDIUM and done.speed.trial:
             worst.member.ignored = True
             tell('hopeless', member=worst.member, share=worst.lost, payload=self.payload)
@@ -7107,39 +7137,58 @@ class Course(object):
         for member in self._alone:
             if self._alone[member] > seconds / 2:
                 culprit = member
-        cohort = self._cohort.get(culprit)
-        others = [other for other in self._cohorts if not other.aside and (other is not cohort or len(other.members) > 1)]
         endurance = self.ENDURANCE if self.roster.again else self.LAST_ENDURANCE
-        if goodput >= self.min_rate or not cohort or not others:
+        if goodput >= self.min_rate or not self._others(culprit):
             self._held_by = None
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
-        elif now - self._held_by[1] >= endurance and self._chains and self.chain.relieve(culprit, now):
-            self._held_by = None        # it gets its packets from another one now
-            self._publish_chain()
         elif now - self._held_by[1] >= endurance:
-            self._held_by = self._brake = None
-            if self.roster.again:
-                self._set_aside(culprit, cohort, goodput)
+            self._held_by = None
+            if self.rate < self.min_rate:
+                self._brake = culprit
+            if self._chains and self.chain.relieve(culprit, now):
+                self._publish_chain()   # it gets its packets from another one now
+            elif self.roster.again:
+                self._set_aside(culprit, goodput)
             else:
-                self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
-                                    % (bits(self.min_rate), bits(goodput)))
-            self._seek_rate(self.min_rate)
+                self._condemn(culprit, 'alone it kept the transfer below %s, now at %s'
+                              % (bits(self.min_rate), bits(goodput)))
 
-    def _seek_rate(self, begin):
-        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin."""
-        if self.control:
-            self.control = RateControl()
-            self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
-            self._answered, self.limit = 0, self.FIRST_ROUND
+    def _others(self, culprit):
+        """Whether a member keeps others waiting: it is brought to, and so is somebody else."""
+        cohort = self._cohort.get(culprit)
+        return bool(cohort) and any(len(other.members) > (other is cohort) for other in self._cohorts if not other.aside)
 
-    def _set_aside(self, member, cohort, goodput):
-        """It goes on when nobody else lacks anything."""
+    def _set_aside(self, member, goodput):
+        """Nobody waits for it any more: it comes again, and goes on when nobody else lacks anything."""
         member.aside = True
         self._slowest = min(self._slowest, goodput)
-        self._part_from(member)
-        self._add([member], Held(cohort.held), cohort.seek, True)
         tell('aside', member=member, least=self.min_rate, rate=goodput)
+        self._condemn(member, 'alone it kept the transfer below %s, at %s, so it gets the rest after the others'
+                      % (bits(self.min_rate), bits(goodput)), away=True)
+
+    def _condemn(self, member, why, away=False):
+        """Have its thread drop a member, at once."""
+        self.roster.condemn(member, why, away)
+        self.hands.do(Step('sentences'))
+
+    def _seek_rate(self, begin):
+        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin.
+
+        That holds at once, also for the rest of what is being multicast; rounds of before tell nothing of it.
+        """
+        self._brake = None
+        if not self.control:
+            return
+        self.control = RateControl()
+        self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
+        self._answered, self.limit = 0, self.FIRST_ROUND
+        for underway in self._underway:
+            underway.tells = underway.round.speed is None
+        if self._sending:
+            self._sending.speed = self._even()
+            if not self._sending.underway.sent:
+                self._sending.underway.round.speed = self._sending.speed
 
     # ---- repair
 
@@ -7215,8 +7264,8 @@ class Rehearsal(Course):
         """All repair is by TCP, lest it be multicast at the rate of another stage."""
         return iter(())
 
-    def _learn(self, done, answers):
-        Course._learn(self, done, answers)
+    def _learn(self, done, answers, tells=True):
+        Course._learn(self, done, answers, tells)
         name = self._stages[done.part].name
         for member, heard in done.heard.items():
             before = member.tally.get(name, (0, 0))
@@ -8406,7 +8455,7 @@ class TcpServer(threading.Thread):
         self._sentences = self.roster.sentences
         for member, peer in list(self._peers.items()):
             if member.sentence:
-                self._drop(peer, member.sentence)
+                self._drop(peer, member.sentence, again=member in self.roster.away)
 
     def _carry_out(self, todo):
         """Do what the window wants; what a client is told of several rounds goes in one piece."""
@@ -8549,7 +8598,7 @@ class TcpServer(threading.Thread):
             self._watch(peer.fileno(), self._on_peer, peer)
             self._send(peer)
             if peer.member.sentence:    # passed on its way here
-                self._drop(peer, peer.member.sentence)
+                self._drop(peer, peer.member.sentence, again=peer.member in self.roster.away)
             return
         self._unwatch(peer.fileno())
         self.passed_on.append(peer)     # the child hears of it when we have looked at the others
@@ -8635,7 +8684,7 @@ class TcpServer(threading.Thread):
         if fields.get('image') == self.session.image:
             peer.member.have = held
         peer.hello = None
-        if self.session.outdated and self.session.outdated():
+        if self.session.outdated and self.session.outdated() and not self.roster.awaits(peer.member):
             self.roster.renewing, peer.hello = True, message
             return
         peer.alive_every = alive_every(stall_of(fields))
@@ -8691,7 +8740,8 @@ class TcpServer(threading.Thread):
         if self._forget(member):
             if not self._over:          # else the reason is everybody's, and said at the end
                 member.outcome, member.ended = reason, monotonic()
-                tell('member_lost' if self.roster.begun else 'member_left', member=member, reason=reason)
+                if member not in self.roster.away:          # of which that was told
+                    tell('member_lost' if self.roster.begun else 'member_left', member=member, reason=reason)
         elif peer in self._pending:
             self._pending.remove(peer)
             if peer.unproven:
@@ -9024,8 +9074,8 @@ class Multicaster(object):
         buffer, last, size = sending.buffer, sending.last, sending.buffer.slot + UDP_OVERHEAD
         marks, place, stuck = [], 0, None       # marks: (packets, when they were sent)
         head = Round.head_of(last)[1]
-        self.pacer.most = sending.speed.burst
         while place < last:
+            self.pacer.most = sending.speed.burst
             self.pacer.rate = sending.speed.head_rate if place < head else sending.speed.rate
             marks.append((place, monotonic()))
             done = self.sender.send(buffer, place,
