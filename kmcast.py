@@ -6530,7 +6530,9 @@ class Course(object):
         self._brake = None              # the client that alone keeps the rate down
         self._settled = 0               # rounds at a known line since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
-        self._slowest = UNLIMITED       # bit/s, of who was set aside
+        self._line_of = None            # the same, of who alone has a line that is slower
+        self._slowest = UNLIMITED       # bit/s, of who was set aside,
+        self._slow_pass = None          # and the pass in which they take part, while it is yet to begin
         self._idle_since = None         # when there was nothing to multicast, while there is not
         self._through_at = None         # when the last round was through
         self._sending = None            # what is being multicast
@@ -6627,6 +6629,11 @@ class Course(object):
             buffer = underway.round.buffer
             if not underway.ready or not buffer.count:
                 return None
+            if underway.image_pass == self._slow_pass:
+                if underway is not self._underway[0]:
+                    return None         # those before are for others
+                self._slow_pass = None
+                self._seek_rate(self._slowest)
             if self.chain and self.chain.settling(self.hands.now()):
                 return None
             count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
@@ -6659,6 +6666,7 @@ class Course(object):
         if now < self._next_look:
             return False
         self._next_look = now + self.LOOK_EVERY
+        self._look_at_line(now)
         self._look_for_the_end(now)
         self.roster.passing = self.image_pass, self._left(now)
         if not self._chains or not self._started:
@@ -6814,7 +6822,7 @@ class Course(object):
                 cohort.aside = False
                 for member in cohort.members:
                     member.aside = False
-            self._seek_rate(self._slowest)
+            self._slow_pass = self.image_pass + 1
         lacking = Held()
         for cohort in self._cohorts:
             for start, stop in () if cohort.aside else cohort.held.missing(0, self._end):
@@ -7081,8 +7089,9 @@ class Course(object):
             self._look_for_brake(answers.worst)
         if self._brake and self._settled == self.SETTLED and self.control.line:
             tell('brake', member=self._brake, rate=self.control.rate)
-            if self.control.line < self.min_rate and self.roster.again and self._others(self._brake):
-                self._set_aside(self._brake, self.control.line)
+        slow = self._brake if self.control.line and self.control.line < self.min_rate else None
+        if not slow or not self._line_of or self._line_of[0] is not slow:
+            self._line_of = slow and (slow, now)
         if worst.lost > RateControl.MOST_MEDIUM and done.speed.trial:
             worst.member.ignored = True
             tell('hopeless', member=worst.member, share=worst.lost, payload=self.payload)
@@ -7154,6 +7163,13 @@ class Course(object):
                 self._condemn(culprit, 'alone it kept the transfer below %s, now at %s'
                               % (bits(self.min_rate), bits(goodput)))
 
+    def _look_at_line(self, now):
+        """Set the client aside whose line alone is known to be slower than --min-rate, be it that a round takes long on it."""
+        member, since = self._line_of or (None, now)
+        if member and now - since >= self.ENDURANCE and self.roster.again and self._others(member):
+            self._line_of = None
+            self._set_aside(member, self.control.line)
+
     def _others(self, culprit):
         """Whether a member keeps others waiting: it is brought to, and so is somebody else."""
         cohort = self._cohort.get(culprit)
@@ -7177,7 +7193,7 @@ class Course(object):
 
         That holds at once, also for the rest of what is being multicast; rounds of before tell nothing of it.
         """
-        self._brake = None
+        self._brake = self._line_of = None
         if not self.control:
             return
         self.control = RateControl()

@@ -1220,9 +1220,28 @@ def one_far_slower(min_rate=10e6):
 
 
 def test_whose_line_alone_is_slower_than_the_least_rate_is_set_aside_though_all_answer_in_time():
-    drive = one_far_slower()
-    assert [who.aside for who in drive.members] == [False, True, False]
-    assert not any(who.aside for who in one_far_slower(1e6).members), "it is fast enough"
+    for drive, aside in ((one_far_slower(), True), (one_far_slower(1e6), False)):
+        assert not drive.members[1].aside, "it may be a hiccup"
+        drive.hands.clock += drive.course.ENDURANCE
+        drive.course.look(drive.hands.clock)
+        assert [who.aside for who in drive.members] == [False, aside, False]
+
+
+def test_those_who_were_set_aside_are_brought_to_at_their_rate_when_the_rounds_of_the_others_are_through():
+    drive = passes(rate="auto").start()
+    brought_to_all_there(drive, 3)
+    drive.fill_all()
+    drive.course._slowest = 2e6         # pylint: disable=protected-access
+    slow = drive.come("slow", seek=True, aside=True)
+    drive.course.window = 4
+    drive.complete("announce", 3)
+    before = drive.course.rate
+    drive.send()
+    drive.fill_all()
+    drive.complete("announce", 4)
+    assert not slow.aside and drive.send() is None and drive.course.rate == before
+    drive.complete("sent", 3)
+    assert drive.course.next().speed.rate == 2e6
 
 
 def test_when_the_slowest_has_left_the_rate_is_sought_anew_in_the_midst_of_a_round():
