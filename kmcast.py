@@ -8764,8 +8764,9 @@ class TcpServer(threading.Thread):
                 self._attempts.failed(peer.address, monotonic())
             if not reason.startswith('refused'):
                 tell('stranger', member=member, reason=reason)
-        if peer.outgoing.count and not self._over:
-            told = False                # packets of a buffer that will be used again
+        peer.asked.clear()
+        if peer.outgoing.count and not self._over:      # packets of a buffer that will be used again
+            peer.outgoing.put_tail(peer.outgoing.flat())
         if told and not peer.leaving and self.session.dialect.talks:
             self._leaving.append(peer)
             try:
