@@ -6297,12 +6297,12 @@ class Roster(object):
         return NO_PLACE if self.begun and len(self._here) - bool(twin) >= self.most else None
 
     def twin(self, member):
-        """The client that is here for the same output, or, before the start, from the same host; None without one.
+        """The client that is here for the same output, or from the same host; None without one.
 
         Not from the same host by the loopback interface: there several clients are for trying it out.
         """
         twin = self._identities.get(member.who)
-        if not twin and not self.begun and member.host is not None and not member.loopback:
+        if not twin and member.host is not None and not member.loopback:
             twin = self._identities.get(member.identity)
         return twin if twin in self._here else None
 

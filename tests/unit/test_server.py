@@ -124,6 +124,16 @@ def test_the_same_output_takes_the_place_of_its_earlier_connection():
     assert roster.everyone[1:] == [again]
 
 
+def test_a_host_that_has_forgotten_what_it_was_takes_the_place_of_its_earlier_connection():
+    """It was switched off, perhaps, which nobody has noticed yet."""
+    roster = late_roster()
+    first, again = roster.here[0], member("a")
+    first.who, again.who = "01" * 16, "02" * 16
+    assert roster.twin(again) is first and not roster.why_not(first, again)
+    roster.admit(again, 12.0, first)
+    assert first.sentence and roster.here == roster.everyone == [again], "it is not listed twice"
+
+
 def test_nobody_comes_when_nobody_is_here_and_it_is_closed():
     roster = late_roster()
     assert not roster.close() and not roster.why_not(), "somebody is here"
