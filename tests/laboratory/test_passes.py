@@ -96,6 +96,20 @@ def test_who_is_killed_and_started_again_unplugged_or_stopped_gets_what_it_lacks
     assert max(passes(run)) < len(IMAGE), "what they held is not brought again\n%s" % run
 
 
+def test_a_host_that_comes_back_as_another_one_takes_the_place_of_its_earlier_connection(begin, tmp_path):
+    """At once: that nothing is heard of that one any more nobody has noticed yet."""
+    run = begin(3, 3, ["--stall-timeout", "0"])
+    stopped = run.clients[0]
+    run.wait_received(len(IMAGE) // 4)
+    stopped.signal(signal.SIGSTOP)
+    run.add_client(stopped.host, output=str(tmp_path / "again"))
+    run.wait_end(run.server, *others(run, stopped))
+    stopped.signal(signal.SIGCONT)
+    run.finish()
+    run.check_complete(*others(run, stopped))
+    assert run.server.poll() == 0 and len(run.server.report()["hosts"]) == 3, str(run)
+
+
 def test_a_server_that_is_killed_and_started_again_goes_on_with_those_who_were_there(begin, tmp_path):
     run = begin(4, 0, start_wait=False)
     outputs = [str(tmp_path / ("out%d" % number)) for number in range(3)]
