@@ -6872,6 +6872,7 @@ class Course(object):
                 tell('waiting_for', members=list(roster.away))
         if roster.away and now - self._alone_since < self.RETURN:
             return
+        roster.away.clear()             # they are not waited for any more
         waited = self._started and (now - self._alone_since >= self.linger
                                     or roster.all_served and not roster.more)
         if waited or roster.closing or roster.renewing:
