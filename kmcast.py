@@ -6899,9 +6899,13 @@ class Course(object):
 
     def _grow(self):
         """How many packets the next part has, which nobody has read yet."""
+        room = self.dialect.seqs + 1 - self._base
+        unwanted = int(min(self._wanted(self._place) - self._place, self.capacity * self.payload)) // self.payload
+        if self._cohorts and unwanted > self.limit:     # it is read, but not sent, so what is sent first is short all the same
+            return min(unwanted, room)
         by_chain = self.chain and not self.multicasting         # which has no rate to be found out
         least = self.capacity // 4 if by_chain else self.FIRST_ROUND
-        count = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
+        count = min(max(self.limit, least), self.capacity, room)
         longest = (self.capacity if by_chain else
                    self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size))
         self.limit = int(max(self.FIRST_ROUND, min(2 * count, longest, self.capacity)))

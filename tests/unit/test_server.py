@@ -1378,6 +1378,17 @@ def test_what_nobody_lacks_is_read_but_not_sent():
     assert len(drive.hands.released) == 4 and sorted(drive.hands.digests) == [0, 1, 2, 3], "no buffer is used before it is hashed"
 
 
+def test_the_first_rounds_that_are_sent_are_short_however_much_was_read_before_them():
+    """As nobody knows yet what the lines carry: of a server that was started again, say."""
+    drive = Drive(9000, capacity=1000, again=True, rate="auto")
+    drive.members[0].seek, drive.members[0].have = True, held((0, 5000))
+    drive.start()
+    drive.fill_all()
+    first = drive.course._underway[0].round         # pylint: disable=protected-access
+    assert first.place <= 5000 * PAYLOAD < first.place + first.buffer.size and first.buffer.count <= 128
+    assert len(drive.hands.released) < 10, "what nobody lacks is read in large parts"
+
+
 def test_who_lacks_after_all_what_it_had_gets_it_again_even_when_it_was_told_that_all_was_well():
     drive = passes().start()
     brought_to_all_there(drive, 4)
