@@ -6918,7 +6918,7 @@ class Course(object):
         """How many packets the next part has, which nobody has read yet."""
         room = self.dialect.seqs + 1 - self._base
         unwanted = int(min(self._wanted(self._place) - self._place, self.capacity * self.payload)) // self.payload
-        if self._cohorts and unwanted > self.limit:     # it is read, but not sent, so what is sent first is short all the same
+        if self._cohorts and unwanted > self.limit:     # it is read, but not sent: what is sent first is to be short
             return min(unwanted, room)
         by_chain = self.chain and not self.multicasting         # which has no rate to be found out
         least = self.capacity // 4 if by_chain else self.FIRST_ROUND
@@ -7068,7 +7068,7 @@ class Course(object):
     # ---- what the answers tell
 
     def _learn(self, done, answers, tells=True):
-        """Set the rate (if it tells of that), and whether to multicast at all, from how the first packets were heard."""
+        """Set the rate, if the round tells of it, and whether to multicast at all, from how it was heard."""
         count = done.multicast
         trouble = self.hands.trouble()
         if trouble:
@@ -7191,7 +7191,7 @@ class Course(object):
                               % (bits(self.min_rate), bits(goodput)))
 
     def _look_at_line(self, now):
-        """Set the client aside whose line alone is known to be slower than --min-rate, be it that a round takes long on it."""
+        """Set the client aside whose line alone is known to be slower than --min-rate, be it in a long round."""
         member, since = self._line_of or (None, now)
         if member and now - since >= self.ENDURANCE and self.roster.again and self._others(member):
             self._line_of = None
@@ -7200,7 +7200,8 @@ class Course(object):
     def _others(self, culprit):
         """Whether a member keeps others waiting: it is brought to, and so is somebody else."""
         cohort = self._cohort.get(culprit)
-        return bool(cohort) and any(len(other.members) > (other is cohort) for other in self._cohorts if not other.aside)
+        served = [other for other in self._cohorts if not other.aside]
+        return bool(cohort) and any(len(other.members) > (other is cohort) for other in served)
 
     def _set_aside(self, member, goodput):
         """Nobody waits for it any more: it comes again, and goes on when nobody else lacks anything."""
