@@ -22,12 +22,18 @@ import helpers  # noqa: E402 (it is found through the path set above)
 TIME_LIMIT = 180
 
 
+def pytest_addoption(parser):
+    parser.addoption("--share", default="1/1", help="run only the I-th of N shares of the tests, as I/N")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "time_limit(seconds): let this test take longer than %d s" % TIME_LIMIT)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip the laboratory tests, with the reason, where there can be no laboratory."""
+    """Leave out what is not of this share; skip the laboratory tests, with the reason, where there can be no laboratory."""
+    share, shares = map(int, config.getoption("--share").split("/"))
+    items[:] = items[share - 1::shares]
     in_laboratory = [item for item in items if str(item.fspath).startswith(os.path.join(TESTS, "laboratory") + os.sep)]
     if in_laboratory:
         import lab

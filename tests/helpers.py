@@ -102,14 +102,23 @@ def compiled(python):
     or import it.
 
     Given the source, Python compiles it at every start, which takes longer than many a test's transfer. The tests of the
-    files that an operator has, kmcast.py and kmcast.pyz, give these as `program`.
+    files that an operator has, kmcast.py and kmcast.pyz, give these as `program`. In the directory that the environment
+    variable KMCAST_COMPILED names, which tests/run.sh sets, it is there for all who test.
     """
     if python not in _programs:
-        directory = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, directory, True)
-        program = os.path.join(directory, "kmcast.pyc")
-        subprocess.check_call([python, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)",
-                               KMCAST, program, KMCAST])
+        directory = os.environ.get("KMCAST_COMPILED")
+        if not directory:
+            directory = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, directory, True)
+        program = os.path.join(directory, version_name(python), "kmcast.pyc")
+        if not os.path.exists(program):
+            made = tempfile.mkdtemp(dir=directory)
+            subprocess.check_call([python, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)",
+                                   KMCAST, os.path.join(made, "kmcast.pyc"), KMCAST])
+            try:
+                os.rename(made, os.path.dirname(program))
+            except OSError:
+                shutil.rmtree(made)             # another one has been faster
         _programs[python] = program             # only now: a test may start processes in several threads
     return _programs[python]
 
@@ -309,14 +318,14 @@ class Process(object):
 
     def wait(self, timeout):
         """Wait for the end, at most `timeout` seconds; return the exit code, or None if it still runs."""
-        deadline = time.time() + timeout
+        deadline = time.time() + _patient(timeout)
         while self.poll() is None and time.time() < deadline:
             time.sleep(0.01)
         return self.popen.returncode
 
     def wait_stderr(self, text, timeout=30):
         """Wait until stderr contains `text`; fail if the process ends, or `timeout` seconds pass, without it."""
-        deadline = time.time() + timeout
+        deadline = time.time() + _patient(timeout)
         while text not in self.stderr:
             ended = self.poll() is not None
             if (ended or time.time() > deadline) and text not in self.stderr:
@@ -365,6 +374,14 @@ class Process(object):
         except OSError:
             pass                                # no process of the group is left
         self.popen.wait()
+
+
+def _patient(timeout):
+    """How many seconds to wait at most: a busy machine takes some for what takes milliseconds.
+
+    Less than a stall timeout's 30, so that who waits for that is found to. A timeout of less than 5 s is meant as it is.
+    """
+    return max(timeout, 25) if timeout >= 5 else timeout
 
 
 def _texts(arguments):
@@ -452,7 +469,7 @@ def start_kmcast(args, python=None, prefix=(), program=None, change=None, host=N
     if change is not None:
         arguments[:1] = ["-c", _CHANGED % (os.path.dirname(compiled(python)), change)]
     elif program != BASE_PEER and version_of(python) == version_of(newest()) >= (3, 7):
-        command += ["-X", "dev", "-W", "error"]
+        command += ["-W", "error"]          # not -X dev, whose memory allocator takes its time
     warm = None
     if not prefix and program in (None, BASE_PEER) and sys.version_info[0] > 2:
         warm = command, arguments, host.namespaces if host else ()

@@ -36,6 +36,7 @@ done
 : "${parts:=unit e2e lab}"
 
 temporary=$(mktemp -d) || exit 1
+mkdir "$temporary/programs" || exit 1
 trap 'rm -rf "$temporary"' EXIT
 trap 'trap "" TERM; kill 0; exit 130' INT     # what runs in the background does not hear Ctrl-C itself
 trap 'exit 143' HUP TERM
@@ -81,17 +82,21 @@ find_interpreters() {
 # pytest: what runs it is an interpreter and a directory to import it from, "" if the interpreter has it itself. (Not
 # PYTHONPATH: the interpreters that a test starts would inherit it.)
 
-# Run pytest with interpreter $1 and directory $2; the rest are its arguments.
+# Run pytest with interpreter $1 and directory $2; the rest are its arguments. Most of the time that a pytest takes to
+# start is spent in compiling, so all of them share what they have compiled, in a place outside of the repository; and so
+# they do with what helpers.py compiles.
 run_pytest() {
     interpreter=$1 directory=$2
     shift 2
-    "$interpreter" -c 'import sys
-directory = sys.argv.pop(1)
+    KMCAST_COMPILED=$temporary/programs "$interpreter" -c 'import sys
+directory, compiled = sys.argv.pop(1), sys.argv.pop(1)
 if directory:
     sys.path.insert(0, directory)
+if sys.version_info >= (3, 8):
+    sys.pycache_prefix, sys.dont_write_bytecode = compiled, False
 import pytest
 sys.argv[0] = "pytest"
-sys.exit(pytest.main(sys.argv[1:]))' "$directory" "$@"
+sys.exit(pytest.main(sys.argv[1:]))' "$directory" "$temporary/compiled" "$@"
 }
 
 has_pytest() { run_pytest "$1" "$2" --version >/dev/null 2>&1 </dev/null; }
@@ -160,9 +165,9 @@ get_pytest() {
 # Running
 
 # Run the tests of directory $2, called $1 in the summary, with the interpreter and pytest directory $4 and $5; the rest
-# are arguments for pytest. Each file has a pytest of its own, and $3 of them run at once: most of their time is spent in
-# waiting, and each test has ports, or hosts, of its own. Returns 1 if there is nothing to run, else 0: that a test failed
-# is noted by fail().
+# are arguments for pytest. Each file, or share of one, has a pytest of its own, and $3 of them run at once: most of their
+# time is spent in waiting, and each test has ports, or hosts, of its own. Returns 1 if there is nothing to run, else 0:
+# that a test failed is noted by fail().
 run_part() {
     title=$1 tests=$2 lanes=$3 interpreter=$4 directory=$5
     shift 5
@@ -172,39 +177,71 @@ run_part() {
     fi
     say "$title"
     results=$(mktemp -d "$temporary/results.XXXXXX")
+    list_jobs >"$results/jobs"
     while [ "$lanes" -gt 0 ]; do
-        run_lane "$@" </dev/null &
+        run_lane "$@" </dev/null 3<"$results/jobs" &
         lanes=$((lanes - 1))
     done
     wait
     passed=$(ls -d "$results"/*/passed 2>/dev/null | wc -l)
-    all=$(ls "$tests"/test_*.py | wc -l)
+    all=$(wc -l <"$results/jobs")
     if [ "$passed" = "$all" ]; then
         ran "$title: passed"
     else
-        fail "$title: $passed of $all files passed"
+        fail "$title: $passed of $all files or shares of one passed"
     fi
     return 0
 }
 
-# Run one file after the other, from the largest to the smallest, of those that no other lane has taken.
+# Files that take long, by name, and into how many shares each is divided. They are begun first.
+LONG="
+    end_to_end/test_fuzz:2 end_to_end/test_fallback:3 end_to_end/test_simulate:2 end_to_end/test_clocks_of_both:2
+    end_to_end/test_what_is_seen:2 end_to_end/test_hostile_servers:2 end_to_end/test_strangers:2 end_to_end/test_passes:2
+    end_to_end/test_transfer:2 end_to_end/test_signals:2 end_to_end/test_key:2 end_to_end/test_chain:2 end_to_end/test_failures:2
+    end_to_end/test_report_page:1 laboratory/test_patience:1 laboratory/test_chain:3 laboratory/test_recipes:3
+    laboratory/test_passes:2 laboratory/test_clocks:1 laboratory/test_rehearsal:1 laboratory/test_loss:2
+    laboratory/test_faults_of_network:2 laboratory/test_faults_of_server:2 laboratory/test_stalls:1 unit/test_pacing:1
+    unit/test_datagrams:1
+"
+
+# What is to be run, a line each, the long ones first and then from the largest to the smallest: a file, and which of how
+# many shares of it.
+list_jobs() {
+    (cd "$tests" && ls -S test_*.py) | awk -v directory="${tests##*/}" -v long="$LONG" '
+        BEGIN { count = split(long, one, " ") }
+        { order[NR] = $0; there[directory "/" $0] = 1 }
+        END {
+            for (i = 1; i <= count; i++) {
+                split(one[i], part, ":")
+                if (!there[part[1] ".py"]) continue
+                file = substr(part[1] ".py", length(directory) + 2)
+                for (share = 1; share <= part[2]; share++) print file, share "/" part[2]
+                done[file] = 1
+            }
+            for (i = 1; i <= NR; i++) if (!done[order[i]]) print order[i], "1/1"
+        }'
+}
+
+# Run one job after the other, of those that no other lane has taken.
 run_lane() {
-    for file in $(cd "$tests" && ls -S test_*.py); do
-        result=$results/${file%.py}
+    while read -r file share <&3; do
+        result=$results/${file%.py}-${share%/*}
         mkdir "$result" 2>/dev/null || continue
-        run_pytest "$interpreter" "$directory" -q -p no:cacheprovider --rootdir "$root" -r fEsx "$tests/$file" "$@" \
-            >"$result/log" 2>&1
+        run_pytest "$interpreter" "$directory" -q -p no:cacheprovider --rootdir "$root" -r fEsx --share "$share" "$tests/$file" \
+            "$@" >"$result/log" 2>&1 3<&-
         code=$?
-        { echo "$tests/$file, $title"; cat "$result/log"; } >"$result/text"
+        name=$file
+        [ "$share" = 1/1 ] || name="$file, share $share"
+        { echo "$tests/$name, $title"; cat "$result/log"; } >"$result/text"
         cat "$result/text"
         case $code in
             0) touch "$result/passed" ;;
             5) if [ $# -gt 0 ]; then
                    touch "$result/passed"               # none matches these arguments
                else
-                   fail "$title, $file: no test was collected"
+                   fail "$title, $name: no test was collected"
                fi ;;
-            *) fail "$title, $file: pytest ended with exit code $code" ;;
+            *) fail "$title, $name: pytest ended with exit code $code" ;;
         esac
     done
 }
@@ -282,7 +319,8 @@ fi
 if [ -z "$python_3" ]; then
     fail "no Python 3 that can run pytest: nothing could be run on it"
 elif wants e2e; then
-    run_part "end-to-end tests" tests/end_to_end 4 "$python_3" "$directory_3" "$@"
+    # In the background: most of what the laboratory does is to wait.
+    run_part "end-to-end tests" tests/end_to_end 8 "$python_3" "$directory_3" "$@" &
 fi
 lab=skipped
 if [ -n "$python_3" ] && wants lab; then
@@ -295,9 +333,10 @@ if [ -n "$python_3" ] && wants lab; then
     if [ -n "$reason" ]; then
         skipped "laboratory tests: $reason"
     else
-        run_part "laboratory tests" tests/laboratory 20 "$python_3" "$directory_3" "$@" && lab=ran
+        run_part "laboratory tests" tests/laboratory 5 "$python_3" "$directory_3" "$@" && lab=ran
     fi
 fi
+wait
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What was required, and the summary

@@ -42,6 +42,7 @@ import fcntl
 import hashlib
 import heapq
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import random
@@ -2028,11 +2029,11 @@ def one(seed, trace=False):
     return None
 
 
-def many(seeds, path=KMCAST):
-    """Run seeds; returns what was found."""
+def many(seeds, path=KMCAST, until_found=False):
+    """Run seeds, or only up to the first finding; returns what was found."""
     if kmcast is None or kmcast.__file__ != path:
         load(path)
-    return [found for found in map(one, seeds) if found]
+    return list(itertools.islice(filter(None, map(one, seeds)), 1 if until_found else None))
 
 
 def settle(number):
@@ -2065,7 +2066,7 @@ def main():
     last = options.first + options.seeds
     parts = [range(start, min(start + size, last)) for start in range(options.first, last, size)]
     with concurrent.futures.ProcessPoolExecutor(options.jobs, initializer=settle, initargs=(number,)) as pool:
-        for found in pool.map(many, parts, [options.kmcast] * len(parts)):
+        for found in pool.map(many, parts, itertools.repeat(options.kmcast), itertools.repeat(options.until_found)):
             findings += len(found)
             for text in found:
                 print(text, flush=True)

@@ -108,22 +108,21 @@ def wrong_sizes(generator, port):
 
 
 @contextlib.contextmanager
-def flooded(port, make, group=helpers.GROUP, pause=0.0):
-    """A process that multicasts what `make`, a function of this file, makes: up to about 100 Mbit/s, or one each `pause`."""
+def flooded(port, make, group=helpers.GROUP):
+    """A process that multicasts what `make`, a function of this file, makes: up to a thousand datagrams in a second."""
     code = ("import sys, time, random, socket; sys.path[:0] = %r\nimport hostile\n"
             "sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
             "sock.setsockopt(0, socket.IP_MULTICAST_IF, socket.inet_aton('127.0.0.1'))\n"
             "generator = random.Random(1)\n"
             "made = [hostile.%s(generator, %d) for _ in range(1000)]\n"
+            "sys.stderr.write('ready\\n')\n"
             "while True:\n"
             "    for data in made:\n"
             "        try: sock.sendto(data, (%r, %d))\n"
             "        except OSError: pass\n"
-            "        time.sleep(%r)\n") % ([os.path.dirname(__file__), helpers.ROOT + "/tests"], make.__name__, port, group, port,
-                                           pause or 0.00005)
+            "        time.sleep(0.001)\n") % ([os.path.dirname(__file__), helpers.ROOT + "/tests"], make.__name__, port, group, port)
     flood = helpers.start([sys.executable, "-c", code])
-    time.sleep(0.5)
-    assert flood.poll() is None, flood.stderr
+    flood.wait_stderr("ready")
     try:
         yield
         assert flood.poll() is None, flood.stderr

@@ -95,7 +95,7 @@ def test_a_server_that_was_killed_and_is_started_again_does_not_begin_again(tran
     code, stderr, data = pipe.finish(60)
     equal = data == IMAGE
     assert code == 0 and equal and "going on with" in stderr, stderr
-    transfer.check_server(most=SIZE * 6 // 10)
+    transfer.check_server(most=SIZE * 8 // 10)        # what was on its way may be a tenth
 
 
 @BOTH
@@ -107,7 +107,7 @@ def test_both_can_be_killed(transfer, python):
     first.stop()
     transfer.serve(1)
     assert transfer.check("image", transfer.client("image", "--resume"))["resumed"] >= SIZE // 3
-    transfer.check_server(most=SIZE * 6 // 10)
+    transfer.check_server(most=SIZE * 8 // 10)        # what was on its way may be a tenth
 
 
 @BOTH

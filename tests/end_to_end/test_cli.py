@@ -1,6 +1,5 @@
 """The command line: what is wrong with it gets one line and the right exit code, whatever the interpreter."""
 
-import concurrent.futures
 import os
 import pty
 import re
@@ -12,7 +11,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK
-from pythons import BOTH, EVERY, NEWEST, OLDEST
+from pythons import BOTH, EVERY, in_turn, NEWEST, OLDEST
 
 SERVER = ["server", LOOPBACK, "1"]
 CLIENT = ["client", "--wait", "0", LOOPBACK, LOOPBACK]
@@ -55,10 +54,7 @@ WRONG = [
 
 def the_one_line(process, code=2):
     """The line on stderr with which a process that was started wrong ends, and nothing else."""
-    return check_one_line(*process.finish(20), code=code)
-
-
-def check_one_line(got, stderr, stdout, code=2):
+    got, stderr, stdout = process.finish(20)
     assert got == code, stderr
     assert stdout in (b"", None)
     assert stderr.endswith("\n") and stderr.count("\n") == 1, repr(stderr)
@@ -66,24 +62,9 @@ def check_one_line(got, stderr, stdout, code=2):
     return stderr
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """{(arguments, interpreter): (exit code, stderr, stdout)} of all that is WRONG, run some at a time to save time."""
-    def run(case):
-        args, python = case
-        process = helpers.start_kmcast(args, python, env={"LC_ALL": "C.UTF-8"})
-        process.wait(10)
-        if process.poll() is None:
-            process.stop()
-        return case, process.finish(10)
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        return dict(pool.map(run, [(tuple(args), python) for args in WRONG for python in (OLDEST, NEWEST)]))
-
-
-@BOTH
-@pytest.mark.parametrize("args", WRONG, ids=[" ".join(args).encode("unicode_escape").decode("ascii") or "nothing" for args in WRONG])
-def test_a_wrong_argument_gets_one_line_and_exit_code_2(args, python, outcomes):
-    check_one_line(*outcomes[tuple(args), python])
+@in_turn("args", WRONG, ids=[" ".join(args).encode("unicode_escape").decode("ascii") or "nothing" for args in WRONG])
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(args, python):
+    the_one_line(helpers.start_kmcast(args, python, env={"LC_ALL": "C.UTF-8"}))
 
 
 @BOTH
@@ -225,7 +206,7 @@ def test_version_and_help_of_each_command(python):
         ("report",): ["FILE"],
     }
     for command in words if python in (OLDEST, NEWEST) else []:
-        code, stderr, stdout = helpers.start_kmcast(command + ("--help",), python, program=helpers.KMCAST).finish(20)
+        code, stderr, stdout = helpers.start_kmcast(command + ("--help",), python).finish(20)
         assert (code, stderr) == (0, "")
         for word in words[command]:
             assert word in stdout.decode("ascii")
@@ -234,8 +215,7 @@ def test_version_and_help_of_each_command(python):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-@BOTH
-@pytest.mark.parametrize("args, said", [
+@in_turn("args, said", [
     (CLIENT + ["--compat"], "kmcast client: error: --compat is an option of server, not of client"),
     (CLIENT + ["--size", "5"], "--size is an option of server"), (SERVER + ["--wait=5"], "--wait is an option of client"),
     (SERVER + ["-o", "x"], "-o is an option of client"), (["demo", "--rate", "5M"], "--rate is an option of server, not of demo"),
@@ -245,7 +225,7 @@ def test_version_and_help_of_each_command(python):
     (CLIENT + ["--expect-nmae=x"], "did you mean --expect-name?"), (SERVER + ["--zzzz"], "no option --zzzz ("),
     (SERVER + ["-x"], "no option -x ("), (["sever", LOOPBACK, "1"], "no command sever; did you mean server?"),
     (["--rate", "5M", "server", LOOPBACK, "1"], "--rate is an option of server, and stands behind that word"),
-    (["completion", "zsh"], "zsh")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+    (["completion", "zsh"], "zsh")])
 def test_an_option_of_the_other_command_and_a_misspelt_one_are_named_as_such(python, args, said):
     line = the_one_line(helpers.start_kmcast(args, python))
     assert said in line, line
@@ -286,8 +266,7 @@ def test_the_command_line_wins_over_the_environment(python, tmp_path):
     assert code == 0 and "bytes a packet" in stderr, stderr
 
 
-@BOTH
-@pytest.mark.parametrize("text, said", [
+@in_turn("text, said", [
     ("--rate x", "x is not a rate"), ("--zzzz", "no option --zzzz"), ("auto 40", "auto is no option"), ("-v auto", "auto is no option"),
     ("--rate 5M 40", "40 is no option"), ("-v '", "quotation"), ("--size", "--size")])
 def test_what_is_wrong_with_the_environment_is_said_to_be_there(python, text, said):

@@ -20,8 +20,8 @@ from wire import ALIVE, STATE
 PAUSE = 4
 
 #: (--stall-timeout, interpreter of the servers, of the clients)
-SHORT = pytest.mark.parametrize("limit, of_server, of_client", [(1, OLDEST, NEWEST), (2, NEWEST, OLDEST)],
-                                ids=["1 s", "2 s"])
+SHORT = pytest.mark.parametrize("limit, of_server, of_client", [(2, OLDEST, NEWEST), (2, NEWEST, OLDEST)],
+                                ids=["server " + helpers.version_name(python) for python in (OLDEST, NEWEST)])
 
 
 @BOTH

@@ -15,7 +15,7 @@ import pytest
 import helpers
 from helpers import LOOPBACK
 from hostile import orderly, wrapped
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from test_failures import wait_until
 
 IMAGE = helpers.random_bytes(300000, seed=8)        # more than a pipe holds
@@ -86,8 +86,7 @@ CHILDLESS = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal
                                    "os.execv(sys.argv[1], sys.argv[1:])"]
 
 
-@BOTH
-@pytest.mark.parametrize("end", ["server", "client"])
+@in_turn("end", ["server", "client"])
 def test_a_failed_command_is_no_success_where_kmcast_inherits_that_sigchld_is_ignored(python, end, tmp_path):
     """Then the kernel forgets a child's exit code, and what takes "not known" for 0 has a success that is none."""
     port, options = helpers.free_port(), {"python": python, "prefix": CHILDLESS}
@@ -144,8 +143,7 @@ def hard_limit():
     return subprocess.check_output(["sh", "-c", "ulimit -H -n"]).decode("ascii").strip()
 
 
-@BOTH
-@pytest.mark.parametrize("soft, hard, places", [(20000, 20000, 1), (4000, 4000, 1), (256, 4000, 300)])
+@in_turn("soft, hard, places", [(20000, 20000, 1), (4000, 4000, 1), (256, 4000, 300)])
 def test_the_limit_of_descriptors_is_raised_where_need_be_but_never_lowered(python, soft, hard, places, tmp_path):
     """A command may need more of them than kmcast; and 300 clients need more than 256."""
     if hard_limit() != "unlimited" and int(hard_limit()) < hard:
@@ -188,8 +186,7 @@ def test_a_server_starts_its_command_only_when_nothing_else_is_wrong(python, tmp
     assert not (tmp_path / "started").exists()
 
 
-@BOTH
-@pytest.mark.parametrize("signals", [1, 2])
+@in_turn("signals", [1, 2])
 def test_a_server_that_is_stopped_ends_its_command_before_it_takes_leave_of_its_clients(python, signals, command):
     """That takes seconds if one of them hangs, in which who has no patience sends another signal."""
     port, producer = helpers.free_port(), command("exec sleep 100")
@@ -288,8 +285,7 @@ def test_a_servers_command_reads_what_is_typed_at_the_terminal(python, terminal)
     assert code == 0 and "is stopped" not in stderr, stderr
 
 
-@BOTH
-@pytest.mark.parametrize("size", [1000, len(IMAGE)])
+@in_turn("size", [1000, len(IMAGE)])
 def test_a_clients_command_reads_what_is_typed_at_the_terminal(python, size, terminal, tmp_path):
     """Whether or not the whole image has found room in its pipe by then."""
     port, consumer = helpers.free_port(), "read x < /dev/tty; cat > '%s'" % (tmp_path / "image")
@@ -351,8 +347,7 @@ def test_a_servers_command_that_is_stopped_is_named_once_and_can_go_on(python, c
     one_line("is stopped", stderr)
 
 
-@BOTH
-@pytest.mark.parametrize("size", [1000, len(IMAGE)])
+@in_turn("size", [1000, len(IMAGE)])
 def test_a_clients_command_that_is_stopped_is_named_once_and_can_go_on(python, size, command, tmp_path):
     """Whether or not the whole image has found room in its pipe by then."""
     port, consumer = helpers.free_port(), command("kill -STOP $$; cat > '%s'" % (tmp_path / "image"))
@@ -408,8 +403,7 @@ def test_an_empty_image_that_is_allowed_arrives(python, empty, tmp_path):
     assert dict((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == {"image": b"", "piped": b""}
 
 
-@BOTH
-@pytest.mark.parametrize("options, code", [([], 1), (["--allow-empty"], 0)], ids=["refused", "allowed"])
+@in_turn("options, code", [([], 1), (["--allow-empty"], 0)], ids=["refused", "allowed"])
 def test_an_empty_image_for_clients_of_the_base_protocol(python, options, code):
     """There nothing can be said but by the end of the connection, before the first round."""
     port = helpers.free_port()

@@ -10,7 +10,7 @@ import helpers
 import kmcast
 from helpers import LOOPBACK, payload_size
 from hostile import wrapped
-from pythons import BOTH, NEWEST, OLDEST
+from pythons import ALL, BOTH, in_turn, NEWEST, OLDEST
 
 PAYLOAD = payload_size(1500)
 
@@ -56,7 +56,7 @@ def test_base_clients_of_a_compat_server(size):
     serve_base_clients(helpers.random_bytes(size, seed=size))
 
 
-@pytest.mark.parametrize("drop, python", [(20, python) for python in helpers.interpreters()]
+@pytest.mark.parametrize("drop, python", [(20, python) for python in ALL]
                          + [(100, python) for python in sorted({OLDEST, NEWEST})])
 def test_base_clients_that_lose_datagrams(python, drop):
     summary = serve_base_clients(helpers.random_bytes(40 * PAYLOAD + 5, seed=drop), 2, ["--clients-per-thread", 1],
@@ -70,8 +70,7 @@ def test_base_clients_with_buffers_of_full_size():
     serve_base_clients(data, 2, ["--buffer-packets", 65536], ["--drop", 1])
 
 
-@BOTH
-@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
+@in_turn("way", ["gso", "mmsg", "plain"])
 def test_base_clients_whatever_the_way_to_send(python, way):
     serve_base_clients(helpers.random_bytes(200001), 1, ["--datagrams", way], python=python)
 
@@ -149,13 +148,12 @@ def test_clients_of_a_base_server(size, checksum):
 
 @pytest.mark.parametrize("checksum", ["sum", "crc"])
 def test_every_interpreter_as_client_of_a_base_server_with_short_packets_and_loss(checksum):
-    take_from_base_server(helpers.random_bytes(100000), len(helpers.interpreters()),
+    take_from_base_server(helpers.random_bytes(100000), len(ALL),
                           ["--buffer-packets", 20, "--short", "--drop", 10, "--checksum", checksum, "--first-buffer-id", 1],
-                          pythons=helpers.interpreters())
+                          pythons=ALL)
 
 
-@BOTH
-@pytest.mark.parametrize("way", ["gso", "mmsg", "plain"])
+@in_turn("way", ["gso", "mmsg", "plain"])
 def test_every_way_to_receive_from_a_base_server(python, way):
     take_from_base_server(helpers.random_bytes(300000), 1, ["--short"], ["--datagrams", way], [python])
 

@@ -16,7 +16,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from pythons import BOTH, NEWEST, OLDEST
+from pythons import BOTH, in_turn, NEWEST, OLDEST
 
 IMAGE = helpers.random_bytes(3000000, seed=15)
 OTHER = helpers.random_bytes(3000000, seed=16)
@@ -202,8 +202,7 @@ def killed(web, python, size, clients, output=()):
     return started
 
 
-@BOTH
-@pytest.mark.parametrize("size", list(KILLED.values()), ids=list(KILLED))
+@in_turn("size", list(KILLED.values()), ids=list(KILLED))
 def test_a_stream_goes_on_where_a_killed_server_left_it(web, python, size):
     client, = killed(web, python, size, 1)
     stderr = good(client)
@@ -215,8 +214,7 @@ def test_a_stream_goes_on_where_a_killed_server_left_it(web, python, size):
         assert asked == [None]
 
 
-@BOTH
-@pytest.mark.parametrize("size", list(KILLED.values()), ids=list(KILLED))
+@in_turn("size", list(KILLED.values()), ids=list(KILLED))
 def test_a_file_is_completed_after_a_killed_server(web, python, size, tmp_path):
     path = tmp_path / "file"
     client, = killed(web, python, size, 1, [["-o", path]])

@@ -13,7 +13,7 @@ import pytest
 import helpers
 from helpers import LOOPBACK
 from hostile import IMAGE, all_receive, orderly, wrapped
-from pythons import BOTH, NEWEST
+from pythons import BOTH, in_turn, NEWEST
 
 #: As long as it takes to be sure that nothing happens, in seconds.
 MOMENT = 0.4
@@ -183,8 +183,7 @@ def test_a_standard_input_that_does_not_block_is_not_at_its_end_while_its_writer
 # ---------------------------------------------------------------------------------------------------------------------
 # Targets that cannot take the image
 
-@BOTH
-@pytest.mark.parametrize("name", [u"target", u"a target", u"ziel \u00e4"], ids=["plain", "blank", "beyond ASCII"])
+@in_turn("name", [u"target", u"a target", u"ziel \u00e4"], ids=["plain", "blank", "beyond ASCII"])
 def test_a_target_that_is_a_mount_point_is_found_at_the_start(tmp_path, mount, port, name, python):
     """As /etc/hosts in a container: it cannot be replaced, which else would be known after the last byte."""
     target, other = tmp_path / name, tmp_path / "other"
@@ -198,8 +197,7 @@ def test_a_target_that_is_a_mount_point_is_found_at_the_start(tmp_path, mount, p
     assert sorted(os.listdir(str(tmp_path))) == sorted(["other", name])
 
 
-@BOTH
-@pytest.mark.parametrize("size_known", [True, False], ids=["size known", "size unknown"])
+@in_turn("size_known", [True, False], ids=["size known", "size unknown"])
 def test_a_target_without_room_is_found_as_early_as_can_be(tmp_path, mount, port, size_known, python):
     """At the start if the server knows the image's size, else when it is full; nothing stays there in either case."""
     folder = tmp_path / "small"
@@ -218,8 +216,7 @@ def test_a_target_without_room_is_found_as_early_as_can_be(tmp_path, mount, port
     assert server.finish(10)[0] == 1
 
 
-@BOTH
-@pytest.mark.parametrize("options", [["-t", "ramfs"], ["-t", "tmpfs", "-o", "size=0"]], ids=["ramfs", "tmpfs"])
+@in_turn("options", [["-t", "ramfs"], ["-t", "tmpfs", "-o", "size=0"]], ids=["ramfs", "tmpfs"])
 def test_a_target_that_does_not_say_how_much_room_it_has_is_tried(tmp_path, mount, port, options, python):
     """One of no blocks at all has no limit, and a host that was started from the network may live in such a one."""
     folder = tmp_path / "unlimited"

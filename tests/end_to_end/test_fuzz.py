@@ -10,7 +10,7 @@ import helpers
 from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
-ROUNDS = {"client": 400, "server": 600, "relay": 100, "parsers": 4000, "client --key": 200, "server --key": 300}
+ROUNDS = {"client": 120, "server": 240, "relay": 30, "parsers": 1000, "client --key": 80, "server --key": 120}
 
 
 @BOTH

@@ -7,7 +7,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK
-from pythons import BOTH
+from pythons import BOTH, in_turn
 
 DATA = helpers.random_bytes(100000, seed=4)
 
@@ -112,15 +112,14 @@ def test_the_list_can_come_from_a_command(python, files):
     assert server.finish(20)[0] == 0
 
 
-@BOTH
-@pytest.mark.parametrize("args, said", [
+@in_turn("args, said", [
     (["--hosts", "HOSTS", LOOPBACK, "2", "18383"], "takes the place of CLIENTS"),
     (["--hosts", "HOSTS", LOOPBACK, "70000"], "argument PORT: 70000"),
     (["--hosts", "/nonexistent", LOOPBACK], "cannot read /nonexistent"),
     (["--hosts", "-", LOOPBACK], "standard input is the image"),
     (["--hosts", "HOSTS", "--compat", LOOPBACK], "addresses"),
     (["--hosts", os.devnull, LOOPBACK], "names no host"),
-    ([LOOPBACK], "CLIENTS")], ids=lambda value: "-".join(value) if isinstance(value, list) else "")
+    ([LOOPBACK], "CLIENTS")])
 def test_what_is_wrong_with_it_is_said(python, args, said, files):
     (files / "hosts").write_text("node1\n")
     args = [str(files / "hosts") if arg == "HOSTS" else arg for arg in args]

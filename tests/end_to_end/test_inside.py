@@ -1,12 +1,10 @@
 """What is wrong in kmcast itself, injected, ends a session in order; and seqs may wrap."""
 
-import pytest
-
 import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import all_receive, IMAGE, wrapped
-from pythons import BOTH
+from pythons import BOTH, in_turn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Our own threads
@@ -31,9 +29,8 @@ BROKEN = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("where, a_thread", [(where, a_thread) for where in sorted(BROKEN) for a_thread in (1, 64)
-                                             if a_thread == 1 or "chain" not in where])
+@in_turn("where, a_thread", [(where, a_thread) for a_thread in (1, 64) for where in sorted(BROKEN)
+                             if a_thread == 1 or "chain" not in where])
 def test_a_thread_of_the_server_that_dies_ends_the_session_in_order(tmp_path, where, a_thread, python):
     condition, target = BROKEN[where]
     port = helpers.free_port()
@@ -89,9 +86,7 @@ kmcast.Course.__init__ = start
 """
 
 
-@BOTH
-@pytest.mark.parametrize("loss", [0, 5, 100])
-@pytest.mark.parametrize("before", [0, 1, 100, 2000])
+@in_turn("loss, before", [(loss, before) for before in (0, 1, 100, 2000) for loss in (0, 5, 100)])
 def test_more_packets_than_a_seq_can_number(before, loss, python):
     """Near the wrap of seq, and of the repair number."""
     data, port = IMAGE[:2500001], helpers.free_port()

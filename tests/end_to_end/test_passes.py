@@ -13,7 +13,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from wire import INFO, SENT, STATE, payload_size
 
 PAYLOAD = payload_size()
@@ -110,8 +110,7 @@ def begun(here, *args, **options):
     return made, first
 
 
-@BOTH
-@pytest.mark.parametrize("a_thread", [1, 64])
+@in_turn("a_thread", [1, 64])
 def test_who_comes_late_takes_part_from_the_next_round_and_gets_the_beginning_afterwards(here, python, a_thread):
     made, first = begun(here, more=["--clients-per-thread", a_thread])
     late = made.come(host="late")
@@ -235,7 +234,7 @@ def test_who_lacks_again_and_again_is_dropped(here, python):
 
 @BOTH
 def test_who_has_stalled_may_come_back_and_gets_what_it_lacks(here, python):
-    made = here(["--stall-timeout", 1])
+    made = here(["--stall-timeout", 2])
     first, second = made.come(), made.come()
     made.take_together(0, first, second)
     assert made.part(first.ready()) == made.part(second.ready()) == 1

@@ -13,7 +13,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from pythons import BOTH, EVERY, NEWEST, OLDEST
+from pythons import BOTH, EVERY, in_turn, NEWEST, OLDEST
 from wire import ABSENT, ALIVE, BYE, DONE, HELLO, INFO, PACKETS, READY, REQUEST, Round, SENT, SESSION, STATE, U32, WELCOME, payload_size
 
 PAYLOAD = payload_size()
@@ -323,8 +323,7 @@ def test_a_session_from_a_server_to_the_letter(raw_server, python):
     assert [message.round for message in said[1:]] == [ONE, ONE, ONE, wire.IMAGE] and said[2].places == [0]
 
 
-@BOTH
-@pytest.mark.parametrize("info", [
+@in_turn("info", [
     dict(group="10.0.0.1"), dict(family=10)] + [
         dict(padding=wire.MAGIC + bytes([version, 0])) for version in (0, wire.VERSION + 1)])
 def test_a_group_info_that_is_none(raw_server, python, info):

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import helpers
-from pythons import BOTH, EVERY
+from pythons import ALL, BOTH, NEWEST, OLDEST
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,10 @@ def pyz(tmp_path_factory):
     return str(alone / "kmcast.pyz")
 
 
-@EVERY
-def test_a_transfer_with_the_pyz(pyz, python):
+@pytest.mark.parametrize("server, clients", [(NEWEST, ALL), (OLDEST, [OLDEST, NEWEST])], ids=["to every interpreter", "from the oldest"])
+def test_a_transfer_with_the_pyz(pyz, server, clients):
     data = helpers.random_bytes(500000)
-    helpers.transfer(data, 2, server_python=python, client_python=[python], program=pyz).check(data)
+    helpers.transfer(data, len(clients), server_python=server, client_python=clients, program=pyz).check(data)
 
 
 @BOTH

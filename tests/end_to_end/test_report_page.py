@@ -10,7 +10,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK
-from pythons import BOTH, NEWEST
+from pythons import BOTH, in_turn, NEWEST
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;--><style>*{display:none}</style>\u202e\u0000" + 150 * "x"
 VOID = {"meta"}
@@ -140,8 +140,7 @@ def test_whatever_a_report_holds_is_a_text(python, tmp_path):
     assert "\u202e" not in page.source and "\0" not in page.source and "<script" not in page.source
 
 
-@BOTH
-@pytest.mark.parametrize("parts", [
+@in_turn("parts", [
     {}, {"hosts": None, "steps": None, "carried": None}, {"hosts": [1, None, {}], "steps": [{}, 3, {"seconds": "x"}]},
     {"bytes": "many", "seconds": None, "goodput": True, "carried": [1]}, {"bytes": 10 ** 40, "seconds": -1, "goodput": float("nan")},
     {"steps": [{"seconds": 1e-9, "bytes": 0, "waited_for": 3}], "exit_code": "3", "arguments": "x", "server": 5},

@@ -10,7 +10,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from wire import LACK
 
 IMAGE = helpers.random_bytes(5950, seed=8)
@@ -64,6 +64,13 @@ class Talk(object):
         """Kill the client without warning."""
         self.client.stop()
         self.server.sock.close()
+
+    def kill_with(self, *numbers):
+        """Have a client hold some of PARTS, and kill it."""
+        self.start("--resume")
+        self.bring(*numbers)
+        self.wait_for(len(numbers))
+        self.kill()
 
     def check(self):
         """Have it end well: it has the image, and nothing else is left."""
@@ -221,10 +228,7 @@ def test_without_the_option_nothing_is_left(talk, python):
 
 @BOTH
 def test_without_the_option_what_an_earlier_run_left_is_removed(talk, python):
-    talk.start("--resume")
-    talk.bring(0, 1)
-    talk.wait_for(2)
-    talk.kill()
+    talk.kill_with(0, 1)
     assert talk.start() == [] and talk.server.hello["image"] is None
     assert len(talk.left()) == 1
     talk.bring(0, 1, 2, 3, 4, 5)
@@ -233,10 +237,7 @@ def test_without_the_option_what_an_earlier_run_left_is_removed(talk, python):
 
 @BOTH
 def test_a_client_that_had_written_all_only_verifies_it(talk, python):
-    talk.start("--resume")
-    talk.bring(0, 1, 2, 3, 4, 5)
-    talk.wait_for(6)
-    talk.kill()
+    talk.kill_with(0, 1, 2, 3, 4, 5)
     assert talk.start("--resume") == [[0, 5950]]
     talk.check()
 
@@ -254,10 +255,7 @@ def test_who_is_killed_again_and_again_holds_ever_more(talk, python):
 
 @BOTH
 def test_a_byte_that_was_changed_meanwhile_costs_one_round(talk, python):
-    talk.start("--resume")
-    talk.bring(0, 1, 2, 3, 4)
-    talk.wait_for(5)
-    talk.kill()
+    talk.kill_with(0, 1, 2, 3, 4)
     damage(talk.part(), 2500)
     assert talk.start("--resume") == [[0, 5000]]
     assert talk.lacks() == [[2000, 3000]]
@@ -267,10 +265,7 @@ def test_a_byte_that_was_changed_meanwhile_costs_one_round(talk, python):
 
 @BOTH
 def test_of_a_part_that_is_too_short_only_what_is_there_counts(talk, python):
-    talk.start("--resume")
-    talk.bring(0, 1, 2, 3, 4)
-    talk.wait_for(5)
-    talk.kill()
+    talk.kill_with(0, 1, 2, 3, 4)
     with open(talk.part(), "r+b") as file:
         file.truncate(2500)
     assert talk.start("--resume") == [[0, 2500]]
@@ -278,13 +273,9 @@ def test_of_a_part_that_is_too_short_only_what_is_there_counts(talk, python):
     talk.check()
 
 
-@BOTH
-@pytest.mark.parametrize("keeps", [1, 2, 3])
+@in_turn("keeps", [1, 2, 3])
 def test_behind_a_damaged_line_the_journal_counts_for_nothing(talk, python, keeps):
-    talk.start("--resume")
-    talk.bring(0, 1, 2, 3)
-    talk.wait_for(4)
-    talk.kill()
+    talk.kill_with(0, 1, 2, 3)
     with open(talk.journal(), "rb") as file:
         lines = file.read().splitlines(True)
     lines[keeps] = lines[keeps].replace(b"0", b"1", 1)
@@ -298,10 +289,7 @@ def test_behind_a_damaged_line_the_journal_counts_for_nothing(talk, python, keep
 
 @BOTH
 def test_a_journal_that_was_cut_off_can_be_gone_on_with_again(talk, python):
-    talk.start("--resume")
-    talk.bring(0, 1, 2)
-    talk.wait_for(3)
-    talk.kill()
+    talk.kill_with(0, 1, 2)
     with open(talk.journal(), "r+b") as file:
         file.truncate(os.path.getsize(talk.journal()) - 7)
     assert talk.start("--resume") == [[0, 2000]]
@@ -313,13 +301,9 @@ def test_a_journal_that_was_cut_off_can_be_gone_on_with_again(talk, python):
     talk.check()
 
 
-@BOTH
-@pytest.mark.parametrize("what", ["part", "journal"])
+@in_turn("what", ["part", "journal"])
 def test_one_without_the_other_counts_for_nothing(talk, python, what):
-    talk.start("--resume")
-    talk.bring(0, 1, 2)
-    talk.wait_for(3)
-    talk.kill()
+    talk.kill_with(0, 1, 2)
     os.unlink(getattr(talk, what)())
     assert talk.start("--resume") == []
     talk.bring(0, 1, 2, 3, 4, 5)
@@ -328,10 +312,7 @@ def test_one_without_the_other_counts_for_nothing(talk, python, what):
 
 @BOTH
 def test_of_another_image_nothing_counts(talk, python):
-    talk.start("--resume")
-    talk.bring(0, 1, 4)
-    talk.wait_for(3)
-    talk.kill()
+    talk.kill_with(0, 1, 4)
     talk.server.fields_of_welcome["image"] = OTHER
     assert talk.start("--resume") == [[0, 2000], [4000, 5000]]
     assert talk.server.hello["image"] == NAME
@@ -390,13 +371,9 @@ def test_two_at_once_do_not_go_on_with_the_same(talk, python):
     assert talk.client.finish(20)[0] == 0
 
 
-@BOTH
-@pytest.mark.parametrize("what", ["link", "directory"])
+@in_turn("what", ["link", "directory"])
 def test_what_somebody_else_has_laid_there_is_not_touched(talk, python, what, tmp_path):
-    talk.start("--resume")
-    talk.bring(0, 1)
-    talk.wait_for(2)
-    talk.kill()
+    talk.kill_with(0, 1)
     secret = tmp_path / "secret"
     secret.write_bytes(b"precious")
     os.unlink(talk.journal())
@@ -411,8 +388,7 @@ def test_what_somebody_else_has_laid_there_is_not_touched(talk, python, what, tm
     assert talk.client.finish(20)[0] == 3
 
 
-@BOTH
-@pytest.mark.parametrize("args", [["--resume"], ["--resume", "--pipe", "cat"], ["--resume", "-o", "/dev/null"]])
+@in_turn("args", [["--resume"], ["--resume", "--pipe", "cat"], ["--resume", "-o", "/dev/null"]])
 def test_only_a_file_can_be_gone_on_with(args, python):
     client = helpers.start_client(args + [LOOPBACK, LOOPBACK, helpers.free_port()], python)
     code, stderr, _ = client.finish(20)

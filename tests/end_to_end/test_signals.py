@@ -13,7 +13,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import all_receive, orderly, wrapped
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from test_failures import Consumer, PAYLOAD, ROUNDS, SMALL, Started, wait_until
 
 USR = (signal.SIGUSR1, signal.SIGUSR2)
@@ -147,8 +147,7 @@ def test_a_full_standard_error_never_holds_up_a_transfer(python, full):
     assert server.finish(20)[0] == 0
 
 
-@BOTH
-@pytest.mark.parametrize("where", ["server", "client"])
+@in_turn("where", ["server", "client"])
 def test_who_is_stopped_while_its_standard_error_is_full_ends_in_order(python, where, full, tmp_path):
     port = helpers.free_port()
     of_server, of_client = [full if where == end else () for end in ("server", "client")]
@@ -204,8 +203,7 @@ kmcast.Log.say = late
 """
 
 
-@BOTH
-@pytest.mark.parametrize("words", ["has everything", "data: ", "repair: ", "1 of 1 client"])
+@in_turn("words", ["has everything", "data: ", "repair: ", "1 of 1 client"])
 def test_a_signal_when_all_clients_have_the_image_changes_nothing(python, words):
     """From the last one's last word on, through the farewell, and in the middle of the summary."""
     port = helpers.free_port()
@@ -259,8 +257,7 @@ def test_a_signal_at_the_very_moment_of_the_verdict_changes_nothing(python, tmp_
     assert parts(tmp_path) == ["image"]
 
 
-@BOTH
-@pytest.mark.parametrize("code", [SIGNAL_AT % "no kmcast server", SIGNAL_AT_THE_VERDICT], ids=["says so", "verdict"])
+@in_turn("code", [SIGNAL_AT % "no kmcast server", SIGNAL_AT_THE_VERDICT], ids=["says so", "verdict"])
 def test_a_signal_at_the_very_moment_of_a_failure_changes_nothing(python, code):
     client = wrapped(code, ["client", "--wait", 0, LOOPBACK, LOOPBACK, helpers.free_port()], python)
     code, stderr, _ = client.finish(20)
@@ -317,9 +314,8 @@ def receives_a_file(code, python, path):
     return client, server
 
 
-@BOTH
-@pytest.mark.parametrize("code", [AFTER_THE_RENAME, NO_FOLDER, NO_SYNC_OF_THE_FOLDER],
-                         ids=["a signal", "a folder that cannot be opened", "a folder that cannot be synchronised"])
+@in_turn("code", [AFTER_THE_RENAME, NO_FOLDER, NO_SYNC_OF_THE_FOLDER],
+         ids=["a signal", "a folder that cannot be opened", "a folder that cannot be synchronised"])
 def test_once_the_file_is_in_its_place_nothing_makes_the_client_fail(python, code, tmp_path):
     """Who takes 1 for "not to be used" would throw it away, and the server would list that host."""
     client, server = receives_a_file(code, python, tmp_path / "image")
@@ -415,10 +411,10 @@ def pyz(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(params=["py", "pyz"])
-def program(request):
+@pytest.fixture
+def program(request, kind):
     """What an operator starts."""
-    return helpers.KMCAST if request.param == "py" else request.getfixturevalue("pyz")
+    return helpers.KMCAST if kind == "py" else request.getfixturevalue("pyz")
 
 
 #: The lines of kmcast.py before the first of its own statements, which imports __future__ and cannot be the second.
@@ -439,6 +435,7 @@ def interrupted_in_order(process):
 
 
 @BOTH
+@pytest.mark.parametrize("kind", ["py", "pyz"])
 def test_ctrl_c_in_the_first_moments_shows_no_traceback(python, program):
     """Who has mistyped something is quick with that."""
     def interrupt(seconds):
@@ -448,7 +445,7 @@ def test_ctrl_c_in_the_first_moments_shows_no_traceback(python, program):
             client.signal(signal.SIGINT)
         interrupted_in_order(client)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(interrupt, [0.02 * step for step in range(16)]))
+        list(pool.map(interrupt, [0.04 * step for step in range(8)]))
 
 
 #: A sitecustomize.py: a SIGINT when a module is imported.
@@ -463,8 +460,7 @@ sys.meta_path.insert(0, Interrupt())
 """
 
 
-@BOTH
-@pytest.mark.parametrize("module", ["argparse", "json", "subprocess", "zlib"])
+@in_turn("kind, module", [(kind, module) for kind in ("py", "pyz") for module in ("argparse", "json", "subprocess", "zlib")])
 def test_ctrl_c_while_it_imports_what_it_needs_shows_no_traceback(python, program, module, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT)
     client = helpers.start_client(["--wait", 1, LOOPBACK, LOOPBACK, helpers.free_port()], python, program=program,

@@ -197,8 +197,8 @@ def broken(mutant, directory):
     return path
 
 
-def test_150_transfers_end_as_they_should():
-    code, said = simulate("--seeds", "150", "--jobs", "2")
+def test_100_transfers_end_as_they_should():
+    code, said = simulate("--seeds", "100", "--jobs", "2")
     assert code == 0, said
 
 
@@ -212,7 +212,7 @@ def test_a_seed_is_replayed_message_by_message():
 
 @pytest.mark.parametrize("mutant", MUTANTS[:IN_THE_SUITE], ids=[mutant[0] for mutant in MUTANTS[:IN_THE_SUITE]])
 def test_what_is_broken_is_found(mutant, tmp_path):
-    code, said = simulate("--kmcast", broken(mutant, tmp_path), "--seeds", "300", "--jobs", "2", "--until-found")
+    code, said = simulate("--kmcast", broken(mutant, tmp_path), "--seeds", "300", "--until-found")
     assert code == 1 and "seed" in said, said
 
 

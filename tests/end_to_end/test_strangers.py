@@ -16,7 +16,7 @@ import wire
 from helpers import LOOPBACK
 from hostile import (all_receive, another_session, deploy, flooded, GARBAGE, IMAGE, MEMORY_KIB, NEVER, noise, orderly,
                      SPOOFED, undisturbed, wrong_checksums, wrong_sizes)
-from pythons import BOTH, NEWEST, OLDEST
+from pythons import BOTH, in_turn, NEWEST, OLDEST
 from wire import ALIVE, HELLO, REQUEST, SESSION, U32, reset
 
 #: Lines that strangers can fill a log with in such a transfer: 10 in 10 seconds, and a few for what went before.
@@ -61,7 +61,7 @@ SAYINGS = {
 class Strangers(object):
     """Connects to `port` again and again and does something, with at most `most` connections at a time, until stop()."""
 
-    def __init__(self, port, act, most=100, pause=0.0, threads=1):
+    def __init__(self, port, act, most=100, pause=0.001, threads=1):
         self.port, self.act, self.most, self.pause = port, act, most, pause
         self.count = 0
         self._stopped = threading.Event()
@@ -163,8 +163,7 @@ def test_strangers_that_go_half_way(act):
     harmless(lambda port: Strangers(port, act, pause=0.01))
 
 
-@BOTH
-@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.0\r\n\r\n", ALIVE * 65536], ids=["silent", "HTTP", "ALIVE"])
+@in_turn("data", [b"", b"GET / HTTP/1.0\r\n\r\n", ALIVE * 65536], ids=["silent", "HTTP", "ALIVE"])
 def test_two_thousand_connections_at_once_from_before_the_clients_come(python, data):
     """Clients have to get in between: no stranger may push one out for good."""
     def flood(port):
@@ -286,8 +285,7 @@ def test_a_flood_of_datagrams_on_the_group(make):
 # File descriptors
 
 
-@BOTH
-@pytest.mark.parametrize("args", [["100"], ["--clients-per-thread", "1", "40"]], ids=" ".join)
+@in_turn("args", [["100"], ["--clients-per-thread", "1", "40"]], ids=" ".join)
 def test_fewer_descriptors_than_clients_are_an_error_at_the_start(python, args):
     args, clients = args[:-1], args[-1]
     server = helpers.start_server(args + [LOOPBACK, clients, helpers.free_port()], python=python, stdin=b"image",

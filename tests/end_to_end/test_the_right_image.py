@@ -7,7 +7,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK
-from pythons import BOTH
+from pythons import BOTH, in_turn
 
 DATA = helpers.random_bytes(300000, seed=15)
 DIGEST = helpers.sha256(DATA)
@@ -41,8 +41,7 @@ def test_the_image_that_is_expected_is_taken(python, tmp_path):
     assert (tmp_path / "copy").read_bytes() == DATA
 
 
-@BOTH
-@pytest.mark.parametrize("expect, said", [
+@in_turn("expect, said", [
     (["--expect-name", "node-2*"], "the image is node-12.img, and not node-2* (--expect-name)"),
     (["--expect-name", "NODE-12.img"], "node-12.img"),
     (["--expect-size", len(DATA) + 1], "the image has 300000 bytes, and not 300001 (--expect-size)")], ids=["name", "case", "size"])
@@ -56,8 +55,7 @@ def test_an_image_without_a_name_is_not_the_one_that_is_expected(tmp_path):
     assert code == 3 and "without a name" in stderr, stderr
 
 
-@BOTH
-@pytest.mark.parametrize("expect, said", [
+@in_turn("expect, said", [
     (["--expect-size", len(DATA) - 1], "300000 bytes, and not 299999"),
     (["--expect-sha256", "0" * 64], DIGEST)], ids=["size", "sha256"])
 def test_what_is_known_only_at_the_end_fails_then(python, expect, said, tmp_path):

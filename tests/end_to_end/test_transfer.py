@@ -12,7 +12,7 @@ import pytest
 
 import helpers
 from helpers import LOOPBACK, payload_size
-from pythons import BOTH, EVERY, NEWEST, OLDEST
+from pythons import ALL, BOTH, EVERY, NEWEST, OLDEST
 
 PAYLOAD = payload_size(1500)
 SMALL = ["--buffer-packets", 10]
@@ -65,9 +65,9 @@ def test_packets_fill_the_mtu_and_never_exceed_it(mtu, over):
     assert len(sizes) == 30 + (over > 0)
 
 
-def test_a_megabyte_image_to_several_clients_uses_growing_buffers():
-    data = helpers.random_bytes(20000000)
-    helpers.transfer(helpers.random_chunks(20000000), clients=3, stdout=helpers.HASH).check(helpers.sha256(data))
+def test_an_image_of_several_full_buffers_arrives():
+    data = helpers.random_bytes(16000000)
+    helpers.transfer(data, clients=2, stdout=helpers.HASH).check(helpers.sha256(data))
 
 
 def test_a_slow_producer_is_waited_for():
@@ -123,7 +123,7 @@ def test_a_consumer_that_stands_still_stops_the_producer():
     port, go_on, produced = helpers.free_port(), threading.Event(), []
 
     def produce():
-        for chunk in helpers.random_chunks(20000000):
+        for chunk in helpers.random_chunks(10000000):
             produced.append(chunk)
             yield chunk
     server = helpers.start_server(["--buffer-packets", 100, LOOPBACK, 1, port], stdin=produce())
@@ -131,7 +131,7 @@ def test_a_consumer_that_stands_still_stops_the_producer():
     before = None
     while before != len(produced) or not produced:
         before = len(produced)
-        time.sleep(1)
+        time.sleep(0.5)
     assert sum(map(len, produced)) < 5000000
     go_on.set()
     assert client.finish(60)[0] == 0
@@ -148,7 +148,7 @@ def test_memory_does_not_depend_on_the_size_of_the_image(python):
             time.sleep(0.01)
         assert (client.finish(1)[0], server.finish(1)[0]) == (0, 0)
         return server.peak_kib, client.peak_kib
-    for small, large in zip(peaks(5000000), peaks(35000000)):
+    for small, large in zip(peaks(5000000), peaks(25000000)):
         assert large - small < 10000, "from %d KiB to %d KiB" % (small, large)
 
 
@@ -177,18 +177,18 @@ def test_the_chain_of_tcp_threads_serves_everyone(clients, a_thread):
     assert helpers.summary(result.server).served == clients
 
 
-@pytest.mark.parametrize("clients, server_args", [(70, []), (24, ["--clients-per-thread", 3])],
-                         ids=["seventy in two threads", "in eight threads"])
+@pytest.mark.parametrize("clients, server_args", [(66, []), (16, ["--clients-per-thread", 2])],
+                         ids=["in two threads", "in eight threads"])
 def test_many_clients(clients, server_args):
-    data = helpers.random_bytes(1000000)
+    data = helpers.random_bytes(300000)
     result = helpers.transfer(data, clients=clients, server_args=server_args, client_python=[NEWEST, OLDEST])
     result.check(data)
     assert helpers.summary(result.server).served == clients
 
 
 def test_many_clients_of_a_server_of_the_oldest_interpreter_by_unicast():
-    data = helpers.random_bytes(1000000)
-    helpers.transfer(data, clients=20, server_args=["--clients-per-thread", 8, "--unicast"], server_python=OLDEST,
+    data = helpers.random_bytes(300000)
+    helpers.transfer(data, clients=12, server_args=["--clients-per-thread", 5, "--unicast"], server_python=OLDEST,
                      client_python=[OLDEST]).check(data)
 
 
@@ -196,10 +196,9 @@ def test_many_clients_of_a_server_of_the_oldest_interpreter_by_unicast():
 # Interpreters, and ways to send and receive
 
 @EVERY
-def test_every_interpreter_serves_every_interpreter(python):
-    data = helpers.random_bytes(400000)
-    result = helpers.transfer(data, clients=len(helpers.interpreters()), server_python=python,
-                              client_python=helpers.interpreters())
+def test_every_interpreter_serves_the_oldest_and_the_newest_which_serve_every_interpreter(python):
+    data, pythons = helpers.random_bytes(400000), ALL if python in (OLDEST, NEWEST) else [OLDEST, NEWEST, python]
+    result = helpers.transfer(data, clients=len(pythons), server_python=python, client_python=pythons)
     result.check(data)
     for end in [result.server] + result.clients:
         assert "Warning" not in end.stderr and "Traceback" not in end.stderr, str(result)

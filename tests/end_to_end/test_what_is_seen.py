@@ -112,7 +112,7 @@ def test_a_client_says_at_once_where_it_looks_for_a_server_and_what_it_hears(pyt
     port = helpers.free_port()
     client = helpers.start_client(["--wait", 30, LOOPBACK, LOOPBACK, port], python)
     client.wait_stderr("looking for a server at 127.0.0.1 port %d" % port, 10)
-    client.wait_stderr("refused", 1)
+    client.wait_stderr("refused")
     client.wait_stderr("waiting for a server at 127.0.0.1 port %d (Connection refused)" % port, 20)
 
 

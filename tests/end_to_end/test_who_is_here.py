@@ -5,13 +5,11 @@ import re
 import socket
 import time
 
-import pytest
-
 import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import MEMORY_KIB
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from test_failures import Started, wait_until
 
 
@@ -80,8 +78,7 @@ def test_nobody_is_no_start(python):
     assert "starting with 1 of 3" in server.stderr and "1 of 3 clients have the image" in server.stderr
 
 
-@BOTH
-@pytest.mark.parametrize("a_thread, most", [(1, 3), (2, 2)])
+@in_turn("a_thread, most", [(1, 3), (2, 2)])
 def test_clients_that_come_and_go_before_the_start_cost_no_thread(python, a_thread, most):
     """Three places need so many threads at the most, whoever has been here."""
     port, seen = helpers.free_port(), []
@@ -151,8 +148,7 @@ def test_who_connects_a_thousand_times_pushes_out_nobody_but_himself(python):
 # ---------------------------------------------------------------------------------------------------------------------
 # Who is refused
 
-@BOTH
-@pytest.mark.parametrize("a_thread", [1, 64])
+@in_turn("a_thread", [1, 64])
 def test_who_was_refused_is_named_at_the_end_and_in_the_exit_code(python, a_thread):
     """That host has no image, though nobody had counted it."""
     session = Started(2, ["--clients-per-thread", a_thread], python=python)

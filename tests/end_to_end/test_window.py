@@ -11,7 +11,7 @@ import pytest
 import helpers
 import wire
 from helpers import LOOPBACK
-from pythons import BOTH
+from pythons import BOTH, in_turn
 from wire import ALIVE, BASE, BYE, DONE, INFO, PACKETS, REQUEST, SENT, SESSION, STATE, payload_size
 
 PAYLOAD = payload_size()
@@ -157,8 +157,7 @@ def test_what_comes_for_a_round_that_is_through_ends_that_client_only(watch):
     assert watched.server.finish(10)[0] == 3
 
 
-@BOTH
-@pytest.mark.parametrize("at_last", [False, True], ids=["for ever", "for long"])
+@in_turn("at_last", [False, True], ids=["for ever", "for long"])
 def test_a_client_that_leaves_one_round_open_does_not_disturb_the_others(at_last, python, watch):
     """However many later ones it is through with meanwhile."""
     watched = watch(40, ["--stall-timeout", 2], python=python, clients=2)
@@ -343,8 +342,7 @@ DAMAGED = {
     "the seq": ([3], 0), "what stands for the checksum": ([3], 4), "the size": ([3], 8)}
 
 
-@BOTH
-@pytest.mark.parametrize("what", sorted(DAMAGED))
+@in_turn("what", sorted(DAMAGED))
 def test_damaged_packets_cost_a_repair_and_not_the_client(what, python, serve):
     """The digest tells that something is wrong, the server's sums what it is; and just that is asked for.
 
@@ -490,8 +488,7 @@ def test_repair_datagrams_may_overtake_their_announcement(serve):
     served.check()
 
 
-@BOTH
-@pytest.mark.parametrize("digest", ["sha256", None])
+@in_turn("digest", ["sha256", None])
 def test_datagrams_are_taken_from_the_source_only(digest, python, serve):
     """Who knows the salts can forge them with right checksums, and then no digest could tell which are wrong."""
     server, served = serve(python, digest=digest)
@@ -541,8 +538,7 @@ def test_a_client_that_hears_nothing_says_so(serve):
 # ---------------------------------------------------------------------------------------------------------------------
 # Another version
 
-@BOTH
-@pytest.mark.parametrize("version", [1, wire.VERSION + 1])
+@in_turn("version", [1, wire.VERSION + 1])
 def test_a_server_of_another_version_gets_one_clear_line(version, python, tmp_path):
     server = wire.Server()
     client = helpers.start_client(["--wait", 0, "-o", tmp_path / "image", LOOPBACK, LOOPBACK, server.port], python)

@@ -10,7 +10,7 @@ import helpers
 import wire
 from helpers import LOOPBACK
 from hostile import IMAGE
-from pythons import BOTH, NEWEST
+from pythons import BOTH, in_turn, NEWEST
 from wire import BYE, PACKETS
 
 #: A rate at which the image of 3 MB takes six seconds, unless somebody ends it.
@@ -64,8 +64,7 @@ def wired():
     return prefix
 
 
-@BOTH
-@pytest.mark.parametrize("local_ip", ["10.9.8.7", "wired0"])
+@in_turn("local_ip", ["10.9.8.7", "wired0"])
 def test_who_multicasts_from_an_interface_that_others_hear_is_not_warned(local_ip, wired, python):
     server = helpers.start_kmcast(["server", local_ip, 1], python, prefix=wired, stdin=IMAGE)
     server.wait_stderr("waiting for 1 client")
@@ -101,8 +100,7 @@ def test_a_server_stopped_before_any_client_speaks_of_no_data(port, python):
 # ---------------------------------------------------------------------------------------------------------------------
 # Who does not get the image, and why
 
-@BOTH
-@pytest.mark.parametrize("one_died", [False, True], ids=["all are there", "one has died"])
+@in_turn("one_died", [False, True], ids=["all are there", "one has died"])
 def test_a_late_host_hears_that_the_transfer_has_begun(port, one_died, python):
     """Not that all places are taken, as if there would be one if another had not come."""
     server, clients = under_way(port, python)
@@ -116,8 +114,7 @@ def test_a_late_host_hears_that_the_transfer_has_begun(port, one_died, python):
     assert "has begun" in refused and "taken" not in refused
 
 
-@BOTH
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@in_turn("name", ["SIGINT", "SIGTERM"])
 def test_a_server_that_is_stopped_says_so_of_itself(port, name, python):
     """Not "… does not have the image: stopped by SIGINT", as if the client was."""
     server, clients = under_way(port, python)

@@ -13,6 +13,7 @@ from deployment import IMAGE, IMPATIENT, PACKETS, PATIENT, firewall, others
 
 UNICAST = ["--unicast", "-v", "--buffer-packets", 500]     # more rounds than are under way at once
 LINE = 40                               # Mbit/s of every port
+SHORT = IMAGE[:5000000]                 # for many hosts
 
 
 def slow_laboratory(laboratory, clients):
@@ -71,7 +72,7 @@ def test_two_of_eight_hear(laboratory, deploy):
 def test_number_of_sixteen_is_killed(victim, laboratory, deploy):
     """The others do not notice: nobody waits for it, though nobody has a time-out."""
     lab = slow_laboratory(laboratory, 16)
-    run = deploy(lab, IMAGE, UNICAST + PATIENT, PATIENT)
+    run = deploy(lab, SHORT, UNICAST + PATIENT, PATIENT)
     run.wait_received(400000)
     victim = run.clients[victim]
     victim.signal(signal.SIGKILL)
@@ -82,7 +83,7 @@ def test_number_of_sixteen_is_killed(victim, laboratory, deploy):
 
 def test_number_five_of_sixteen_is_stopped(laboratory, deploy):
     lab = slow_laboratory(laboratory, 16)
-    run = deploy(lab, IMAGE, UNICAST + IMPATIENT)
+    run = deploy(lab, SHORT, UNICAST + IMPATIENT)
     run.wait_received(400000)
     victim = run.clients[4]
     victim.signal(signal.SIGSTOP)
@@ -95,7 +96,7 @@ def test_number_five_of_sixteen_is_stopped(laboratory, deploy):
 
 def test_number_five_of_sixteen_is_unplugged(laboratory, deploy):
     lab = slow_laboratory(laboratory, 16)
-    run = deploy(lab, IMAGE, UNICAST + IMPATIENT, IMPATIENT)
+    run = deploy(lab, SHORT, UNICAST + IMPATIENT, IMPATIENT)
     run.wait_received(400000)
     victim = run.clients[4]
     victim.host.unplug()
@@ -107,7 +108,7 @@ def test_number_five_of_sixteen_is_unplugged(laboratory, deploy):
 
 def test_number_five_of_sixteen_is_stopped_for_a_while(laboratory, deploy):
     lab = slow_laboratory(laboratory, 16)
-    run = deploy(lab, IMAGE, UNICAST)
+    run = deploy(lab, SHORT, UNICAST)
     run.wait_received(400000)
     victim = run.clients[4]
     victim.signal(signal.SIGSTOP)

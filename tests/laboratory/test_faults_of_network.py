@@ -36,6 +36,7 @@ def relayed(relay):
 WAYS = {"shuffle": 30, "twice": 40, "later": 10, "damage": 20, "forge": 10}
 
 
+SIZE = 2500000
 #: Of these nothing can be used where the right ones do not come as well.
 USELESS = ("later", "forge")
 
@@ -52,7 +53,7 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead, chain):
             firewall(host, "input", "ip ttl 8 ip daddr 224.0.0.0/4 drop")
         else:
             host.lose(WAYS[way])
-    run = deploy(lab, IMAGE[:4000000], ["--rate", "20M", "--buffer-packets", "64" if instead else "128", "--chain", chain],
+    run = deploy(lab, IMAGE[:SIZE], ["--rate", "20M", "--buffer-packets", "64" if instead else "128", "--chain", chain],
                  clients=0, places=3)
     # What others forge from their own address is nothing to a client.
     relay = start_relay(run, spare, way, "stranger" if way == "forge" and not instead else "server")
@@ -60,7 +61,7 @@ def test_datagrams_tampered_with(laboratory, deploy, way, instead, chain):
         run.add_client(host)
     run.finish()
     run.check_complete()
-    packets = -(-4000000 // 1460)
+    packets = -(-SIZE // 1460)
     # With nothing but forgeries or what comes too late the server gives multicast up, but for its probes.
     assert relayed(relay) > (0.1 if instead and way in USELESS else 0.5) * packets, str(run)
     for client in run.clients:

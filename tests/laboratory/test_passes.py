@@ -59,7 +59,7 @@ def test_who_comes_late_gets_the_rest_with_the_others_and_then_the_beginning(beg
     assert [bool(one["late"]) for one in rows] == 3 * [False] + 3 * [True], str(run)
     missed = passes(run)[0]
     assert len(passes(run)) == 1 and missed < len(IMAGE), "one pass for them all\n%s" % run
-    assert brought(run) <= 1.02 * (len(IMAGE) + missed), str(run)
+    assert brought(run) <= 1.1 * (len(IMAGE) + missed), str(run)
 
 
 def test_a_pipe_that_comes_late_gets_all_of_it_in_a_pass_that_nobody_else_waits_for(begin):
@@ -125,7 +125,7 @@ def test_a_server_that_is_killed_and_started_again_goes_on_with_those_who_were_t
     again.finish()
     run.check_complete(*run.clients)
     assert again.server.poll() == 0, str(again)
-    assert brought(again) < 0.7 * len(IMAGE), str(again)
+    assert brought(again) < 0.8 * len(IMAGE), str(again)
 
 
 @pytest.mark.parametrize("rate", [["--rate", "40M"], ["--rate", "auto", "--buffer-packets", "1000"]], ids=["fixed", "auto"])

@@ -156,10 +156,21 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """The path of a kmcast.pyz."""
+    """The path of a kmcast.pyz, into which what Python would make of it at each start is put as well."""
     path = tmp_path_factory.mktemp("packed") / "kmcast.pyz"
     subprocess.check_call(["sh", os.path.join(helpers.ROOT, "build_pyz.sh"), str(path)])
+    subprocess.check_call([NEWEST, "-c", COMPILE, helpers.KMCAST, str(path)])
     return path
+
+
+COMPILE = """
+import py_compile, sys, zipfile
+source, archive = sys.argv[1:]
+if sys.version_info >= (3, 7):
+    py_compile.compile(source, archive + "c", invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.write(archive + "c", "__main__.pyc")
+"""
 
 
 @pytest.fixture
@@ -260,9 +271,10 @@ def test_on_by_http_when_it_fails(lines, machines):
     hosts = machines()
     hosts[0].run("mkdir -p /srv/www && tar cf /srv/www/images.tar image.tgz")
     web = hosts[0].start("exec python3 -m http.server 80 --directory /srv/www")
+    hosts[0].run("until grep -q ':0050 00000000:0000 0A' /proc/net/tcp; do sleep 0.1; done")      # it listens on port 80
     try:
         for host in hosts[1:]:
-            host.run("mkdir /srv/images && " + lines[1].replace("--wait 600", "--wait 5"))
+            host.run("mkdir /srv/images && " + lines[1].replace("--wait 600", "--wait 1"))
             same = host.get("/srv/images/image.tgz") == IMAGE
             assert same, host.address
     finally:
@@ -464,9 +476,8 @@ def closed(hosts):
     server.stop()
 
 
-@recipe("Firewalls")
-def test_firewalls(lines, machines):
-    hosts = machines()
+def opened(hosts, lines):
+    """Close the firewalls of all hosts, open them as a recipe says, and see that an image gets through."""
     closed(hosts)
     for host in hosts:
         host.run("\n".join(["set -e"] + lines))
@@ -474,14 +485,16 @@ def test_firewalls(lines, machines):
     check_image(*hosts)
 
 
+@recipe("Firewalls")
+def test_firewalls(lines, machines):
+    opened(machines(), lines)
+
+
 @recipe("Firewalls, with nftables")
 def test_firewalls_with_nftables(lines, machines):
     """Also for the chain."""
     hosts = machines()
-    closed(hosts)
-    for host in hosts:
-        host.run("\n".join(["set -e"] + lines))
-    heard(follow(hosts, "kmcast server -i image.tgz auto 40", "kmcast client -o image.tgz auto 10.0.0.1"))
+    opened(hosts, lines)
     stderr, _ = follow(hosts, "kmcast server --unicast -i image.tgz auto 40", "kmcast client -o image.tgz auto 10.0.0.1")[0]
     assert "from client to client" in stderr and "open TCP port" not in stderr, stderr
     check_image(*hosts)

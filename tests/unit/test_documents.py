@@ -39,7 +39,7 @@ def read(*path):
 
 def run(*arguments):
     """Standard output of kmcast."""
-    return subprocess.check_output([sys.executable, helpers.KMCAST] + list(arguments)).decode("ascii")
+    return subprocess.check_output([sys.executable, helpers.compiled(sys.executable)] + list(arguments)).decode("ascii")
 
 
 def split_option(text):

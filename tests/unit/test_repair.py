@@ -1,5 +1,6 @@
 """Coded repair: combinations that repair everybody at once, and the ways in which a pass can go wrong."""
 
+import math
 import random
 import struct
 import zlib
@@ -38,8 +39,15 @@ def combine(requests, *most):
 
 def losses(clients, packets, share, seed=1):
     """What each of `clients` lost of `packets`, independently: a list of lists of places."""
-    generator = random.Random(seed)
-    return [[place for place in range(packets) if generator.random() < share] for _ in range(clients)]
+    generator, places = random.Random(seed), []
+    for _ in range(clients):
+        places.append([])
+        place = -1
+        while place < packets:
+            place += 1 + int(math.log(1 - generator.random()) / math.log(1 - share))        # so many others come through
+            places[-1].append(place)
+        places[-1].pop()
+    return places
 
 
 def check_groups(requests, groups):
