@@ -423,8 +423,9 @@ TOKEN_SIZE = 16                         # what a follower says first to its upst
 LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
-# What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room')
+# What a client tells of itself in STATE, besides what it is `busy` with: numbers, and texts.
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'round_trip')
+FACTS = ('python', 'kernel', 'datagrams')
 
 
 def payload_for(mtu):
@@ -3908,6 +3909,11 @@ def interfaces():
             for name, address in entries]
 
 
+def versions():
+    """Python's version, and the kernel's, as texts."""
+    return {'python': '%d.%d.%d' % sys.version_info[:3], 'kernel': os.uname()[2]}
+
+
 def described(known):
     """What interfaces() returned, for a user who has to choose one."""
     return ', '.join('%s (%s)' % entry for entry in known) or 'none with an IPv4 address'
@@ -4058,6 +4064,8 @@ class StopInOrder(object):
 
 TCP_USER_TIMEOUT = 18                   # Linux's number, of which older Python versions lack the name
 MSG_MORE = 0x8000
+# Where struct tcp_info has round trips, in microseconds: the least (since Linux 4.6), and the usual one.
+TCP_INFO_TIMES = (148, 68)
 
 
 class Gone(Exception):
@@ -4165,6 +4173,15 @@ class Connection(object):
         if acknowledged > self._acknowledged:
             self._acknowledged = acknowledged
             self.moved = monotonic()
+
+    def round_trip(self):
+        """Microseconds to the other end's kernel and back; None if ours does not tell: tcp(7), TCP_INFO."""
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OS_ERRORS:
+            return None
+        times = [struct.unpack_from('@I', info, at)[0] for at in TCP_INFO_TIMES if len(info) >= at + 4]
+        return ([time for time in times if 0 < time < MASK] or [None])[0]
 
     def show_life(self, message):
         """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone.
@@ -4698,7 +4715,8 @@ class ServerWindow(object):
     def _state(member, fields):
         """What a client says of itself: what it is doing, and figures for the report."""
         member.busy = field(fields, 'busy', TEXT, optional=True)
-        member.figures = dict((key, field(fields, key, NUMBER)) for key in FIGURES if key in fields)
+        member.figures = dict((key, field(fields, key, kinds)) for keys, kinds in ((FIGURES, NUMBER), (FACTS, TEXT))
+                              for key in keys if key in fields)
 
     @staticmethod
     def _neighbour(member, fields):
@@ -7775,7 +7793,9 @@ def server_rows(server):
             'seconds': member.ended and server.started and round(
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
         if server.options.rehearsal:
-            rows[-1].update(room=member.figures.get('room'), socket_buffer=member.figures.get('socket_buffer'))
+            rows[-1].update((key, member.figures.get(key)) for key in (
+                'room', 'socket_buffer', 'python', 'kernel', 'datagrams'))
+            rows[-1].update(round_trip=member.figures.get('round_trip') and member.figures['round_trip'] / 1e6)
             rows[-1].update(wrong=member.wrong, heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
@@ -7847,13 +7867,27 @@ def in_columns(lines, more):
 def check_table(rows, most):
     """Lines of a table of the hosts of a rehearsal, `most` at the most: which share of each stage they heard."""
     stages = [stage.name for stage in Rehearsal.STAGES]
-    lines = [['host', 'address', 'multicast'] + stages + ['room', 'buffer']]
+    lines = [['host', 'address', 'multicast'] + stages]
     for row in rows[:most]:
         heard = row.get('heard', {})
         lines.append([row['host'] or '?', row['address'] or '?', 'works' if row['result'] == 'complete' else row.get('wrong') or row['result']]
-                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages]
-                     + ['-' if row.get(name) is None else amount(row[name]) for name in ('room', 'socket_buffer')])
+                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages])
     return in_columns(lines, len(rows) - most)
+
+
+# What there is to know of a host before a transfer: the head of its column, its key, and it in words.
+FITTINGS = (('TCP', 'round_trip', lambda seconds: '%.3g ms' % (1e3 * seconds)), ('room', 'room', amount),
+            ('buffer', 'socket_buffer', amount), ('datagrams', 'datagrams', str), ('Python', 'python', str),
+            ('kernel', 'kernel', str))
+
+
+def fittings_table(rows, most):
+    """Lines of a table of the hosts of a rehearsal, `most` at the most: what else there is to know of each."""
+    rows = [row for row in rows if row.get('python')]
+    lines = [['host'] + [head for head, _, _ in FITTINGS]]
+    for row in rows[:most]:
+        lines.append([row['host']] + ['-' if row[key] is None else words(row[key]) for _, key, words in FITTINGS])
+    return in_columns(lines, len(rows) - most) if rows else ()
 
 
 def never_came(server, rows):
@@ -7870,7 +7904,7 @@ def check_summary(server, rows, most):
             yield ERROR, '%s: %s%s' % (named(row), 'refused, ' if row['result'] == 'refused' else '', row['reason'])
     if server.failure:
         yield ERROR, server.failure
-    for line in check_table(rows, most):
+    for line in list(check_table(rows, most)) + list(fittings_table(rows, most)):
         yield INFO, line
     for line in never_came(server, rows):
         yield ERROR, line
@@ -10245,8 +10279,9 @@ class Client(object):
         if self.overflows is not None:
             figures['overflows'] = self.overflows
         if self.rehearsal:
-            figures['socket_buffer'] = self.receiver.socket_buffer
-            figures.update({} if self.room is None else {'room': self.room})
+            more = dict(versions(), socket_buffer=self.receiver.socket_buffer, datagrams=self.receiver.way,
+                        room=self.room, round_trip=self.server.round_trip())
+            figures.update((key, value) for key, value in more.items() if value is not None)
         return figures
 
     def _check_stall(self):

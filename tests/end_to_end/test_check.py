@@ -95,6 +95,8 @@ def test_the_report_says_what_each_client_heard_and_has_room_for(tmp_path):
     row = json.loads((tmp_path / "report").read_bytes().decode("ascii"))["hosts"][0]
     assert row["result"] == "complete" and row["wrong"] is None and row["heard"]["10M"] > 0.9
     assert row["room"] > 0 and row["socket_buffer"] > 0
+    assert row["round_trip"] > 0 and row["datagrams"] in ("gso", "mmsg", "plain")
+    assert row["python"] == helpers.version_name(helpers.newest()) and row["kernel"] == os.uname()[2]
 
 
 def test_wrong_minutes_are_wrong_usage():
