@@ -424,8 +424,8 @@ LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
 # What a client tells of itself in STATE, besides what it is `busy` with: numbers, and texts.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'round_trip')
-FACTS = ('python', 'kernel', 'datagrams')
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'round_trip', 'write_speed')
+FACTS = ('unwritable', 'python', 'kernel', 'datagrams')
 
 
 def payload_for(mtu):
@@ -3104,6 +3104,31 @@ def remove(path):
     return True
 
 
+TRIAL = 64 << 20                        # bytes that are written to see how fast that goes, at the most,
+TRIAL_TIME = 0.5                        # and seconds after which no more are
+
+
+def try_writing(folder, prefix, room):
+    """Write a new file, bring it to the disk, and have nothing of it left: bytes a second.  Raises OS_ERRORS.
+
+    room: bytes that there are, of which others may need some; None: nobody knows.
+    """
+    most = TRIAL if room is None else min(TRIAL, max(4096, room // 2))
+    block = memoryview(os.urandom(1 << 20))         # which nothing on the way can compress
+    path = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+    with uninterruptible:               # its name is gone at once, and it ends with its descriptor
+        file = io.open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb', buffering=0)
+        remove(path)
+    with file:
+        size, began = 0, monotonic()
+        while size < most and monotonic() - began < TRIAL_TIME:
+            goal = min(most, max(len(block), 2 * size))
+            while size < goal:
+                size += uninterrupted(os.write, file.fileno(), block[:goal - size])
+            os.fsync(file.fileno())
+        return int(size / max(1e-6, monotonic() - began))
+
+
 # What makes a file system keep room for a file, fallocate(2); not posix_fallocate(3), which writes zeros where it cannot.
 fallocate = getattr(LIBC, 'fallocate64', None) or getattr(LIBC, 'fallocate', None)
 if fallocate:
@@ -3173,7 +3198,7 @@ class Sink(object):
                 if is_mount_point(self._target):
                     raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
                                   'use "> FILE", or another FILE')
-                self._open_temporary(folder, '.%s.' % name[:60])
+                self._open_temporary(folder, self._prefix(name))
                 self.seeks = True
             if self._resume and not self._target:
                 raise OSError(errno.EINVAL, '--resume is for a file, which can have a journal beside it')
@@ -3245,6 +3270,16 @@ class Sink(object):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
                 self._place = None      # so the next write goes to its own
         return room
+
+    def trial(self, room):
+        """How fast a file is written beside the target, bytes a second; room: as room() has it.  Raises OS_ERRORS."""
+        folder, name = os.path.split(self._target)
+        return try_writing(folder, self._prefix(name), room)
+
+    @staticmethod
+    def _prefix(name):
+        """With what the names of all begin that is written in the place of a file."""
+        return '.%s.' % name[:60]
 
     def expect(self, size):
         """The image will have so many bytes: find out whether there is room.  Raises Failure."""
@@ -7342,6 +7377,8 @@ WORDS = {
     'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
     'rehearsal': (INFO, 'this is a rehearsal: nothing is written, and no command is started'),
+    'tried': (INFO, 'a file of its own took %(speed)s/s where the image would be, and is gone'),
+    'untried': (INFO, 'the output is no file, so nothing tries how fast it takes the image'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
     'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
@@ -7369,12 +7406,24 @@ ADVICE = {
     'stopped': 'multicast reached it, and then no more: a switch on the way has IGMP snooping but no querier; give it one '
                '(on a router, or the switch itself), or turn snooping off',
     'lossy': 'it loses more than a tenth even at low rates: look at its cable and port (errors, half duplex), at Wi-Fi on '
-             'the way, and at limits for multicast in the switch (storm control)'}
+             'the way, and at limits for multicast in the switch (storm control)',
+    'unwritable': 'the image cannot be written where its -o points: %(unwritable)s; make room there, or give another FILE'}
 
 
-def advice(wrong):
-    """The words for what a rehearsal found wrong."""
-    return ADVICE.get(wrong, wrong)
+def findings(wrong, facts):
+    """What a rehearsal found wrong with a client: [(key, in words)], the worst first.
+
+    wrong: with how it hears multicast; None: nothing; facts: what it told of itself.
+    """
+    found = [wrong] if wrong else []
+    if facts.get('unwritable'):
+        found.append('unwritable')
+    return [(key, ADVICE[key] % facts if key in ADVICE else key) for key in found]
+
+
+def findings_of(server, member):
+    """The findings on a member; none where nothing is rehearsed."""
+    return findings(member.wrong, member.figures) if server.options.rehearsal else []
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
@@ -7779,8 +7828,9 @@ def server_rows(server):
     """What became of each host, worst first: dicts with the keys of the report."""
     rows = []
     for member in server.roster.everyone:
-        complete = member.outcome == 'complete' and not member.wrong
-        reason = None if complete else advice(member.wrong) or member.outcome or whose(server.failure) or 'unknown'
+        found = findings_of(server, member)
+        complete = member.outcome == 'complete' and not found
+        reason = None if complete else '; '.join(words for _, words in found) or member.outcome or whose(server.failure) or 'unknown'
         rows.append({
             'host': member.host, 'address': member.address,
             'result': 'complete' if complete else 'failed', 'reason': reason,
@@ -7794,9 +7844,9 @@ def server_rows(server):
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
         if server.options.rehearsal:
             rows[-1].update((key, member.figures.get(key)) for key in (
-                'room', 'socket_buffer', 'python', 'kernel', 'datagrams'))
+                'room', 'write_speed', 'unwritable', 'socket_buffer', 'python', 'kernel', 'datagrams'))
             rows[-1].update(round_trip=member.figures.get('round_trip') and member.figures['round_trip'] / 1e6)
-            rows[-1].update(wrong=member.wrong, heard=dict(
+            rows[-1].update(wrong=found[0][0] if found else None, heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
     missing = server.roster.missing
@@ -7864,20 +7914,25 @@ def in_columns(lines, more):
         yield 'and %d more (-v shows all)' % more
 
 
+def hears(row):
+    """Whether multicast works for a host of a rehearsal."""
+    return row['result'] == 'complete' or row.get('wrong') == 'unwritable'
+
+
 def check_table(rows, most):
     """Lines of a table of the hosts of a rehearsal, `most` at the most: which share of each stage they heard."""
     stages = [stage.name for stage in Rehearsal.STAGES]
     lines = [['host', 'address', 'multicast'] + stages]
     for row in rows[:most]:
         heard = row.get('heard', {})
-        lines.append([row['host'] or '?', row['address'] or '?', 'works' if row['result'] == 'complete' else row.get('wrong') or row['result']]
+        lines.append([row['host'] or '?', row['address'] or '?', 'works' if hears(row) else row.get('wrong') or row['result']]
                      + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages])
     return in_columns(lines, len(rows) - most)
 
 
 # What there is to know of a host before a transfer: the head of its column, its key, and it in words.
 FITTINGS = (('TCP', 'round_trip', lambda seconds: '%.3g ms' % (1e3 * seconds)), ('room', 'room', amount),
-            ('buffer', 'socket_buffer', amount), ('datagrams', 'datagrams', str), ('Python', 'python', str),
+            ('written', 'write_speed', lambda speed: amount(speed) + '/s'), ('buffer', 'socket_buffer', amount), ('datagrams', 'datagrams', str), ('Python', 'python', str),
             ('kernel', 'kernel', str))
 
 
@@ -7909,7 +7964,7 @@ def check_summary(server, rows, most):
     for line in never_came(server, rows):
         yield ERROR, line
     yield INFO, 'multicast works for %d of %s' % (
-        len([row for row in rows if row['result'] == 'complete']), counted(server.roster.places, 'client'))
+        len([row for row in rows if hears(row)]), counted(server.roster.places, 'client'))
 
 
 def server_summary(server, rows, most):
@@ -8996,8 +9051,9 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        failed = [member for member in roster.everyone if member.outcome != 'complete' or member.wrong]
-        served = roster.served - len([member for member in roster.everyone if member.wrong])
+        wrong = [member for member in roster.everyone if findings_of(self, member)]
+        failed = wrong + [member for member in roster.everyone if member.outcome != 'complete']
+        served = roster.served - len(wrong)
         complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
@@ -9600,6 +9656,7 @@ class Client(object):
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
     AT_ONCE = 512 << 10                 # bytes from the server in a turn
+    LEAST_ROOM = 1 << 20                # bytes that any image has, for a rehearsal
     KEYED_RANGES = 150                  # that we hold, in a HELLO which is to be short
 
     def __init__(self, options, signals):
@@ -9624,7 +9681,7 @@ class Client(object):
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.rehearsal = False          # nothing is written: the server said so,
-        self.room = None                # and this is how many bytes could be
+        self.tried = {}                 # and so it was tried what could be, by the names of FIGURES and FACTS
         self.says = {}                  # what the server said of its state
         self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
@@ -9666,11 +9723,11 @@ class Client(object):
         if not self.fallback:
             self._say_done()
             self._see_follower_off()
-        wrong = self.rehearsal and self._fields.get('wrong')
+        wrong = findings(field(dict({'wrong': None}, **self._fields), 'wrong', TEXT, True), self.tried) if self.rehearsal else []
         code = FAILED if wrong else OK
         tell('client_ended', client=self, code=code)
         if wrong:
-            self.failure = 'the rehearsal failed: %s' % advice(field(self._fields, 'wrong', TEXT))
+            self.failure = 'the rehearsal failed: ' + '; '.join(words for _, words in wrong)
             tell('failed', reason=self.failure)
         return code
 
@@ -10004,12 +10061,28 @@ class Client(object):
             raise Failure('the server has %s now' % ('a rehearsal, and no image,' if rehearsal else 'an image, and no rehearsal,'))
         if rehearsal and not self.rehearsal:
             self.rehearsal, options = True, self.options
-            self.room = self.sink.room()
+            tell('rehearsal')
+            self._try_output()
             options.expect_name = options.expect_size = options.expect_sha256 = None
             self.sink.close()
             self.sink = NoSink()
             self.copy = Copy(self.sink)
-            tell('rehearsal')
+
+    def _try_output(self):
+        """Find out whether there is room for the image, and how fast a file is written where it would be."""
+        tried, room = self.tried, self.sink.room()
+        if room is not None:
+            tried['room'] = room
+        if room is not None and room < (self.options.expect_size or self.LEAST_ROOM):
+            tried['unwritable'] = 'there is room for %s only' % counted(room, 'byte')
+        elif not self.sink.is_file:
+            tell('untried')
+        else:
+            try:
+                tried['write_speed'] = self.sink.trial(room)
+                tell('tried', speed=amount(tried['write_speed']))
+            except OS_ERRORS as error:
+                tried['unwritable'] = explain(error)
 
     def _check_image(self, telling):
         """Before anything is written: is it the image that is expected?  Raises Failure.
@@ -10279,9 +10352,9 @@ class Client(object):
         if self.overflows is not None:
             figures['overflows'] = self.overflows
         if self.rehearsal:
-            more = dict(versions(), socket_buffer=self.receiver.socket_buffer, datagrams=self.receiver.way,
-                        room=self.room, round_trip=self.server.round_trip())
-            figures.update((key, value) for key, value in more.items() if value is not None)
+            figures.update(self.tried, socket_buffer=self.receiver.socket_buffer, datagrams=self.receiver.way, **versions())
+            round_trip = self.server.round_trip()
+            figures.update({'round_trip': round_trip} if round_trip else {})
         return figures
 
     def _check_stall(self):

@@ -94,9 +94,40 @@ def test_the_report_says_what_each_client_heard_and_has_room_for(tmp_path):
     assert server.finish()[0] == 0
     row = json.loads((tmp_path / "report").read_bytes().decode("ascii"))["hosts"][0]
     assert row["result"] == "complete" and row["wrong"] is None and row["heard"]["10M"] > 0.9
-    assert row["room"] > 0 and row["socket_buffer"] > 0
+    assert row["room"] > 0 and row["write_speed"] > 0 and row["unwritable"] is None and row["socket_buffer"] > 0
     assert row["round_trip"] > 0 and row["datagrams"] in ("gso", "mmsg", "plain")
     assert row["python"] == helpers.version_name(helpers.newest()) and row["kernel"] == os.uname()[2]
+
+
+def test_what_is_no_file_is_not_tried(tmp_path):
+    """A FIFO and a device get no byte."""
+    port, report, fifo = helpers.free_port(), tmp_path / "report", str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    server = start_check(2, port, None, "--report", str(report))
+    clients = [helpers.start_client(["-o", path, LOOPBACK, LOOPBACK, port]) for path in (fifo, "/dev/full")]
+    for client in clients:
+        code, stderr, _ = client.finish()
+        assert code == 0 and "the output is no file" in stderr, stderr
+    assert server.finish()[0] == 0
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+    for row in json.loads(report.read_bytes().decode("ascii"))["hosts"]:
+        assert row["write_speed"] is None and row["wrong"] is None
+
+
+def test_a_client_that_has_no_room_for_the_image_it_expects_makes_both_fail(tmp_path):
+    port, report = helpers.free_port(), tmp_path / "report"
+    server = start_check(2, port, None, "--report", str(report))
+    good = helpers.start_client([LOOPBACK, LOOPBACK, port])
+    full = helpers.start_client(["--expect-size", 1 << 62, "-o", str(tmp_path / "image"), LOOPBACK, LOOPBACK, port])
+    code, stderr, _ = full.finish()
+    assert code == 1 and "the image cannot be written where its -o points: there is room for" in stderr, stderr
+    assert good.finish()[0] == 0
+    code, stderr, _ = server.finish()
+    assert code == 3 and "make room there" in stderr and "multicast works for 2 of 2 clients" in stderr, stderr
+    row = json.loads(report.read_bytes().decode("ascii"))["hosts"][0]
+    assert row["wrong"] == "unwritable" and "there is room for" in row["unwritable"] and row["result"] == "failed"
 
 
 def test_wrong_minutes_are_wrong_usage():

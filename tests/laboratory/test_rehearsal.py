@@ -1,9 +1,23 @@
 """kmcast check where the network, or a firewall, takes multicast away: who is concerned, and what to do."""
 
+import json
+import subprocess
 import time
+
+import pytest
 
 import helpers
 from deployment import firewall, no_file
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory on a file system of 2 MiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.check_call(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)])
+    yield path
+    subprocess.check_call(["umount", "-l", str(path)])
 
 
 def rehearse(lab, minutes, tmp_path, meanwhile=None):
@@ -51,3 +65,24 @@ def test_a_host_that_loses_much(laboratory, tmp_path):
     (code, said), lossy, good = rehearse(lab, 0.05, tmp_path)
     assert code == 3 and "loses more than a tenth" in said, said
     assert (lossy[0], good[0]) == (1, 0)
+
+
+@pytest.mark.parametrize("left", [0, 100000])
+def test_a_client_whose_output_is_on_a_full_disk(left, laboratory, small_disk, tmp_path):
+    lab = laboratory(clients=2)
+    (small_disk / "other").write_bytes(bytes((2 << 20) - left))
+    server = helpers.start_kmcast(["check", "--minutes", 0.05, "--report", str(tmp_path / "report"), lab.server.address, 2,
+                                   18383], host=lab.server)
+    server.wait_stderr("waiting for")
+    full, good = [helpers.start_client(["-o", str(folder / "image"), host.address, lab.server.address], host=host)
+                  for host, folder in zip(lab.clients, (small_disk, tmp_path))]
+    code, said, _ = full.finish(60)
+    assert code == 1 and "the image cannot be written where its -o points: there is room for" in said, said
+    assert good.finish(60)[0] == 0
+    code, said, _ = server.finish(60)
+    assert code == 3 and "multicast works for 2 of 2 clients" in said, said
+    assert "%s (%s): the image cannot be written where its -o points" % (lab.clients[0].name, lab.clients[0].address) in said, said
+    rows = json.loads((tmp_path / "report").read_text())["hosts"]
+    assert [row["wrong"] for row in rows] == ["unwritable", None] and rows[0]["room"] < 1 << 20
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
+    assert not [path for path in tmp_path.iterdir() if "image" in path.name]
