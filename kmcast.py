@@ -1883,6 +1883,7 @@ SO_TIMESTAMPNS = 35
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
 SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
+AMPLE = 4 << 20                         # bytes with which it can look away for a moment
 
 # These mean that a way of sending does not work here, not that a packet
 # could not be sent (udp(7); EIO: no checksum offload on this device).
@@ -4495,6 +4496,7 @@ class Member(object):
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
         self.relay_words = 0
+        self.reached = None             # whether a follower could connect to it, once one has tried
         self.done_at = {}               # number -> when it was through with the round
         self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
@@ -5483,13 +5485,14 @@ class Link(object):
     """A client takes its packets from another one.
 
     up      whether the follower was told so: the upstream listens
+    held    whether the follower said that it is connected, as it does in a rehearsal
     """
 
     def __init__(self, upstream, follower, now):
         self.upstream, self.follower, self.since = upstream, follower, now
         self.token = os.urandom(TOKEN_SIZE)
         self.port = None                # where the upstream listens
-        self.up = False
+        self.up = self.held = False
 
 
 class Chain(object):
@@ -5507,6 +5510,7 @@ class Chain(object):
     JIFFY = 1.0                         # seconds that nobody is blamed for
     PATIENCE = 5.0                      # seconds between two that are
     SLOW = 3                            # rounds in a row in which a client holds its followers up
+    TRIAL = 6.0                         # seconds for a follower to connect, in a rehearsal
 
     def __init__(self, dialect):
         self.dialect = dialect
@@ -5601,6 +5605,8 @@ class Chain(object):
                 self._fails(link, 'it cannot listen: %s' % said.get('reason'), now, False, mending)
         elif member is link.follower and said.get('lost') and link.upstream.outcome != 'complete':
             self._fails(link, said['lost'], now, said['connected'], mending)
+        elif member is link.follower and said.get('connected'):
+            link.held = link.upstream.reached = True
 
     def through(self, seconds, number, now):
         """All are through with a round, which took so long since the one before."""
@@ -5660,6 +5666,23 @@ class Chain(object):
         self._news = []
         return messages
 
+    # ---- a rehearsal
+
+    def tried(self, now):
+        """Whether each follower has connected to its upstream, or had the time to."""
+        return all(link.held or now - link.since > self.TRIAL for link in self.links.values())
+
+    def turn(self, now):
+        """The first goes to the end, so that the last one has a follower, too."""
+        if self.order:
+            self._to_the_end(self.order[0])
+            self._wire(now)
+
+    def dissolve(self, now):
+        """It is for nobody any more."""
+        self._inside.clear()
+        self._wire(now)
+
     # ---- how it is made
 
     @staticmethod
@@ -5676,6 +5699,8 @@ class Chain(object):
         upstream, follower = link.upstream, link.follower
         self._lost.setdefault(upstream, set()).add(follower)
         tell('chain_broken', upstream=upstream, follower=follower, reason=reason)
+        if link.port and not connected:
+            upstream.reached = upstream.reached or False
         if link.port and not connected and len(self._lost[upstream]) == 1:
             tell('relay_unreachable', upstream=upstream, follower=follower, reason=reason, port=link.port)
         if not mending:
@@ -5826,6 +5851,7 @@ class Relay(object):
         self._staging = bytearray(2 * self.SMALL)
         self._scratch = None
         self.trickles = False           # the upstream sends less than we can take
+        self.rehearsal = False          # it brings nothing, but the server wants to know whether it could
 
     @property
     def active(self):
@@ -5833,7 +5859,7 @@ class Relay(object):
         return bool(self._watched)
 
     streams = property(lambda self: [end.fileno() for end in (self._upstream, self._follower) if end])
-    following = property(lambda self: self._connected)
+    following = property(lambda self: self._connected and not self.rehearsal)
 
     # ---- descriptors
 
@@ -6082,6 +6108,8 @@ class Relay(object):
         upstream.begin(STALL)
         upstream.flush()
         self._watch(upstream, select.POLLIN)
+        if self.rehearsal:
+            self._say(SessionDialect.relay(self._upstream_token, connected=True))
 
     def _read(self, now):
         """Take some of what has come; returns (bytes, whether there may be more).  Raises Gone, ProtocolError.
@@ -7223,6 +7251,8 @@ class Rehearsal(Course):
 
     It goes from one stage to the next as long as somebody hears most of it.  The last one is slow,
     and lasts until the end: it shows whether multicast is cut off after a while.
+
+    Meanwhile there is a chain of which everybody is the upstream of somebody for once, from a round on that never comes.
     """
 
     STAGES = (Stage('10M', 10e6, 2.0), Stage('100M', 100e6, 2.0), Stage('1G', 1e9, 0.5),
@@ -7230,23 +7260,63 @@ class Rehearsal(Course):
     SENSE = 0.5                         # share that somebody must hear for a faster stage to make sense
     WELL = 0.9                          # share that all must hear of the first stage
     STOPPED = 2                         # rounds in a row of which who heard some before hears nothing
+    NEVER = 1 << 30                     # rounds from now on
 
     def __init__(self, seconds, *arguments):
-        """seconds: from the start to the end; arguments: as a Course takes them."""
+        """seconds: from the first round to the end; arguments: as a Course takes them."""
         Course.__init__(self, *arguments)
         self._seconds = seconds
+        self._began = None              # when the first round was sent, as all were ready for it, seconds
         self._stage = 0
         self._stages = {}               # part of the image -> its Stage
         self._stage_began = None        # seconds
         self.control, self._rate = None, self.STAGES[0].rate
+        self._relays = Chain(self.dialect)
+        self._trials = collections.deque([self._build, self._relays.turn, self._relays.dissolve])
 
     def enough(self):
         """Whether the image is to end."""
-        return self._started and self.hands.now() - self.pass_began >= self._seconds
+        return self._began is not None and self.hands.now() - self._began >= self._seconds
+
+    def sent(self, sending):
+        """What next() returned was multicast."""
+        if self._began is None:
+            self._began = self.hands.now()
+        Course.sent(self, sending)
+
+    # ---- the chain
+
+    def look(self, now):
+        """As a Course does."""
+        due, news = now >= self._next_look, Course.look(self, now)
+        if due and self._began is not None and not self.enough():
+            self._relays.look(now)
+            if self._trials and self._relays.tried(now):
+                self._trials.popleft()(now)
+            self._publish_chain()
+        return news
+
+    def _build(self, now):
+        self._relays.build(self.roster.here, now, wait=False)
+
+    def _publish_chain(self, _number=None):
+        messages = self._relays.changes((self.rounds + self.NEVER) & MASK)
+        if messages:
+            self.hands.do(Step('chain', messages=messages))
+
+    def _hear_left(self, member, more, now):
+        self._relays.leave(member, now)
+        Course._hear_left(self, member, more, now)
+
+    def _hear_relay(self, member, said, now):
+        if not self.enough():           # then who ends can be connected to no more
+            self._relays.heard(member, said, now)
+
+    # ---- the stages
 
     def _grow(self):
         now = self.hands.now()
-        if self._started:
+        if self._began is not None:
             self._stage_began = self._stage_began or now
             if now - self._stage_began >= self.STAGES[self._stage].seconds:
                 self._stage = self._stage + 1 if self._makes_sense() else len(self.STAGES) - 1
@@ -7377,7 +7447,8 @@ WORDS = {
     'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
     'rehearsal': (INFO, 'this is a rehearsal: nothing is written, and no command is started'),
-    'tried': (INFO, 'a file of its own took %(speed)s/s where the image would be, and is gone'),
+    'tried': (INFO, 'a trial file took %(speed)s/s where the image would be; it is gone again'),
+    'hint': (WARNING, '%(text)s'),
     'untried': (INFO, 'the output is no file, so nothing tries how fast it takes the image'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
@@ -7407,8 +7478,12 @@ ADVICE = {
                '(on a router, or the switch itself), or turn snooping off',
     'lossy': 'it loses more than a tenth even at low rates: look at its cable and port (errors, half duplex), at Wi-Fi on '
              'the way, and at limits for multicast in the switch (storm control)',
-    'unwritable': 'the image cannot be written where its -o points: %(unwritable)s; make room there, or give another FILE'}
-
+    'unwritable': 'the image cannot be written where its -o points: %(unwritable)s; make room there, or give another FILE',
+    'unreachable': 'another client cannot connect to it, so it could not pass the image on where multicast does not reach: let '
+                   'TCP to the port of the session pass its firewall',
+    'buffer': 'its receive buffer is small, so it may lose what comes fast: run the client as root, or raise net.core.rmem_max '
+              '(sysctl)'}
+HINTS = ('unreachable', 'buffer')       # what is no reason for a rehearsal to fail
 
 def findings(wrong, facts):
     """What a rehearsal found wrong with a client: [(key, in words)], the worst first.
@@ -7418,12 +7493,21 @@ def findings(wrong, facts):
     found = [wrong] if wrong else []
     if facts.get('unwritable'):
         found.append('unwritable')
+    if facts.get('reached') is False:
+        found.append('unreachable')
+    if facts.get('socket_buffer', AMPLE) < AMPLE:
+        found.append('buffer')
     return [(key, ADVICE[key] % facts if key in ADVICE else key) for key in found]
 
 
 def findings_of(server, member):
     """The findings on a member; none where nothing is rehearsed."""
-    return findings(member.wrong, member.figures) if server.options.rehearsal else []
+    return findings(member.wrong, dict(member.figures, reached=member.reached)) if server.options.rehearsal else []
+
+
+def faults(found):
+    """Those findings for which a rehearsal fails."""
+    return [finding for finding in found if finding[0] not in HINTS]
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
@@ -7829,8 +7913,9 @@ def server_rows(server):
     rows = []
     for member in server.roster.everyone:
         found = findings_of(server, member)
-        complete = member.outcome == 'complete' and not found
-        reason = None if complete else '; '.join(words for _, words in found) or member.outcome or whose(server.failure) or 'unknown'
+        wrong = faults(found)
+        complete = member.outcome == 'complete' and not wrong
+        reason = None if complete else '; '.join(words for _, words in wrong) or member.outcome or whose(server.failure) or 'unknown'
         rows.append({
             'host': member.host, 'address': member.address,
             'result': 'complete' if complete else 'failed', 'reason': reason,
@@ -7846,7 +7931,8 @@ def server_rows(server):
             rows[-1].update((key, member.figures.get(key)) for key in (
                 'room', 'write_speed', 'unwritable', 'socket_buffer', 'python', 'kernel', 'datagrams'))
             rows[-1].update(round_trip=member.figures.get('round_trip') and member.figures['round_trip'] / 1e6)
-            rows[-1].update(wrong=found[0][0] if found else None, heard=dict(
+            rows[-1].update(wrong=wrong[0][0] if wrong else None, findings=[key for key, _ in found], reached=member.reached)
+            rows[-1].update(heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
     missing = server.roster.missing
@@ -7931,7 +8017,8 @@ def check_table(rows, most):
 
 
 # What there is to know of a host before a transfer: the head of its column, its key, and it in words.
-FITTINGS = (('TCP', 'round_trip', lambda seconds: '%.3g ms' % (1e3 * seconds)), ('room', 'room', amount),
+FITTINGS = (('TCP', 'round_trip', lambda seconds: '%.3g ms' % (1e3 * seconds)),
+            ('chain', 'reached', ('no', 'works').__getitem__), ('room', 'room', amount),
             ('written', 'write_speed', lambda speed: amount(speed) + '/s'), ('buffer', 'socket_buffer', amount), ('datagrams', 'datagrams', str), ('Python', 'python', str),
             ('kernel', 'kernel', str))
 
@@ -7961,6 +8048,10 @@ def check_summary(server, rows, most):
         yield ERROR, server.failure
     for line in list(check_table(rows, most)) + list(fittings_table(rows, most)):
         yield INFO, line
+    for hint in HINTS:
+        those = [row['host'] for row in rows if hint in row.get('findings', ())]
+        if those:
+            yield WARNING, '%s: %s' % (listed(those), ADVICE[hint])
     for line in never_came(server, rows):
         yield ERROR, line
     yield INFO, 'multicast works for %d of %s' % (
@@ -9051,7 +9142,7 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        wrong = [member for member in roster.everyone if findings_of(self, member)]
+        wrong = [member for member in roster.everyone if faults(findings_of(self, member))]
         failed = wrong + [member for member in roster.everyone if member.outcome != 'complete']
         served = roster.served - len(wrong)
         complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
@@ -9650,7 +9741,6 @@ class Client(object):
 
     NAP = 0.001                         # seconds, to let datagrams gather
     LONG_NAP = 0.008                    # the same for what comes by TCP, which nobody loses
-    AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
@@ -9682,6 +9772,7 @@ class Client(object):
         self.refused = False            # the server said BYE
         self.rehearsal = False          # nothing is written: the server said so,
         self.tried = {}                 # and so it was tried what could be, by the names of FIGURES and FACTS
+        self.wrong = None               # with how multicast is heard then: a key of ADVICE
         self.says = {}                  # what the server said of its state
         self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
@@ -9723,9 +9814,12 @@ class Client(object):
         if not self.fallback:
             self._say_done()
             self._see_follower_off()
-        wrong = findings(field(dict({'wrong': None}, **self._fields), 'wrong', TEXT, True), self.tried) if self.rehearsal else []
+        found = findings(self.wrong, self.figures()) if self.rehearsal else []
+        wrong = faults(found)
         code = FAILED if wrong else OK
         tell('client_ended', client=self, code=code)
+        for _, words in found[len(wrong):]:
+            tell('hint', text=words)
         if wrong:
             self.failure = 'the rehearsal failed: ' + '; '.join(words for _, words in wrong)
             tell('failed', reason=self.failure)
@@ -9900,6 +9994,7 @@ class Client(object):
             self._stall_timeout = self.dialect.client_stall
         self.server.begin(self._stall_timeout)
         self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
+        self.relay.rehearsal = self.rehearsal
         self._join()
         if self.writer:
             self.writer.go_on()
@@ -10137,7 +10232,7 @@ class Client(object):
         """Receive until the server's last word.  Raises Failure, ProtocolError, LinkClosed."""
         window, link = self.window, self.writer.link.child_fd
         tcp, udp = self.server.fileno(), self.receiver.fileno()
-        ample = self.receiver.socket_buffer >= self.AMPLE
+        ample = self.receiver.socket_buffer >= AMPLE
         control = select.poll()
         for fd in (tcp, link):
             control.register(fd, select.POLLIN)
@@ -10391,6 +10486,7 @@ class Client(object):
                 raise Failure(EMPTY)
             return True
         size = field(self._fields, 'bytes', NUMBER)
+        self.wrong = field(self._fields, 'wrong', TEXT, optional=True) if self.rehearsal else None
         digest = window.digest and digest_of(self._fields, 'sha256')
         if self.vouchers and not same(digest_of(self._fields, 'proof'), self.vouchers.of_end(size, digest)):
             raise Failure('the end is not vouched for: ' + NOT_VOUCHED)

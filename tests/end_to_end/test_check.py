@@ -14,6 +14,10 @@ SHORT = ["--minutes", 0.02]
 DEAF = ("join = kmcast.DatagramReceiver._join; kmcast.DatagramReceiver._join = "
         "lambda self, local_ip, group, *more: join(self, local_ip, '239.255.83.99', *more)")
 
+#: One that says that it listens where nobody does.
+CLOSED = ("relay = kmcast.SessionDialect.relay; kmcast.SessionDialect.relay = staticmethod("
+          "lambda token, **said: relay(token, **dict(said, port=1) if 'port' in said else said))")
+
 
 def start_check(clients, port, python=None, *options):
     """Start `kmcast check`; waits until it listens."""
@@ -96,6 +100,7 @@ def test_the_report_says_what_each_client_heard_and_has_room_for(tmp_path):
     assert row["result"] == "complete" and row["wrong"] is None and row["heard"]["10M"] > 0.9
     assert row["room"] > 0 and row["write_speed"] > 0 and row["unwritable"] is None and row["socket_buffer"] > 0
     assert row["round_trip"] > 0 and row["datagrams"] in ("gso", "mmsg", "plain")
+    assert row["reached"] is None, "there is no other client that could try"
     assert row["python"] == helpers.version_name(helpers.newest()) and row["kernel"] == os.uname()[2]
 
 
@@ -128,6 +133,29 @@ def test_a_client_that_has_no_room_for_the_image_it_expects_makes_both_fail(tmp_
     assert code == 3 and "make room there" in stderr and "multicast works for 2 of 2 clients" in stderr, stderr
     row = json.loads(report.read_bytes().decode("ascii"))["hosts"][0]
     assert row["wrong"] == "unwritable" and "there is room for" in row["unwritable"] and row["result"] == "failed"
+
+
+@BOTH
+def test_each_client_is_tried_as_the_upstream_of_another(python, tmp_path):
+    port, report = helpers.free_port(), tmp_path / "report"
+    server = start_check(3, port, python, "--report", str(report))
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, port], python) for _ in range(3)]
+    assert [client.finish()[0] for client in clients] == [0] * 3 and server.finish()[0] == 0
+    rows = json.loads(report.read_bytes().decode("ascii"))["hosts"]
+    assert [row["reached"] for row in rows] == [True] * 3
+    assert [row["by_chain"] for row in rows] == [0] * 3, "what is measured is multicast"
+
+
+def test_who_cannot_be_connected_to_is_named_and_it_is_no_reason_to_fail(tmp_path):
+    port, report = helpers.free_port(), tmp_path / "report"
+    server = start_check(3, port, None, "--report", str(report))
+    clients = [helpers.start_client([LOOPBACK, LOOPBACK, port], change=change) for change in (None, CLOSED, None)]
+    assert [client.finish()[0] for client in clients] == [0] * 3
+    code, stderr, _ = server.finish()
+    assert code == 0 and "another client cannot connect to it" in stderr and "let TCP" in stderr, stderr
+    rows = json.loads(report.read_bytes().decode("ascii"))["hosts"]
+    assert sorted(row["reached"] for row in rows) == [False, True, True]
+    assert [row["findings"] for row in rows if not row["reached"]] == [["unreachable"]]
 
 
 def test_wrong_minutes_are_wrong_usage():

@@ -86,3 +86,14 @@ def test_a_client_whose_output_is_on_a_full_disk(left, laboratory, small_disk, t
     assert [row["wrong"] for row in rows] == ["unwritable", None] and rows[0]["room"] < 1 << 20
     assert [path.name for path in small_disk.iterdir()] == ["other"]
     assert not [path for path in tmp_path.iterdir() if "image" in path.name]
+
+
+@pytest.mark.parametrize("what", ["drop", "reject"])
+def test_a_firewall_that_keeps_clients_from_each_other(what, laboratory, tmp_path):
+    lab = laboratory(clients=3)
+    closed = lab.clients[1]
+    firewall(closed, "input", "tcp dport 18383 %s" % what)
+    ends = rehearse(lab, 0.15, tmp_path)
+    assert [code for code, _ in ends] == [0] * 4, ends
+    said = ends[0][1]
+    assert "open TCP port 18383 there" in said and "%s: another client cannot connect to it" % closed.name in said, said
