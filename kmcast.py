@@ -424,13 +424,19 @@ LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
 # What a client tells of itself in STATE, besides what it is `busy` with: numbers, and texts.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'round_trip', 'write_speed')
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'write_speed', 'round_trip',
+           'packet')
 FACTS = ('unwritable', 'python', 'kernel', 'datagrams')
 
 
 def payload_for(mtu):
     """The payload of a full packet, in bytes, at an MTU in bytes."""
     return (mtu - UDP_OVERHEAD - PACKET.size) // 4 * 4
+
+
+def packet_of(payload):
+    """The bytes of an IP packet with so many of payload."""
+    return UDP_OVERHEAD + PACKET.size + payload
 
 
 def pack_group_info(group, port, padding=b''):
@@ -4984,6 +4990,7 @@ class ClientWindow(object):
         self.over = False
         self.announced = 0              # one more than the last round's number
         self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
+        self.largest = 0                # bytes in the largest repair datagram that was for nothing
         self.upstream_from = None       # the first round that an upstream brings, while there is one
         self.forwarding = None          # what a follower is to get, while there is one
         self._kept = []                 # rounds that are written, and that the follower does not have
@@ -5237,6 +5244,7 @@ class ClientWindow(object):
                 break
             else:
                 if seq & REPAIR_BIT:
+                    self.largest = max(self.largest, U32.unpack_from(data, offset + 8)[0])
                     self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                         count, payload))
                 elif count > 1:         # some may be of a round all the same
@@ -7252,6 +7260,8 @@ class Rehearsal(Course):
     It goes from one stage to the next as long as somebody hears most of it.  The last one is slow,
     and lasts until the end: it shows whether multicast is cut off after a while.
 
+    Before each round of the first stage come datagrams of other sizes, as if for repair: which of them pass?
+
     Meanwhile there is a chain of which everybody is the upstream of somebody for once, from a round on that never comes.
     """
 
@@ -7261,10 +7271,13 @@ class Rehearsal(Course):
     WELL = 0.9                          # share that all must hear of the first stage
     STOPPED = 2                         # rounds in a row of which who heard some before hears nothing
     NEVER = 1 << 30                     # rounds from now on
+    SIZES = (576, 1280, 1400, 1500, 4000, 9000)           # bytes, which of them pass
 
-    def __init__(self, seconds, *arguments):
-        """seconds: from the first round to the end; arguments: as a Course takes them."""
+    def __init__(self, seconds, mtu, *arguments):
+        """seconds: from the first round to the end; mtu: of the interface, bytes; arguments: as a Course takes them."""
         Course.__init__(self, *arguments)
+        self._samples = [self._sample(size) for size in self.SIZES if size <= mtu]
+        self._probed, self._due = None, []          # the round that they come before; and those that are still to come
         self._seconds = seconds
         self._began = None              # when the first round was sent, as all were ready for it, seconds
         self._stage = 0
@@ -7282,7 +7295,25 @@ class Rehearsal(Course):
         """What next() returned was multicast."""
         if self._began is None:
             self._began = self.hands.now()
-        Course.sent(self, sending)
+        if sending.buffer is sending.underway.round.buffer:
+            Course.sent(self, sending)
+
+    # ---- packets of other sizes
+
+    def _sample(self, size):
+        """A Buffer with one repair datagram, which makes a packet of so many bytes."""
+        sample = Buffer(payload_for(size), 1, self._repair_salt - REPAIR_BIT)
+        sample.start(REPAIR_BIT, 0, 0)
+        sample.add(b'\0' * sample.payload)
+        return sample
+
+    def _next_sending(self):
+        sending = Course._next_sending(self)
+        if not sending or self._stages[sending.underway.round.part] is not self.STAGES[0]:
+            return sending
+        if self._probed is not sending.underway:
+            self._probed, self._due = sending.underway, self._samples[:]
+        return Sending(sending.underway, self._due.pop(), 1, sending.speed) if self._due else sending
 
     # ---- the chain
 
@@ -7474,6 +7505,8 @@ def causes(payload):
 ADVICE = {
     'deaf': 'no multicast reaches it: let UDP to the group pass its firewall, see whether its LOCAL_IP is right, and whether '
             'a switch on the way has IGMP snooping but no querier (then give it one, or turn snooping off)',
+    'narrow': 'packets of %(size)d bytes do not reach it by multicast, though those of %(packet)d do: see what on the way takes '
+              'no larger ones (a tunnel, jumbo frames), or give the server --mtu %(packet)d',
     'stopped': 'multicast reached it, and then no more: a switch on the way has IGMP snooping but no querier; give it one '
                '(on a router, or the switch itself), or turn snooping off',
     'lossy': 'it loses more than a tenth even at low rates: look at its cable and port (errors, half duplex), at Wi-Fi on '
@@ -7485,12 +7518,14 @@ ADVICE = {
               '(sysctl)'}
 HINTS = ('unreachable', 'buffer')       # what is no reason for a rehearsal to fail
 
-def findings(wrong, facts):
+def findings(wrong, facts, payload):
     """What a rehearsal found wrong with a client: [(key, in words)], the worst first.
 
-    wrong: with how it hears multicast; None: nothing; facts: what it told of itself.
+    wrong: with how it hears multicast; None: nothing; facts: what it told of itself; payload: bytes of a packet's.
     """
-    found = [wrong] if wrong else []
+    facts = dict(facts, size=packet_of(payload))
+    narrow = wrong == 'deaf' and facts.get('packet', facts['size']) < facts['size']
+    found = ['narrow' if narrow else wrong] if wrong else []
     if facts.get('unwritable'):
         found.append('unwritable')
     if facts.get('reached') is False:
@@ -7502,7 +7537,9 @@ def findings(wrong, facts):
 
 def findings_of(server, member):
     """The findings on a member; none where nothing is rehearsed."""
-    return findings(member.wrong, dict(member.figures, reached=member.reached)) if server.options.rehearsal else []
+    if not server.options.rehearsal:
+        return []
+    return findings(member.wrong, dict(member.figures, reached=member.reached), server.session.payload)
 
 
 def faults(found):
@@ -7929,7 +7966,7 @@ def server_rows(server):
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
         if server.options.rehearsal:
             rows[-1].update((key, member.figures.get(key)) for key in (
-                'room', 'write_speed', 'unwritable', 'socket_buffer', 'python', 'kernel', 'datagrams'))
+                'packet', 'room', 'write_speed', 'unwritable', 'socket_buffer', 'python', 'kernel', 'datagrams'))
             rows[-1].update(round_trip=member.figures.get('round_trip') and member.figures['round_trip'] / 1e6)
             rows[-1].update(wrong=wrong[0][0] if wrong else None, findings=[key for key, _ in found], reached=member.reached)
             rows[-1].update(heard=dict(
@@ -8018,7 +8055,7 @@ def check_table(rows, most):
 
 # What there is to know of a host before a transfer: the head of its column, its key, and it in words.
 FITTINGS = (('TCP', 'round_trip', lambda seconds: '%.3g ms' % (1e3 * seconds)),
-            ('chain', 'reached', ('no', 'works').__getitem__), ('room', 'room', amount),
+            ('packet', 'packet', str), ('chain', 'reached', ('no', 'works').__getitem__), ('room', 'room', amount),
             ('written', 'write_speed', lambda speed: amount(speed) + '/s'), ('buffer', 'socket_buffer', amount), ('datagrams', 'datagrams', str), ('Python', 'python', str),
             ('kernel', 'kernel', str))
 
@@ -8998,7 +9035,7 @@ class Multicaster(object):
         checks = () if self.session.digest else dialect.checks
         self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
-        course = functools.partial(Rehearsal, options.rehearsal) if options.rehearsal else Course
+        course = functools.partial(Rehearsal, options.rehearsal, self.sender.mtu) if options.rehearsal else Course
         self.course = course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
@@ -9814,7 +9851,7 @@ class Client(object):
         if not self.fallback:
             self._say_done()
             self._see_follower_off()
-        found = findings(self.wrong, self.figures()) if self.rehearsal else []
+        found = findings(self.wrong, self.figures(), self.window.payload) if self.rehearsal else []
         wrong = faults(found)
         code = FAILED if wrong else OK
         tell('client_ended', client=self, code=code)
@@ -10450,6 +10487,8 @@ class Client(object):
             figures.update(self.tried, socket_buffer=self.receiver.socket_buffer, datagrams=self.receiver.way, **versions())
             round_trip = self.server.round_trip()
             figures.update({'round_trip': round_trip} if round_trip else {})
+            passed = max(self.window.largest, self.window.payload if self.window.by_multicast else 0)
+            figures.update({'packet': packet_of(passed)} if passed else {})
         return figures
 
     def _check_stall(self):

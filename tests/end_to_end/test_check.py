@@ -98,6 +98,7 @@ def test_the_report_says_what_each_client_heard_and_has_room_for(tmp_path):
     assert server.finish()[0] == 0
     row = json.loads((tmp_path / "report").read_bytes().decode("ascii"))["hosts"][0]
     assert row["result"] == "complete" and row["wrong"] is None and row["heard"]["10M"] > 0.9
+    assert row["packet"] == 9000, "the loopback interface takes them"
     assert row["room"] > 0 and row["write_speed"] > 0 and row["unwritable"] is None and row["socket_buffer"] > 0
     assert row["round_trip"] > 0 and row["datagrams"] in ("gso", "mmsg", "plain")
     assert row["reached"] is None, "there is no other client that could try"
@@ -144,6 +145,17 @@ def test_each_client_is_tried_as_the_upstream_of_another(python, tmp_path):
     rows = json.loads(report.read_bytes().decode("ascii"))["hosts"]
     assert [row["reached"] for row in rows] == [True] * 3
     assert [row["by_chain"] for row in rows] == [0] * 3, "what is measured is multicast"
+
+
+@BOTH
+def test_each_way_of_receiving_tells_the_largest_packet(python, tmp_path):
+    port, report, ways = helpers.free_port(), tmp_path / "report", ["gso", "mmsg", "plain"]
+    server = start_check(3, port, python, "--report", str(report), "--mtu", 1000)
+    clients = [helpers.start_client(["--datagrams", way, LOOPBACK, LOOPBACK, port], python) for way in ways]
+    assert [client.finish()[0] for client in clients] == [0] * 3 and server.finish()[0] == 0
+    rows = json.loads(report.read_bytes().decode("ascii"))["hosts"]
+    assert sorted(row["datagrams"] for row in rows) == ways
+    assert [row["packet"] for row in rows] == [9000] * 3
 
 
 def test_who_cannot_be_connected_to_is_named_and_it_is_no_reason_to_fail(tmp_path):
