@@ -3111,6 +3111,15 @@ def remove(path):
     return True
 
 
+def bring_to_disk(fd):
+    """fsync(2), where there is such a thing.  Raises OS_ERRORS."""
+    try:
+        os.fsync(fd)
+    except OS_ERRORS as error:
+        if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise                       # these: a device that has none
+
+
 TRIAL = 64 << 20                        # bytes that are written to see how fast that goes, at the most,
 TRIAL_TIME = 0.5                        # and seconds after which no more are
 
@@ -3132,7 +3141,7 @@ def try_writing(folder, prefix, room):
             goal = min(most, max(len(block), 2 * size))
             while size < goal:
                 size += uninterrupted(os.write, file.fileno(), block[:goal - size])
-            os.fsync(file.fileno())
+            bring_to_disk(file.fileno())
         return int(size / max(1e-6, monotonic() - began))
 
 
@@ -3402,7 +3411,7 @@ class Sink(object):
             if self._target:
                 os.ftruncate(self._fd, size)            # one in which another image began may be longer
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-                self._sync(self._fd)
+                bring_to_disk(self._fd)
             if self._target:
                 os.fchmod(self._fd, self._mode())
             self._decide()
@@ -3424,19 +3433,11 @@ class Sink(object):
         try:
             folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
             try:
-                self._sync(folder)
+                bring_to_disk(folder)
             finally:
                 os.close(folder)
         except OS_ERRORS as error:
             tell('unfinished', step='synchronising its folder', reason=explain(error))
-
-    @staticmethod
-    def _sync(fd):
-        try:
-            os.fsync(fd)
-        except OS_ERRORS as error:
-            if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise                   # these: a device that has no such thing
 
     def _mode(self):
         """The permissions of the file that is replaced, or of a new one."""
