@@ -8054,19 +8054,28 @@ def check_table(rows, most):
     return in_columns(lines, len(rows) - most)
 
 
-# What there is to know of a host before a transfer: the head of its column, its key, and it in words.
-FITTINGS = (('TCP', 'round_trip', lambda seconds: '%.3g ms' % (1e3 * seconds)),
-            ('packet', 'packet', str), ('chain', 'reached', ('no', 'works').__getitem__), ('room', 'room', amount),
-            ('written', 'write_speed', lambda speed: amount(speed) + '/s'), ('buffer', 'socket_buffer', amount), ('datagrams', 'datagrams', str), ('Python', 'python', str),
-            ('kernel', 'kernel', str))
+# What there is to know of a host before a transfer: the head of its column, its key, what it can be, and it in words.
+FITTINGS = (('TCP', 'round_trip', NUMBER + (float,), lambda seconds: '%.3g ms' % (1e3 * seconds)),
+            ('packet', 'packet', NUMBER, str), ('chain', 'reached', bool, ('no', 'works').__getitem__),
+            ('room', 'room', NUMBER, amount), ('written', 'write_speed', NUMBER, lambda speed: amount(speed) + '/s'),
+            ('buffer', 'socket_buffer', NUMBER, amount), ('datagrams', 'datagrams', TEXT, None),
+            ('Python', 'python', TEXT, None), ('kernel', 'kernel', TEXT, None))
+
+
+def fittings_of(row):
+    """What is known of a host, by FITTINGS: (head, in words)."""
+    for head, key, kinds, words in FITTINGS:
+        value = row.get(key)
+        good = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+        yield head, (words(value) if words else value) if good else '-'
 
 
 def fittings_table(rows, most):
     """Lines of a table of the hosts of a rehearsal, `most` at the most: what else there is to know of each."""
     rows = [row for row in rows if row.get('python')]
-    lines = [['host'] + [head for head, _, _ in FITTINGS]]
+    lines = [['host'] + [fitting[0] for fitting in FITTINGS]]
     for row in rows[:most]:
-        lines.append([row['host']] + ['-' if row[key] is None else words(row[key]) for _, key, words in FITTINGS])
+        lines.append([row['host']] + [words for _, words in fittings_of(row)])
     return in_columns(lines, len(rows) - most) if rows else ()
 
 
@@ -10868,32 +10877,56 @@ def html_table(heads, rows):
                    element('tbody', *body))
 
 
-def hosts_of(report):
-    """The table of a server's hosts, worst first."""
-    rows = objects_of(report.get('hosts'))
-    waits = [parts_of(row.get('waited_for')) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: (
-        WORST.index(rows[place].get('result')) if rows[place].get('result') in WORST else 0,
-        -sum(part[1] for part in waits[place]), -as_number(rows[place].get('lost'))))
+def host_and_result(row):
+    """The first two cells of a host."""
+    return (html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
+            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])))
+
+
+def served_hosts(rows):
+    """The table of a server's hosts."""
+    cells, waits = [], [parts_of(row.get('waited_for')) for row in rows]
     most = max([1e-9] + [sum(part[1] for part in parts) for parts in waits])
-    cells = []
-    for place in order:
-        row, parts = rows[place], waits[place]
+    for row, parts in zip(rows, waits):
         repaired = dict(parts_of(row.get('repaired')))
         held = [drawn_bar(parts, most), legend([(key, CAUSES.get(key, key), size) for key, size in parts],
                                        lambda size: '%.1f s' % size)] if parts and parts[0][1] >= 0.05 else []
-        cells.append((
-            html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
-            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])),
+        cells.append(host_and_result(row) + (
             '%.1f' % as_number(row.get('seconds')) if row.get('seconds') else '', row.get('lost') or '',
             repaired.get('multicast') or '', repaired.get('tcp') or '', row.get('by_chain') or '', html_of(held)))
-    counts = collections.Counter('%s' % row.get('result') for row in rows)
-    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
-    return html_of([element('h3', 'Hosts: %s' % said), html_table(
+    return html_of([html_table(
         [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in (
             'seconds', 'lost', 'multicast', 'TCP', 'chain')] + [('all waited for it', 'wide')], cells),
         element('p', 'Packets: lost of the multicast; repaired by multicast and by TCP; from another client (chain).',
-                class_='soft')]) if rows else ''
+                class_='soft')])
+
+
+def rehearsed_hosts(rows):
+    """The table of a rehearsal's hosts."""
+    stages, cells = [stage.name for stage in Rehearsal.STAGES], []
+    for row in rows:
+        heard = row.get('heard') if isinstance(row.get('heard'), dict) else {}
+        row = dict((key, as_number(value) if isinstance(value, NUMBER + (float,)) and not isinstance(value, bool) else value)
+                   for key, value in row.items())
+        known = ', '.join('%s %s' % fitting for fitting in fittings_of(row) if fitting[1] != '-')
+        cells.append(host_and_result(row) + tuple(
+            '%.4g %%' % (100 * as_number(heard[stage])) if stage in heard else '' for stage in stages) + (known,))
+    return html_of([html_table(
+        [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in stages] + [('what else is known', 'wide')], cells),
+        element('p', 'Shares of the multicast that it heard, at rates in bit/s, as fast as the server can, and then slowly until '
+                'the end.', class_='soft')])
+
+
+def hosts_of(report):
+    """The table of the hosts of a server or a rehearsal, worst first."""
+    rows = objects_of(report.get('hosts'))
+    rows.sort(key=lambda row: (
+        WORST.index(row.get('result')) if row.get('result') in WORST else 0,
+        -sum(part[1] for part in parts_of(row.get('waited_for'))), -as_number(row.get('lost'))))
+    counts = collections.Counter('%s' % row.get('result') for row in rows)
+    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
+    table = rehearsed_hosts if report['command'] == 'check' else served_hosts
+    return html_of([element('h3', 'Hosts: %s' % said), table(rows)]) if rows else ''
 
 
 def section_of(path, place, report, most):
@@ -10908,19 +10941,20 @@ def section_of(path, place, report, most):
     if isinstance(server, dict):
         facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
     size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
-    facts += [('image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
-              ('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else '')),
-              ('goodput', bits(as_number(report.get('goodput'))))]
+    rehearsed = report['command'] == 'check'
+    facts += [] if rehearsed else [('image', '%s (%s)' % (counted(size, 'byte'), amount(size)))]
+    facts += [('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else ''))]
+    facts += [] if rehearsed else [('goodput', bits(as_number(report.get('goodput'))))]
     for key in ('lost', 'overflows'):
         if as_number(report.get(key)):
             facts.append((key, counted(report[key], 'packet' if key == 'lost' else 'datagram')))
-    if report.get('sha256'):
+    if report.get('sha256') and not rehearsed:
         facts.append(('SHA-256', element('code', report['sha256'])))
     carried = parts_of(report.get('carried'))
     if carried:
         facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
             [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
-    called = 'Server' if report['command'] == 'server' else 'Client'
+    called = {'server': 'Server', 'client': 'Client', 'check': 'Rehearsal'}[report['command']]
     return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
                    element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
                    goodput_chart(report, most), hosts_of(report))
@@ -10933,12 +10967,15 @@ def quoted(word):
 
 def report_page(reports):
     """The page, from (path, report): what --report has written."""
-    servers = [report for _, report in reports if report['command'] == 'server']
+    servers = [report for _, report in reports if report['command'] == 'server'] or [
+        report for _, report in reports if report['command'] == 'check']
     rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('reason') != UNINVITED]
     complete = len([row for row in rows if row.get('result') == 'complete'])
-    title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
+    good = 'passed the rehearsal' if rows and servers[0]['command'] == 'check' else (
+        'has the image' if len(rows) == 1 else 'have the image')
+    title = '%d of %s %s' % (complete, counted(len(rows), 'host'), good) if rows else (
         'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
-    reports = sorted(reports, key=lambda item: (item[1]['command'] != 'server', WORST.index(item[1].get('result'))
+    reports = sorted(reports, key=lambda item: (item[1]['command'] == 'client', WORST.index(item[1].get('result'))
                                                 if item[1].get('result') in WORST else 0))
     body = [element('h1', title)]
     if len(reports) > 1:
@@ -10961,7 +10998,7 @@ def read_report(path):
         raise Failure('cannot read %s: %s' % (printable(path), explain(error)), USAGE)
     except (ValueError, RuntimeError):  # the latter: too deep
         report = None
-    if not isinstance(report, dict) or report.get('command') not in ('server', 'client'):
+    if not isinstance(report, dict) or report.get('command') not in ('server', 'client', 'check'):
         raise Failure('%s is no report that kmcast has written' % printable(path), USAGE)
     return report
 
@@ -11273,7 +11310,7 @@ def command_line():
 
     page = command('report', 'a page to look at, from what --report has written',
                    'kmcast report report.json > page.html', 'kmcast report FILE...')
-    page.add('', 'files', nargs='+', metavar='FILE', help='what server or client --report has written; -: standard input')
+    page.add('', 'files', nargs='+', metavar='FILE', help='what --report has written; -: standard input')
     page.add('output', '-h', '--help', action='help', help='show this and exit')
     page.set_defaults(verbose=False, quiet=False)
 
