@@ -7478,10 +7478,10 @@ WORDS = {
     'doubted': (WARNING, '%(count)d bytes that were here are not as the server has them, and are asked for again'),
     'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
-    'rehearsal': (INFO, 'this is a rehearsal: nothing is written, and no command is started'),
+    'rehearsal': (INFO, 'this is a rehearsal: no image is written, and no command is started'),
     'tried': (INFO, 'a trial file took %(speed)s/s where the image would be; it is gone again'),
+    'untried': (INFO, 'the output is no file, so it was not tried how fast that is written'),
     'hint': (WARNING, '%(text)s'),
-    'untried': (INFO, 'the output is no file, so nothing tries how fast it takes the image'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
     'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
