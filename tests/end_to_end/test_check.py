@@ -170,6 +170,15 @@ def test_who_cannot_be_connected_to_is_named_and_it_is_no_reason_to_fail(tmp_pat
     assert [row["findings"] for row in rows if not row["reached"]] == [["unreachable"]]
 
 
+def test_a_small_receive_buffer_is_said_and_is_no_reason_to_fail():
+    port = helpers.free_port()
+    server = start_check(1, port)
+    code, stderr, _ = helpers.start_client([LOOPBACK, LOOPBACK, port], change="kmcast.SOCKET_BUFFER = 1 << 20").finish()
+    assert code == 0 and "net.core.rmem_max" in stderr, stderr
+    code, stderr, _ = server.finish()
+    assert code == 0 and "warning: " in stderr and "its receive buffer is small" in stderr, stderr
+
+
 def test_wrong_minutes_are_wrong_usage():
     for minutes in ("0", "-1", "x"):
         code, stderr, _ = helpers.start_kmcast(["check", "--minutes=" + minutes, LOOPBACK, 1]).finish()
