@@ -7359,12 +7359,15 @@ class Rehearsal(Course):
         if messages:
             self.hands.do(Step('chain', messages=messages))
 
+    # At the end all leave, and who has left can be connected to no more: that tells nothing.
+
     def _hear_left(self, member, more, now):
-        self._relays.leave(member, now)
+        if not self.enough():
+            self._relays.leave(member, now)
         Course._hear_left(self, member, more, now)
 
     def _hear_relay(self, member, said, now):
-        if not self.enough():           # then who ends can be connected to no more
+        if not self.enough():
             self._relays.heard(member, said, now)
 
     # ---- the stages
