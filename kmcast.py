@@ -426,13 +426,20 @@ TOKEN_SIZE = 16                         # what a follower says first to its upst
 LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
-# What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room')
+# What a client tells of itself in STATE, besides what it is `busy` with: numbers, and texts.
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'write_speed', 'round_trip',
+           'packet')
+FACTS = ('unwritable', 'python', 'kernel', 'datagrams')
 
 
 def payload_for(mtu):
     """The payload of a full packet, in bytes, at an MTU in bytes."""
     return (mtu - UDP_OVERHEAD - PACKET.size) // 4 * 4
+
+
+def packet_of(payload):
+    """The bytes of an IP packet with so many of payload."""
+    return UDP_OVERHEAD + PACKET.size + payload
 
 
 def pack_group_info(group, port, padding=b''):
@@ -1885,6 +1892,7 @@ SO_TIMESTAMPNS = 35
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
 SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
+AMPLE = 4 << 20                         # bytes with which it can look away for a moment
 
 # These mean that a way of sending does not work here, not that a packet
 # could not be sent (udp(7); EIO: no checksum offload on this device).
@@ -3114,6 +3122,40 @@ def remove(path):
     return True
 
 
+def bring_to_disk(fd):
+    """fsync(2), where there is such a thing.  Raises OS_ERRORS."""
+    try:
+        os.fsync(fd)
+    except OS_ERRORS as error:
+        if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise                       # these: a device that has none
+
+
+TRIAL = 64 << 20                        # bytes that are written to see how fast that goes, at the most,
+TRIAL_TIME = 0.5                        # and seconds after which no more are
+
+
+def try_writing(folder, prefix, room):
+    """Write a new file, bring it to the disk, and have nothing of it left: bytes a second.  Raises OS_ERRORS.
+
+    room: bytes that there are, of which others may need some; None: nobody knows.
+    """
+    most = TRIAL if room is None else min(TRIAL, max(4096, room // 2))
+    block = memoryview(os.urandom(1 << 20))         # which nothing on the way can compress
+    path = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+    with uninterruptible:               # its name is gone at once, and it ends with its descriptor
+        file = io.open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb', buffering=0)
+        remove(path)
+    with file:
+        size, began = 0, monotonic()
+        while size < most and monotonic() - began < TRIAL_TIME:
+            goal = min(most, max(len(block), 2 * size))
+            while size < goal:
+                size += uninterrupted(os.write, file.fileno(), block[:goal - size])
+            bring_to_disk(file.fileno())
+        return int(size / max(1e-6, monotonic() - began))
+
+
 # What makes a file system keep room for a file, fallocate(2); not posix_fallocate(3), which writes zeros where it cannot.
 fallocate = getattr(LIBC, 'fallocate64', None) or getattr(LIBC, 'fallocate', None)
 if fallocate:
@@ -3183,7 +3225,7 @@ class Sink(object):
                 if is_mount_point(self._target):
                     raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
                                   'use "> FILE", or another FILE')
-                self._open_temporary(folder, '.%s.' % name[:60])
+                self._open_temporary(folder, self._prefix(name))
                 self.seeks = True
             if self._resume and not self._target:
                 raise OSError(errno.EINVAL, '--resume is for a file, which can have a journal beside it')
@@ -3255,6 +3297,16 @@ class Sink(object):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
                 self._place = None      # so the next write goes to its own
         return room
+
+    def trial(self, room):
+        """How fast a file is written beside the target, bytes a second; room: as room() has it.  Raises OS_ERRORS."""
+        folder, name = os.path.split(self._target)
+        return try_writing(folder, self._prefix(name), room)
+
+    @staticmethod
+    def _prefix(name):
+        """With what the names of all begin that is written in the place of a file."""
+        return '.%s.' % name[:60]
 
     def expect(self, size):
         """The image will have so many bytes: find out whether there is room.  Raises Failure."""
@@ -3371,7 +3423,7 @@ class Sink(object):
             if self._target:
                 os.ftruncate(self._fd, size)            # one in which another image began may be longer
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-                self._sync(self._fd)
+                bring_to_disk(self._fd)
             if self._target:
                 os.fchmod(self._fd, self._mode())
             self._decide()
@@ -3393,19 +3445,11 @@ class Sink(object):
         try:
             folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
             try:
-                self._sync(folder)
+                bring_to_disk(folder)
             finally:
                 os.close(folder)
         except OS_ERRORS as error:
             tell('unfinished', step='synchronising its folder', reason=explain(error))
-
-    @staticmethod
-    def _sync(fd):
-        try:
-            os.fsync(fd)
-        except OS_ERRORS as error:
-            if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise                   # these: a device that has no such thing
 
     def _mode(self):
         """The permissions of the file that is replaced, or of a new one."""
@@ -3919,6 +3963,11 @@ def interfaces():
             for name, address in entries]
 
 
+def versions():
+    """Python's version, and the kernel's, as texts."""
+    return {'python': '%d.%d.%d' % sys.version_info[:3], 'kernel': os.uname()[2]}
+
+
 def described(known):
     """What interfaces() returned, for a user who has to choose one."""
     return ', '.join('%s (%s)' % entry for entry in known) or 'none with an IPv4 address'
@@ -4069,6 +4118,8 @@ class StopInOrder(object):
 
 TCP_USER_TIMEOUT = 18                   # Linux's number, of which older Python versions lack the name
 MSG_MORE = 0x8000
+# Where struct tcp_info has round trips, in microseconds: the least (since Linux 4.6), and the usual one.
+TCP_INFO_TIMES = (148, 68)
 
 
 class Gone(Exception):
@@ -4176,6 +4227,15 @@ class Connection(object):
         if acknowledged > self._acknowledged:
             self._acknowledged = acknowledged
             self.moved = monotonic()
+
+    def round_trip(self):
+        """Microseconds to the other end's kernel and back; None if ours does not tell: tcp(7), TCP_INFO."""
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OS_ERRORS:
+            return None
+        times = [struct.unpack_from('@I', info, at)[0] for at in TCP_INFO_TIMES if len(info) >= at + 4]
+        return ([time for time in times if 0 < time < MASK] or [None])[0]
 
     def show_life(self, message):
         """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone.
@@ -4455,6 +4515,7 @@ class Member(object):
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
         self.relay_words = 0
+        self.reached = None             # whether a follower could connect to it, once one has tried
         self.done_at = {}               # number -> when it was through with the round
         self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
@@ -4714,7 +4775,8 @@ class ServerWindow(object):
     def _state(member, fields):
         """What a client says of itself: what it is doing, and figures for the report."""
         member.busy = field(fields, 'busy', TEXT, optional=True)
-        member.figures = dict((key, field(fields, key, NUMBER)) for key in FIGURES if key in fields)
+        member.figures = dict((key, field(fields, key, kinds)) for keys, kinds in ((FIGURES, NUMBER), (FACTS, TEXT))
+                              for key in keys if key in fields)
 
     @staticmethod
     def _neighbour(member, fields):
@@ -4945,6 +5007,7 @@ class ClientWindow(object):
         self.over = False
         self.announced = 0              # one more than the last round's number
         self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
+        self.largest = 0                # bytes in the largest repair datagram that was for nothing
         self.upstream_from = None       # the first round that an upstream brings, while there is one
         self.forwarding = None          # what a follower is to get, while there is one
         self._kept = []                 # rounds that are written, and that the follower does not have
@@ -5198,6 +5261,7 @@ class ClientWindow(object):
                 break
             else:
                 if seq & REPAIR_BIT:
+                    self.largest = max(self.largest, U32.unpack_from(data, offset + 8)[0])
                     self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                         count, payload))
                 elif count > 1:         # some may be of a round all the same
@@ -5446,13 +5510,14 @@ class Link(object):
     """A client takes its packets from another one.
 
     up      whether the follower was told so: the upstream listens
+    held    whether the follower said that it is connected, as it does in a rehearsal
     """
 
     def __init__(self, upstream, follower, now):
         self.upstream, self.follower, self.since = upstream, follower, now
         self.token = os.urandom(TOKEN_SIZE)
         self.port = None                # where the upstream listens
-        self.up = False
+        self.up = self.held = False
 
 
 class Chain(object):
@@ -5470,6 +5535,7 @@ class Chain(object):
     JIFFY = 1.0                         # seconds that nobody is blamed for
     PATIENCE = 5.0                      # seconds between two that are
     SLOW = 3                            # rounds in a row in which a client holds its followers up
+    TRIAL = 6.0                         # seconds for a follower to connect, in a rehearsal
 
     def __init__(self, dialect):
         self.dialect = dialect
@@ -5564,6 +5630,8 @@ class Chain(object):
                 self._fails(link, 'it cannot listen: %s' % said.get('reason'), now, False, mending)
         elif member is link.follower and said.get('lost') and link.upstream.outcome != 'complete':
             self._fails(link, said['lost'], now, said['connected'], mending)
+        elif member is link.follower and said.get('connected'):
+            link.held = link.upstream.reached = True
 
     def through(self, seconds, number, now):
         """All are through with a round, which took so long since the one before."""
@@ -5623,6 +5691,23 @@ class Chain(object):
         self._news = []
         return messages
 
+    # ---- a rehearsal
+
+    def tried(self, now):
+        """Whether each follower has connected to its upstream, or had the time to."""
+        return all(link.held or now - link.since > self.TRIAL for link in self.links.values())
+
+    def turn(self, now):
+        """The first goes to the end, so that the last one has a follower, too."""
+        if self.order:
+            self._to_the_end(self.order[0])
+            self._wire(now)
+
+    def dissolve(self, now):
+        """It is for nobody any more."""
+        self._inside.clear()
+        self._wire(now)
+
     # ---- how it is made
 
     @staticmethod
@@ -5639,6 +5724,8 @@ class Chain(object):
         upstream, follower = link.upstream, link.follower
         self._lost.setdefault(upstream, set()).add(follower)
         tell('chain_broken', upstream=upstream, follower=follower, reason=reason)
+        if link.port and not connected:
+            upstream.reached = upstream.reached or False
         if link.port and not connected and len(self._lost[upstream]) == 1:
             tell('relay_unreachable', upstream=upstream, follower=follower, reason=reason, port=link.port)
         if not mending:
@@ -5789,6 +5876,7 @@ class Relay(object):
         self._staging = bytearray(2 * self.SMALL)
         self._scratch = None
         self.trickles = False           # the upstream sends less than we can take
+        self.rehearsal = False          # it brings nothing, but the server wants to know whether it could
 
     @property
     def active(self):
@@ -5796,7 +5884,7 @@ class Relay(object):
         return bool(self._watched)
 
     streams = property(lambda self: [end.fileno() for end in (self._upstream, self._follower) if end])
-    following = property(lambda self: self._connected)
+    following = property(lambda self: self._connected and not self.rehearsal)
 
     # ---- descriptors
 
@@ -6045,6 +6133,8 @@ class Relay(object):
         upstream.begin(STALL)
         upstream.flush()
         self._watch(upstream, select.POLLIN)
+        if self.rehearsal:
+            self._say(SessionDialect.relay(self._upstream_token, connected=True))
 
     def _read(self, now):
         """Take some of what has come; returns (bytes, whether there may be more).  Raises Gone, ProtocolError.
@@ -7263,6 +7353,10 @@ class Rehearsal(Course):
 
     It goes from one stage to the next as long as somebody hears most of it.  The last one is slow,
     and lasts until the end: it shows whether multicast is cut off after a while.
+
+    Before each round of the first stage come datagrams of other sizes, as if for repair: which of them pass?
+
+    Meanwhile there is a chain of which everybody is the upstream of somebody for once, from a round on that never comes.
     """
 
     STAGES = (Stage('10M', 10e6, 2.0), Stage('100M', 100e6, 2.0), Stage('1G', 1e9, 0.5),
@@ -7270,23 +7364,87 @@ class Rehearsal(Course):
     SENSE = 0.5                         # share that somebody must hear for a faster stage to make sense
     WELL = 0.9                          # share that all must hear of the first stage
     STOPPED = 2                         # rounds in a row of which who heard some before hears nothing
+    NEVER = 1 << 30                     # rounds from now on
+    SIZES = (576, 1280, 1400, 1500, 4000, 9000)           # bytes, which of them pass
 
-    def __init__(self, seconds, *arguments):
-        """seconds: from the start to the end; arguments: as a Course takes them."""
+    def __init__(self, seconds, mtu, *arguments):
+        """seconds: from the first round to the end; mtu: of the interface, bytes; arguments: as a Course takes them."""
         Course.__init__(self, *arguments)
+        self._samples = [self._sample(size) for size in self.SIZES if size <= mtu]
+        self._probed, self._due = None, []          # the round that they come before; and those that are still to come
         self._seconds = seconds
+        self._began = None              # when the first round was sent, as all were ready for it, seconds
         self._stage = 0
         self._stages = {}               # part of the image -> its Stage
         self._stage_began = None        # seconds
         self.control, self._rate = None, self.STAGES[0].rate
+        self._relays = Chain(self.dialect)
+        self._trials = collections.deque([self._build, self._relays.turn, self._relays.dissolve])
 
     def enough(self):
         """Whether the image is to end."""
-        return self._started and self.hands.now() - self.pass_began >= self._seconds
+        return self._began is not None and self.hands.now() - self._began >= self._seconds
+
+    def sent(self, sending):
+        """What next() returned was multicast."""
+        if self._began is None:
+            self._began = self.hands.now()
+        if sending.buffer is sending.underway.round.buffer:
+            Course.sent(self, sending)
+
+    # ---- packets of other sizes
+
+    def _sample(self, size):
+        """A Buffer with one repair datagram, which makes a packet of so many bytes."""
+        sample = Buffer(payload_for(size), 1, self._repair_salt - REPAIR_BIT)
+        sample.start(REPAIR_BIT, 0, 0)
+        sample.add(b'\0' * sample.payload)
+        return sample
+
+    def _next_sending(self):
+        sending = Course._next_sending(self)
+        if not sending or self._stages[sending.underway.round.part] is not self.STAGES[0]:
+            return sending
+        if self._probed is not sending.underway:
+            self._probed, self._due = sending.underway, self._samples[:]
+        return Sending(sending.underway, self._due.pop(), 1, sending.speed) if self._due else sending
+
+    # ---- the chain
+
+    def look(self, now):
+        """As a Course does."""
+        due, news = now >= self._next_look, Course.look(self, now)
+        if due and self._began is not None and not self.enough():
+            self._relays.look(now)
+            if self._trials and self._relays.tried(now):
+                self._trials.popleft()(now)
+            self._publish_chain()
+        return news
+
+    def _build(self, now):
+        self._relays.build(self.roster.here, now, wait=False)
+
+    def _publish_chain(self, _number=None):
+        messages = self._relays.changes((self.rounds + self.NEVER) & MASK)
+        if messages:
+            self.hands.do(Step('chain', messages=messages))
+
+    # At the end all leave, and who has left can be connected to no more: that tells nothing.
+
+    def _hear_left(self, member, more, now):
+        if not self.enough():
+            self._relays.leave(member, now)
+        Course._hear_left(self, member, more, now)
+
+    def _hear_relay(self, member, said, now):
+        if not self.enough():
+            self._relays.heard(member, said, now)
+
+    # ---- the stages
 
     def _grow(self):
         now = self.hands.now()
-        if self._started:
+        if self._began is not None:
             self._stage_began = self._stage_began or now
             if now - self._stage_began >= self.STAGES[self._stage].seconds:
                 self._stage = self._stage + 1 if self._makes_sense() else len(self.STAGES) - 1
@@ -7416,7 +7574,10 @@ WORDS = {
     'doubted': (WARNING, '%(count)d bytes that were here are not as the server has them, and are asked for again'),
     'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
-    'rehearsal': (INFO, 'this is a rehearsal: nothing is written, and no command is started'),
+    'rehearsal': (INFO, 'this is a rehearsal: no image is written, and no command is started'),
+    'tried': (INFO, 'a trial file took %(speed)s/s where the image would be; it is gone again'),
+    'untried': (INFO, 'the output is no file, so it was not tried how fast that is written'),
+    'hint': (WARNING, '%(text)s'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
     'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
@@ -7441,15 +7602,46 @@ def causes(payload):
 ADVICE = {
     'deaf': 'no multicast reaches it: let UDP to the group pass its firewall, see whether its LOCAL_IP is right, and whether '
             'a switch on the way has IGMP snooping but no querier (then give it one, or turn snooping off)',
+    'narrow': 'packets of %(size)d bytes do not reach it by multicast, though those of %(packet)d do: see what on the way takes '
+              'no larger ones (a tunnel, jumbo frames), or give the server --mtu %(packet)d',
     'stopped': 'multicast reached it, and then no more: a switch on the way has IGMP snooping but no querier; give it one '
                '(on a router, or the switch itself), or turn snooping off',
     'lossy': 'it loses more than a tenth even at low rates: look at its cable and port (errors, half duplex), at Wi-Fi on '
-             'the way, and at limits for multicast in the switch (storm control)'}
+             'the way, and at limits for multicast in the switch (storm control)',
+    'unwritable': 'the image cannot be written where its -o points: %(unwritable)s; make room there, or give another FILE',
+    'unreachable': 'another client cannot connect to it, so it could not pass the image on where multicast does not reach: let '
+                   'TCP to the port of the session pass its firewall',
+    'buffer': 'its receive buffer is small, so it may lose what comes fast: run the client as root, or raise net.core.rmem_max '
+              '(sysctl)'}
+HINTS = ('unreachable', 'buffer')       # what is no reason for a rehearsal to fail
+
+def findings(wrong, facts, payload):
+    """What a rehearsal found wrong with a client: [(key, in words)], the worst first.
+
+    wrong: with how it hears multicast; None: nothing; facts: what it told of itself; payload: bytes of a packet's.
+    """
+    facts = dict(facts, size=packet_of(payload))
+    narrow = wrong == 'deaf' and facts.get('packet', facts['size']) < facts['size']
+    found = ['narrow' if narrow else wrong] if wrong else []
+    if facts.get('unwritable'):
+        found.append('unwritable')
+    if facts.get('reached') is False:
+        found.append('unreachable')
+    if facts.get('socket_buffer', AMPLE) < AMPLE:
+        found.append('buffer')
+    return [(key, ADVICE[key] % facts if key in ADVICE else key) for key in found]
 
 
-def advice(wrong):
-    """The words for what a rehearsal found wrong."""
-    return ADVICE.get(wrong, wrong)
+def findings_of(server, member):
+    """The findings on a member; none where nothing is rehearsed."""
+    if not server.options.rehearsal:
+        return []
+    return findings(member.wrong, dict(member.figures, reached=member.reached), server.session.payload)
+
+
+def faults(found):
+    """Those findings for which a rehearsal fails."""
+    return [finding for finding in found if finding[0] not in HINTS]
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
@@ -7854,8 +8046,10 @@ def server_rows(server):
     """What became of each host, worst first: dicts with the keys of the report."""
     rows = []
     for member in server.roster.everyone:
-        complete = member.outcome == 'complete' and not member.wrong
-        reason = None if complete else advice(member.wrong) or member.outcome or whose(server.failure) or 'unknown'
+        found = findings_of(server, member)
+        wrong = faults(found)
+        complete = member.outcome == 'complete' and not wrong
+        reason = None if complete else '; '.join(words for _, words in wrong) or member.outcome or whose(server.failure) or 'unknown'
         rows.append({
             'host': member.host, 'address': member.address,
             'result': 'complete' if complete else 'failed', 'reason': reason,
@@ -7868,8 +8062,11 @@ def server_rows(server):
             'seconds': member.ended and server.started and round(
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
         if server.options.rehearsal:
-            rows[-1].update(room=member.figures.get('room'), socket_buffer=member.figures.get('socket_buffer'))
-            rows[-1].update(wrong=member.wrong, heard=dict(
+            rows[-1].update((key, member.figures.get(key)) for key in (
+                'packet', 'room', 'write_speed', 'unwritable', 'socket_buffer', 'python', 'kernel', 'datagrams'))
+            rows[-1].update(round_trip=member.figures.get('round_trip') and member.figures['round_trip'] / 1e6)
+            rows[-1].update(wrong=wrong[0][0] if wrong else None, findings=[key for key, _ in found], reached=member.reached)
+            rows[-1].update(heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
     missing = server.roster.missing
@@ -7937,16 +8134,45 @@ def in_columns(lines, more):
         yield 'and %d more (-v shows all)' % more
 
 
+def hears(row):
+    """Whether multicast works for a host of a rehearsal."""
+    return row['result'] == 'complete' or row.get('wrong') == 'unwritable'
+
+
 def check_table(rows, most):
     """Lines of a table of the hosts of a rehearsal, `most` at the most: which share of each stage they heard."""
     stages = [stage.name for stage in Rehearsal.STAGES]
-    lines = [['host', 'address', 'multicast'] + stages + ['room', 'buffer']]
+    lines = [['host', 'address', 'multicast'] + stages]
     for row in rows[:most]:
         heard = row.get('heard', {})
-        lines.append([row['host'] or '?', row['address'] or '?', 'works' if row['result'] == 'complete' else row.get('wrong') or row['result']]
-                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages]
-                     + ['-' if row.get(name) is None else amount(row[name]) for name in ('room', 'socket_buffer')])
+        lines.append([row['host'] or '?', row['address'] or '?', 'works' if hears(row) else row.get('wrong') or row['result']]
+                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages])
     return in_columns(lines, len(rows) - most)
+
+
+# What there is to know of a host before a transfer: the head of its column, its key, what it can be, and it in words.
+FITTINGS = (('TCP', 'round_trip', NUMBER + (float,), lambda seconds: '%.3g ms' % (1e3 * seconds)),
+            ('packet', 'packet', NUMBER, str), ('chain', 'reached', bool, ('no', 'works').__getitem__),
+            ('room', 'room', NUMBER, amount), ('written', 'write_speed', NUMBER, lambda speed: amount(speed) + '/s'),
+            ('buffer', 'socket_buffer', NUMBER, amount), ('datagrams', 'datagrams', TEXT, None),
+            ('Python', 'python', TEXT, None), ('kernel', 'kernel', TEXT, None))
+
+
+def fittings_of(row):
+    """What is known of a host, by FITTINGS: (head, in words)."""
+    for head, key, kinds, words in FITTINGS:
+        value = row.get(key)
+        good = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+        yield head, (words(value) if words else value) if good else '-'
+
+
+def fittings_table(rows, most):
+    """Lines of a table of the hosts of a rehearsal, `most` at the most: what else there is to know of each."""
+    rows = [row for row in rows if row.get('python')]
+    lines = [['host'] + [fitting[0] for fitting in FITTINGS]]
+    for row in rows[:most]:
+        lines.append([row['host']] + [words for _, words in fittings_of(row)])
+    return in_columns(lines, len(rows) - most) if rows else ()
 
 
 def never_came(server, rows):
@@ -7963,12 +8189,16 @@ def check_summary(server, rows, most):
             yield ERROR, '%s: %s%s' % (named(row), 'refused, ' if row['result'] == 'refused' else '', row['reason'])
     if server.failure:
         yield ERROR, server.failure
-    for line in check_table(rows, most):
+    for line in list(check_table(rows, most)) + list(fittings_table(rows, most)):
         yield INFO, line
+    for hint in HINTS:
+        those = [row['host'] for row in rows if hint in row.get('findings', ())]
+        if those:
+            yield WARNING, '%s: %s' % (listed(those), ADVICE[hint])
     for line in never_came(server, rows):
         yield ERROR, line
     yield INFO, 'multicast works for %d of %s' % (
-        len([row for row in rows if row['result'] == 'complete']), counted(server.roster.places, 'client'))
+        len([row for row in rows if hears(row)]), counted(server.roster.places, 'client'))
 
 
 def server_summary(server, rows, most):
@@ -8089,6 +8319,9 @@ class Summary(object):
 
     def look(self, now):
         """Time passes."""
+
+
+SESSIONS = 'server', 'client', 'check'  # the commands that take part in one, and so have reports
 
 
 class JsonReport(object):
@@ -8913,7 +9146,7 @@ class Multicaster(object):
         checks = () if self.session.digest else dialect.checks
         self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
-        course = functools.partial(Rehearsal, options.rehearsal) if options.rehearsal else Course
+        course = functools.partial(Rehearsal, options.rehearsal, self.sender.mtu) if options.rehearsal else Course
         self.course = course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
@@ -9057,8 +9290,9 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        failed = [member for member in roster.everyone if member.outcome != 'complete' or member.wrong]
-        served = roster.served - len([member for member in roster.everyone if member.wrong])
+        wrong = [member for member in roster.everyone if faults(findings_of(self, member))]
+        failed = wrong + [member for member in roster.everyone if member.outcome != 'complete']
+        served = roster.served - len(wrong)
         complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
@@ -9655,12 +9889,12 @@ class Client(object):
 
     NAP = 0.001                         # seconds, to let datagrams gather
     LONG_NAP = 0.008                    # the same for what comes by TCP, which nobody loses
-    AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
     AT_ONCE = 512 << 10                 # bytes from the server in a turn
+    LEAST_ROOM = 1 << 20                # bytes that any image has, for a rehearsal
     KEYED_RANGES = 150                  # that we hold, in a HELLO which is to be short
 
     def __init__(self, options, signals):
@@ -9685,7 +9919,8 @@ class Client(object):
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.rehearsal = False          # nothing is written: the server said so,
-        self.room = None                # and this is how many bytes could be
+        self.tried = {}                 # and so it was tried what could be, by the names of FIGURES and FACTS
+        self.wrong = None               # with how multicast is heard then: a key of ADVICE
         self.says = {}                  # what the server said of its state
         self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
@@ -9727,11 +9962,14 @@ class Client(object):
         if not self.fallback:
             self._say_done()
             self._see_follower_off()
-        wrong = self.rehearsal and self._fields.get('wrong')
+        found = findings(self.wrong, self.figures(), self.window.payload) if self.rehearsal else []
+        wrong = faults(found)
         code = FAILED if wrong else OK
         tell('client_ended', client=self, code=code)
+        for _, words in found[len(wrong):]:
+            tell('hint', text=words)
         if wrong:
-            self.failure = 'the rehearsal failed: %s' % advice(field(self._fields, 'wrong', TEXT))
+            self.failure = 'the rehearsal failed: ' + '; '.join(words for _, words in wrong)
             tell('failed', reason=self.failure)
         return code
 
@@ -9908,6 +10146,7 @@ class Client(object):
             self._stall_timeout = self.dialect.client_stall
         self.server.begin(self._stall_timeout)
         self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
+        self.relay.rehearsal = self.rehearsal
         self._join()
         if self.writer:
             self.writer.go_on()
@@ -10066,12 +10305,28 @@ class Client(object):
             raise Failure('the server has %s now' % ('a rehearsal, and no image,' if rehearsal else 'an image, and no rehearsal,'))
         if rehearsal and not self.rehearsal:
             self.rehearsal, options = True, self.options
-            self.room = self.sink.room()
+            tell('rehearsal')
+            self._try_output()
             options.expect_name = options.expect_size = options.expect_sha256 = None
             self.sink.close()
             self.sink = NoSink()
             self.copy = Copy(self.sink)
-            tell('rehearsal')
+
+    def _try_output(self):
+        """Find out whether there is room for the image, and how fast a file is written where it would be."""
+        tried, room = self.tried, self.sink.room()
+        if room is not None:
+            tried['room'] = room
+        if room is not None and room < (self.options.expect_size or self.LEAST_ROOM):
+            tried['unwritable'] = 'there is room for %s only' % counted(room, 'byte')
+        elif not self.sink.is_file:
+            tell('untried')
+        else:
+            try:
+                tried['write_speed'] = self.sink.trial(room)
+                tell('tried', speed=amount(tried['write_speed']))
+            except OS_ERRORS as error:
+                tried['unwritable'] = explain(error)
 
     def _check_image(self, telling):
         """Before anything is written: is it the image that is expected?  Raises Failure.
@@ -10126,7 +10381,7 @@ class Client(object):
         """Receive until the server's last word.  Raises Failure, ProtocolError, LinkClosed."""
         window, link = self.window, self.writer.link.child_fd
         tcp, udp = self.server.fileno(), self.receiver.fileno()
-        ample = self.receiver.socket_buffer >= self.AMPLE
+        ample = self.receiver.socket_buffer >= AMPLE
         control = select.poll()
         for fd in (tcp, link):
             control.register(fd, select.POLLIN)
@@ -10341,8 +10596,11 @@ class Client(object):
         if self.overflows is not None:
             figures['overflows'] = self.overflows
         if self.rehearsal:
-            figures['socket_buffer'] = self.receiver.socket_buffer
-            figures.update({} if self.room is None else {'room': self.room})
+            figures.update(self.tried, socket_buffer=self.receiver.socket_buffer, datagrams=self.receiver.way, **versions())
+            round_trip = self.server.round_trip()
+            figures.update({'round_trip': round_trip} if round_trip else {})
+            passed = max(self.window.largest, self.window.payload if self.window.by_multicast else 0)
+            figures.update({'packet': packet_of(passed)} if passed else {})
         return figures
 
     def _check_stall(self):
@@ -10379,6 +10637,7 @@ class Client(object):
                 raise Failure(EMPTY)
             return True
         size = field(self._fields, 'bytes', NUMBER)
+        self.wrong = field(self._fields, 'wrong', TEXT, optional=True) if self.rehearsal else None
         digest = window.digest and digest_of(self._fields, 'sha256')
         if self.vouchers and not same(digest_of(self._fields, 'proof'), self.vouchers.of_end(size, digest)):
             raise Failure('the end is not vouched for: ' + NOT_VOUCHED)
@@ -10720,32 +10979,56 @@ def html_table(heads, rows):
                    element('tbody', *body))
 
 
-def hosts_of(report):
-    """The table of a server's hosts, worst first."""
-    rows = objects_of(report.get('hosts'))
-    waits = [parts_of(row.get('waited_for')) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: (
-        WORST.index(rows[place].get('result')) if rows[place].get('result') in WORST else 0,
-        -sum(part[1] for part in waits[place]), -as_number(rows[place].get('lost'))))
+def host_and_result(row):
+    """The first two cells of a host."""
+    return (html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
+            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])))
+
+
+def served_hosts(rows):
+    """The table of a server's hosts."""
+    cells, waits = [], [parts_of(row.get('waited_for')) for row in rows]
     most = max([1e-9] + [sum(part[1] for part in parts) for parts in waits])
-    cells = []
-    for place in order:
-        row, parts = rows[place], waits[place]
+    for row, parts in zip(rows, waits):
         repaired = dict(parts_of(row.get('repaired')))
         held = [drawn_bar(parts, most), legend([(key, CAUSES.get(key, key), size) for key, size in parts],
                                        lambda size: '%.1f s' % size)] if parts and parts[0][1] >= 0.05 else []
-        cells.append((
-            html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
-            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])),
+        cells.append(host_and_result(row) + (
             '%.1f' % as_number(row.get('seconds')) if row.get('seconds') else '', row.get('lost') or '',
             repaired.get('multicast') or '', repaired.get('tcp') or '', row.get('by_chain') or '', html_of(held)))
-    counts = collections.Counter('%s' % row.get('result') for row in rows)
-    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
-    return html_of([element('h3', 'Hosts: %s' % said), html_table(
+    return html_of([html_table(
         [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in (
             'seconds', 'lost', 'multicast', 'TCP', 'chain')] + [('all waited for it', 'wide')], cells),
         element('p', 'Packets: lost of the multicast; repaired by multicast and by TCP; from another client (chain).',
-                class_='soft')]) if rows else ''
+                class_='soft')])
+
+
+def rehearsed_hosts(rows):
+    """The table of a rehearsal's hosts."""
+    stages, cells = [stage.name for stage in Rehearsal.STAGES], []
+    for row in rows:
+        heard = row.get('heard') if isinstance(row.get('heard'), dict) else {}
+        row = dict((key, as_number(value) if isinstance(value, NUMBER + (float,)) and not isinstance(value, bool) else value)
+                   for key, value in row.items())
+        known = ', '.join('%s %s' % fitting for fitting in fittings_of(row) if fitting[1] != '-')
+        cells.append(host_and_result(row) + tuple(
+            '%.4g %%' % (100 * as_number(heard[stage])) if stage in heard else '' for stage in stages) + (known,))
+    return html_of([html_table(
+        [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in stages] + [('what else is known', 'wide')], cells),
+        element('p', 'Shares of the multicast that it heard, at rates in bit/s, as fast as the server can, and then slowly until '
+                'the end.', class_='soft')])
+
+
+def hosts_of(report):
+    """The table of the hosts of a server or a rehearsal, worst first."""
+    rows = objects_of(report.get('hosts'))
+    rows.sort(key=lambda row: (
+        WORST.index(row.get('result')) if row.get('result') in WORST else 0,
+        -sum(part[1] for part in parts_of(row.get('waited_for'))), -as_number(row.get('lost'))))
+    counts = collections.Counter('%s' % row.get('result') for row in rows)
+    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
+    table = rehearsed_hosts if report['command'] == 'check' else served_hosts
+    return html_of([element('h3', 'Hosts: %s' % said), table(rows)]) if rows else ''
 
 
 def section_of(path, place, report, most):
@@ -10760,19 +11043,20 @@ def section_of(path, place, report, most):
     if isinstance(server, dict):
         facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
     size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
-    facts += [('image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
-              ('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else '')),
-              ('goodput', bits(as_number(report.get('goodput'))))]
+    rehearsed = report['command'] == 'check'
+    facts += [] if rehearsed else [('image', '%s (%s)' % (counted(size, 'byte'), amount(size)))]
+    facts += [('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else ''))]
+    facts += [] if rehearsed else [('goodput', bits(as_number(report.get('goodput'))))]
     for key in ('lost', 'overflows'):
         if as_number(report.get(key)):
             facts.append((key, counted(report[key], 'packet' if key == 'lost' else 'datagram')))
-    if report.get('sha256'):
+    if report.get('sha256') and not rehearsed:
         facts.append(('SHA-256', element('code', report['sha256'])))
     carried = parts_of(report.get('carried'))
     if carried:
         facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
             [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
-    called = 'Server' if report['command'] == 'server' else 'Client'
+    called = {'server': 'Server', 'client': 'Client', 'check': 'Rehearsal'}[report['command']]
     return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
                    element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
                    goodput_chart(report, most), hosts_of(report))
@@ -10780,12 +11064,15 @@ def section_of(path, place, report, most):
 
 def report_page(reports):
     """The page, from (path, report): what --report has written."""
-    servers = [report for _, report in reports if report['command'] == 'server']
+    servers = [report for _, report in reports if report['command'] == 'server'] or [
+        report for _, report in reports if report['command'] == 'check']
     rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('reason') != UNINVITED]
     complete = len([row for row in rows if row.get('result') == 'complete'])
-    title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
+    good = 'passed the rehearsal' if rows and servers[0]['command'] == 'check' else (
+        'has the image' if len(rows) == 1 else 'have the image')
+    title = '%d of %s %s' % (complete, counted(len(rows), 'host'), good) if rows else (
         'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
-    reports = sorted(reports, key=lambda item: (item[1]['command'] != 'server', WORST.index(item[1].get('result'))
+    reports = sorted(reports, key=lambda item: (item[1]['command'] == 'client', WORST.index(item[1].get('result'))
                                                 if item[1].get('result') in WORST else 0))
     body = [element('h1', title)]
     if len(reports) > 1:
@@ -10806,7 +11093,7 @@ def read_report(path):
         report = json.loads(text.decode('utf-8'))
     except (ValueError, RuntimeError):  # the latter: too deep
         report = None
-    if not isinstance(report, dict) or report.get('command') not in ('server', 'client'):
+    if not isinstance(report, dict) or report.get('command') not in SESSIONS:
         raise Failure('%s is no report that kmcast has written' % called, USAGE)
     return report
 
@@ -10816,7 +11103,6 @@ def read_report(path):
 # ---------------------------------------------------------------------------
 
 GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
-SESSIONS = 'server', 'client', 'check'              # the commands that take part in one
 
 
 def whole_number(least, most):
@@ -11119,7 +11405,7 @@ def command_line():
 
     page = command('report', 'a page to look at, from what --report has written',
                    'kmcast report report.json > page.html', 'kmcast report FILE...')
-    page.add('', 'files', nargs='+', metavar='FILE', help='what server or client --report has written; -: standard input')
+    page.add('', 'files', nargs='+', metavar='FILE', help='what --report has written; -: standard input')
     page.add('output', '-h', '--help', action='help', help='show this and exit')
     page.set_defaults(verbose=False, quiet=False)
 

@@ -150,6 +150,29 @@ def test_a_report_with_other_or_fewer_keys_has_a_page_too(python, parts, tmp_pat
     """Those of earlier and later versions."""
     page_of(dict({"command": "server"}, **parts), python=python, tmp_path=tmp_path)
     page_of(dict({"command": "client"}, **parts), python=python, tmp_path=tmp_path)
+    page_of(dict({"command": "check"}, **parts), python=python, tmp_path=tmp_path)
+
+
+FITTINGS = {"round_trip": 0.00025, "packet": 1500, "reached": False, "room": 5 * 10 ** 9, "write_speed": 10 ** 8,
+            "socket_buffer": 425984, "datagrams": "mmsg", "python": "3.9.2", "kernel": "5.10.0"}
+
+
+def test_the_page_of_a_rehearsal_says_what_each_host_heard_and_what_it_has(tmp_path):
+    rows = [host(1, heard={"10M": 1.0, "100M": 0.5, "hold": 0.999}, **FITTINGS),
+            host(2, "failed", reason="no multicast reaches it", heard={"10M": 0.0})]
+    page = page_of(report(rows, command="check", arguments=["check", "auto", "2"]), tmp_path=tmp_path)
+    for said in ("1 of 2 hosts passed the rehearsal", "Rehearsal: partly, exit code 3", "100 %", "50 %", "99.9 %", "0 %",
+                 "no multicast reaches it", "TCP 0.25 ms, packet 1500, chain no, room 5 GB, written 100 MB/s, buffer 426 kB, "
+                 "datagrams mmsg, Python 3.9.2, kernel 5.10.0"):
+        assert said in page.text, said
+    assert page.text.index("node2") < page.text.index("node1") and "SHA-256" not in page.text
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [None, True, "x", 10 ** 400, -1, 1e300, float("nan"), [], {}, HOSTILE], ids=range(10))
+def test_whatever_a_rehearsal_says_of_a_host_there_is_a_page(wrong, python, tmp_path):
+    page_of(report([host(1, heard={"10M": wrong, HOSTILE: 1}, **dict.fromkeys(FITTINGS, wrong)), host(2, heard=wrong)],
+                   command="check"), python=python, tmp_path=tmp_path)
 
 
 @BOTH
@@ -193,11 +216,13 @@ onload = () => { document.title = JSON.stringify([...document.querySelectorAll("
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium here (apt-get install chromium)")
-@pytest.mark.parametrize("hosts", [3, 1000])
-def test_the_page_fits_a_wide_and_a_narrow_window(hosts, tmp_path):
+@pytest.mark.parametrize("command, hosts", [("server", 3), ("server", 1000), ("check", 3)])
+def test_the_page_fits_a_wide_and_a_narrow_window(command, hosts, tmp_path):
     rows = three() + [host(number, waited_for={"silence": 0.5}) for number in range(4, hosts + 1)] + [
         host(0, "failed", host=HOSTILE, reason=HOSTILE)]
-    page = page_of(report(rows, arguments=["server", HOSTILE]), of_a_client(ended=HOSTILE), tmp_path=tmp_path)
+    if command == "check":
+        rows = [dict(row, heard=dict.fromkeys(["10M", "100M", "1G", "max", "hold"], 0.99987), **FITTINGS) for row in rows]
+    page = page_of(report(rows, command=command, arguments=[command, HOSTILE]), of_a_client(ended=HOSTILE), tmp_path=tmp_path)
     (tmp_path / "page.html").write_text(page.source)
     widths = (1280, 1060, 400)
     (tmp_path / "frames.html").write_text(FRAMES % "".join(
