@@ -9199,15 +9199,17 @@ class Place(object):
 
     def target(self, location):
         """The Place that a redirect from here leads to.  Raises Failure."""
-        if location.startswith('//'):
-            location = self.url[:self.url.index('//')] + location
-        elif location.startswith('/'):
-            location = self.url[:len(self.url) - len(self.path)] + location
-        elif '://' not in location:
-            location = self.url.split('?')[0].rsplit('/', 1)[0] + '/' + location
-        place = Place(location)
-        if self.secure and not place.secure:
-            raise Failure('%s redirects to %s, which is not secure' % (printable(self.url), printable(location)))
+        try:
+            from urllib.parse import urljoin        # only here: it takes a while
+        except ImportError:             # Python 2
+            from urlparse import urljoin
+        try:
+            place = Place(urljoin(self.url, location))
+        except (Failure, ValueError):
+            place = None
+        if not place or self.secure and not place.secure:
+            raise Failure('%s redirects to %s, which is %s' % (
+                printable(self.url), printable(location), 'not secure' if place else 'no URL of http or https'))
         return place
 
 
@@ -9392,10 +9394,7 @@ class Fallback(object):
             self._hang_up()
             if not location:
                 raise Failure('%s redirects to nowhere' % printable(place.url))
-            try:
-                place = place.target(location)
-            except Failure as error:
-                raise Failure(error.reason)         # no wrong usage
+            place = place.target(location)
         else:
             raise Failure('%s redirects too often' % printable(self.place.url))
         self._take_answer(response, first)
