@@ -9247,7 +9247,7 @@ class Fallback(object):
     What it brings is hashed, and where the server told digests they must be met, so only what lies
     behind the last of these is as HTTP has it.  Where the image went on from, the bytes before must be the same
     there; all requests must be answered from one version of it, and its length is to be what the server told.
-    open() and fetch() are for the writer's thread.
+    open() and fetch() are for the writer's thread, hang_up() for it or after its end.
 
     size        of the image, bytes; None: not known yet
     size_told   the same as the server told it
@@ -9273,8 +9273,8 @@ class Fallback(object):
         self.told = self.brought = 0
         self.writing_since = None
         self._version = None            # what tells this version of the image from others
-        self._response = self._next = None          # what is being read, and which byte comes next
-        self._connection = self._fd = None
+        self._connection = self._response = self._fd = None
+        self._next = None               # which byte of the image comes next from it; None: none does
         self._over = threading.Event()
         self._since = None              # when the first try failed since something came
         self._tries = 0
@@ -9311,7 +9311,7 @@ class Fallback(object):
                 self._bring(start, stop)
                 break                   # what is missing may be another by now
             else:
-                self._hang_up()
+                self.hang_up()
                 if not self._drop(copy.meet(self.size)):
                     break
         if copy.verified != self.size:
@@ -9323,6 +9323,14 @@ class Fallback(object):
         fd = self._fd
         if fd is not None:              # not by the socket, which would forget that there is TLS
             LIBC.shutdown(fd, socket.SHUT_RDWR)
+
+    def hang_up(self):
+        """No more of this answer."""
+        ends, self._connection, self._response = (self._response, self._connection), None, None
+        self._fd = self._next = None
+        for end in ends:
+            if end:
+                end.close()
 
     def _drop(self, pair):
         """Bytes that do not fit what the server told are to come again; returns whether there are any.  Raises Failure."""
@@ -9363,7 +9371,7 @@ class Fallback(object):
 
     def _wait(self, error):
         """Before the next try.  Raises Failure when there was nothing for too long."""
-        self._hang_up()
+        self.hang_up()
         now = monotonic()
         self._since = self._since or now
         if now - self._since > self._patience or self._over.is_set():
@@ -9378,7 +9386,7 @@ class Fallback(object):
 
     def _ask(self, start, stop, known=b''):
         """Ask for the image from `start` on, behind bytes that are `known`.  Raises Failure, Unanswered."""
-        self._hang_up()
+        self.hang_up()
         first = start - len(known)
         headers = {}
         if first:
@@ -9391,14 +9399,14 @@ class Fallback(object):
             if response.status not in (301, 302, 303, 307, 308):
                 break
             location = response.getheader('Location')
-            self._hang_up()
+            self.hang_up()
             if not location:
                 raise Failure('%s redirects to nowhere' % printable(place.url))
             place = place.target(location)
         else:
             raise Failure('%s redirects too often' % printable(self.place.url))
         self._take_answer(response, first)
-        while known and self._response:
+        while known and self._next is not None:
             data = self._read(len(known))
             different, known = data != known[:len(data)], known[len(data):]
             if different:
@@ -9435,7 +9443,7 @@ class Fallback(object):
             return                      # there is none behind it
         if status == 200 and first:
             self._start_over('%s gives no part of the image, only all of it' % url, version)
-        self._response, self._next = response, first
+        self._next = first
         self._endless = status == 200 and response.getheader('Content-Length') is None
 
     def _check_size(self, size, anew=False):
@@ -9490,7 +9498,8 @@ class Fallback(object):
                                 ('Accept-Encoding', 'identity'), ('Connection', 'close')] + sorted(headers.items()):
                 connection.putheader(name, value)
             connection.endheaders()
-            return connection.getresponse()
+            self._response = connection.getresponse()
+            return self._response
         except self._broken() as error:
             if 'CERTIFICATE' in str(error).upper():
                 raise Failure('%s: %s' % (printable(place.url), self._in_words(error)))
@@ -9540,14 +9549,6 @@ class Fallback(object):
         if isinstance(error, socket.timeout):
             return 'nothing came for %g s' % self._stall
         return printable(explain(error) if isinstance(error, OS_ERRORS) else '%s %s' % (type(error).__name__, error))
-
-    def _hang_up(self):
-        """No more of this answer."""
-        ends, self._connection, self._response = (self._response, self._connection), None, None
-        self._fd = self._next = None
-        for end in ends:
-            if end:
-                end.close()
 
 
 # ---------------------------------------------------------------------------
@@ -9712,13 +9713,15 @@ class Client(object):
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
+        if self.fallback:
+            self.fallback.close()
         if self.writer and self.sink.journal:       # which it may be about to add to
             self.writer.close()
         self.sink.close()
-        if self.fallback:
-            self.fallback.close()
         if self.writer:
             self.writer.close()
+        if self.fallback:
+            self.fallback.hang_up()
         self._disconnect()
 
     def _disconnect(self):

@@ -29,18 +29,24 @@ class Web(object):
     ranges      whether it knows of Range
     cuts        after so many bytes of an answer it breaks: one number for each of the first requests
     stalls      as `cuts`, but it goes silent
-    busy        so many first requests are answered by 503
-    asked       (path, Range, If-Range) of each request
+    busy        so many first requests are answered by 503, with retry_after where that is not None
+    chunks      whether an answer goes in chunks, and so does not say how long it is
+    asked       (path, Range, If-Range) of each request, and `times` when it came
     """
 
     def __init__(self, certificate=None):
         self.image, self.tag, self.ranges, self.length, self.busy = IMAGE, '"1"', True, True, 0
-        self.cuts, self.stalls, self.asked, self.redirects = [], [], [], {}
+        self.retry_after, self.chunks = None, False
+        self.cuts, self.stalls, self.asked, self.times, self.redirects = [], [], [], [], {}
         self.after = lambda: None
         self.over = threading.Event()
         web = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            @property
+            def protocol_version(self):
+                return "HTTP/1.1" if web.chunks else "HTTP/1.0"
+
             def do_GET(self):
                 web.answer(self)
 
@@ -65,6 +71,7 @@ class Web(object):
 
     def answer(self, request):
         number, wanted = len(self.asked), request.headers.get("Range")
+        self.times.append(time.time())
         self.asked.append((request.path, wanted, request.headers.get("If-Range")))
         image, tag, start, stop = self.image, self.tag, 0, len(self.image)
         if request.path in self.redirects:
@@ -74,7 +81,10 @@ class Web(object):
             return
         if self.busy:
             self.busy -= 1
-            request.send_error(503)
+            request.send_response(503)
+            if self.retry_after is not None:
+                request.send_header("Retry-After", self.retry_after)
+            request.end_headers()
             return
         if request.path != "/image":
             request.send_error(404)
@@ -93,13 +103,21 @@ class Web(object):
             request.send_response(200)
         if tag:
             request.send_header("ETag", tag)
-        if self.length:
+        if self.chunks:
+            request.send_header("Transfer-Encoding", "chunked")
+        elif self.length:
             request.send_header("Content-Length", str(stop - start))
         request.end_headers()
         ends = self.cuts[number] if number < len(self.cuts) else None
         quiet = self.stalls[number] if number < len(self.stalls) else None
         cut = min([stop] + [start + size for size in (ends, quiet) if size is not None])
-        request.wfile.write(image[start:cut])
+        if self.chunks:
+            for place in range(start, cut, 70001):
+                piece = image[place:min(cut, place + 70001)]
+                request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            request.wfile.write(b"0\r\n\r\n" if cut == stop else b"")
+        else:
+            request.wfile.write(image[start:cut])
         request.wfile.flush()
         if quiet is not None:
             self.over.wait(60)
@@ -225,9 +243,17 @@ def test_a_file_is_completed_after_a_killed_server(web, python, size, tmp_path):
     assert path.read_bytes() == IMAGE and os.listdir(str(tmp_path)) == ["file"]
 
 
-def test_twenty_clients_fall_back_at_once(web):
-    for client in killed(web, NEWEST, 1500000, 20):
+@pytest.mark.parametrize("size", list(KILLED.values()), ids=list(KILLED))
+def test_twenty_clients_fall_back_at_once(web, size, tmp_path):
+    paths = [tmp_path / str(number) for number in range(10)]
+    clients = killed(web, NEWEST, size, 20, [["-o", path] for path in paths] + [[]] * 10)
+    for client in clients[10:]:
         good(client)
+    for path, client in zip(paths, clients):
+        code, stderr, _ = client.finish(60)
+        assert code == 0, stderr
+        assert path.read_bytes() == IMAGE
+    assert sorted(os.listdir(str(tmp_path))) == sorted(path.name for path in paths)
     assert len(web.asked) == 20
 
 
@@ -318,6 +344,23 @@ def test_a_server_that_is_busy_is_asked_again(web, python):
 
 
 @BOTH
+def test_a_server_that_says_when_to_come_again_is_not_asked_before(web, python):
+    web.busy, web.retry_after = 1, "3"
+    stderr = good(alone(web, python, "--wait", 20))
+    waits, = re.findall(r"HTTP status 503; trying again in (\S+) s", stderr)
+    assert 3 <= float(waits) < 4 and len(web.asked) == 2
+    assert web.times[1] - web.times[0] >= 3
+
+
+@BOTH
+@pytest.mark.parametrize("retry_after", ["86400", "9" * 5000, "Fri, 31 Dec 1999 23:59:59 GMT", "-1", "soon"])
+def test_it_is_waited_for_no_longer_than_wait_says(web, python, retry_after):
+    web.busy, web.retry_after = 1000, retry_after
+    bad(alone(web, python, "--wait", 2), "HTTP status 503", 3)
+    assert len(web.asked) >= 2          # and once more when the time is over
+
+
+@BOTH
 def test_redirects_are_followed_and_not_for_ever(web, python):
     web.redirects = {"/here": "there", "/there": web.url}
     address = web.url
@@ -361,6 +404,44 @@ def test_an_image_that_is_replaced_is_not_mixed(web, python, tmp_path):
 @BOTH
 def test_a_server_that_does_not_say_how_long_it_is_is_no_source(web, python):
     web.length = False
+    bad(alone(web, python), "does not say how long", 3)
+
+
+@BOTH
+def test_an_answer_in_chunks_is_as_long_as_the_server_told(web, python, tmp_path):
+    web.chunks = True
+    path = tmp_path / "file"
+    code, stderr, _ = holding(web, python, path, 4, 2, 0).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE
+    web.ranges = False
+    code, stderr, _ = holding(web, python, path, 4, 2, 0).finish(60)
+    assert code == 0 and "starting over" in stderr, stderr
+    assert path.read_bytes() == IMAGE
+
+
+@BOTH
+def test_one_that_ends_early_is_gone_on_with(web, python, tmp_path):
+    web.chunks, web.cuts = True, [700000, 300000]
+    path = tmp_path / "file"
+    code, stderr, _ = holding(web, python, path, 0).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE and len(web.asked) == 3
+
+
+@BOTH
+@pytest.mark.parametrize("size", [-1, 1], ids=["short", "long"])
+def test_one_that_is_another_length_is_no_success(web, python, tmp_path, size):
+    web.chunks, web.ranges = True, False
+    web.image = IMAGE[:size] if size < 0 else IMAGE + b"X"
+    code, stderr, _ = holding(web, python, tmp_path / "file", 0).finish(60)
+    assert code == 1 and ("of more than 3000000 bytes" if size > 0 else "ended early") in stderr, stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+@BOTH
+def test_if_nobody_tells_the_length_chunks_are_no_source(web, python):
+    web.chunks = True
     bad(alone(web, python), "does not say how long", 3)
 
 
