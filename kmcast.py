@@ -9233,10 +9233,10 @@ def chance():
 class Unanswered(Exception):
     """A request did not bring all that was asked for: it is worth another try.
 
-    seconds: when the server wants to hear from us again; None: it did not say.
+    seconds: for how long the server does not want to hear from us.
     """
 
-    def __init__(self, reason, seconds=None):
+    def __init__(self, reason, seconds=0):
         Exception.__init__(self, reason)
         self.seconds = seconds
 
@@ -9374,11 +9374,12 @@ class Fallback(object):
         self.hang_up()
         now = monotonic()
         self._since = self._since or now
-        if now - self._since > self._patience or self._over.is_set():
+        left = self._since + self._patience - now
+        if left <= 0 or self._over.is_set():
             raise Failure('%s: %s' % (printable(self.place.url), error))
         self._tries += 1
         seconds = min(self.LONGEST, 2.0 ** self._tries / 4) * (0.5 + chance() / 2)
-        seconds = max(seconds, error.seconds or 0)
+        seconds = min(left, error.seconds + seconds)            # once more when the time is over
         tell('fallback_waits', reason=str(error), seconds=seconds)
         self._over.wait(seconds)
 
@@ -9418,7 +9419,7 @@ class Fallback(object):
         url, status = printable(self.place.url), response.status
         if status in (408, 429) or status >= 500:
             seconds = response.getheader('Retry-After') or ''
-            raise Unanswered('HTTP status %d' % status, min(300, int(seconds)) if seconds.isdigit() else None)
+            raise Unanswered('HTTP status %d' % status, float(seconds) if re.match('[0-9]+$', seconds) else 0)
         found = re.match(r'bytes (?:(\d+)-\d+|\*)/(\d+|\*)$', (response.getheader('Content-Range') or '').strip())
         size = found.group(2) if found else None
         if status == 200:
