@@ -7922,12 +7922,16 @@ def client_summary(client):
     if client.rehearsal:
         yield INFO, 'the rehearsal went well: multicast works here'
         return
-    window, seconds = client.window, client.ended - client.started
-    size = client.copy.bytes
+    window, copy, seconds = client.window, client.copy, client.ended - client.started
+    size = copy.bytes
+    if copy.resumed:
+        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
+    if copy.checked:
+        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     if client.fallback:
         yield INFO, '%s in %.1f s; %s' % (counted(size, 'byte'), seconds, fallback_in_words(client))
-        if client.copy.hash:
-            yield DIGEST, digest_line(client.copy.hash.hexdigest(), client.sink.is_file and client.options.output)
+        if copy.hash:
+            yield DIGEST, digest_line(copy.hash.hexdigest(), client.sink.is_file and client.options.output)
         return
     if size and not window.by_multicast and not client.unicast and not client.deaf:
         carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
@@ -7937,11 +7941,6 @@ def client_summary(client):
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
     by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
-    copy = client.copy
-    if copy.resumed:
-        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
-    if copy.checked:
-        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s%s' % (
         counted(size, 'byte'), seconds, bits(max(0, size - copy.resumed) * 8 / max(1e-6, seconds)),
         counted(window.coded, 'packet'), window.by_tcp, by_chain,
@@ -9337,8 +9336,7 @@ class Fallback(object):
         if pair is None:
             return False
         if self._copy.doubted.touches(*pair) or not self._copy.sink.seeks:
-            raise Failure('%s has another image: its bytes %d to %d do not fit the server\'s SHA-256' % (
-                (self.place.url,) + pair))
+            raise self._another('its bytes %d to %d do not fit the server\'s SHA-256' % pair)
         tell('doubted', count=pair[1] - pair[0])
         self._copy.drop(*pair)
         return True
@@ -9367,7 +9365,7 @@ class Fallback(object):
                 self._read(1)
             except Unanswered:
                 return
-            raise Failure('%s has another image: of more than %d bytes' % (printable(self.place.url), self.size))
+            raise self._another('of more than %d bytes' % self.size)
 
     def _wait(self, error):
         """Before the next try.  Raises Failure when there was nothing for too long."""
@@ -9411,8 +9409,7 @@ class Fallback(object):
             data = self._read(len(known))
             different, known = data != known[:len(data)], known[len(data):]
             if different:
-                raise Failure('%s has another image: its bytes %d to %d differ from what is here' % (
-                    printable(self.place.url), first, start))
+                raise self._another('its bytes %d to %d differ from what is here' % (first, start))
 
     def _take_answer(self, response, first):
         """The image, or part of it, is coming, or not.  Raises Failure, Unanswered."""
@@ -9451,9 +9448,14 @@ class Fallback(object):
         """Raises Failure unless the image can have that size; anew: whatever else than the server's is here."""
         most = max([self.told] + [stop for _, stop in self._copy.held if not anew])
         if self.size_told not in (None, size) or most > size:
-            raise Failure('%s has another image: of %d bytes, not %s%d' % (
-                printable(self.place.url), size, '' if self.size_told is not None else 'at least ',
-                most if self.size_told is None else self.size_told))
+            raise self._another('of %d bytes, not %s%d' % (
+                size, '' if self.size_told is not None else 'at least ', most if self.size_told is None else self.size_told))
+
+    def _another(self, how):
+        """A Failure: what is here and what is there are not the same image."""
+        return Failure('%s has another image: %s%s' % (
+            printable(self.place.url), how,
+            ' (some of it was left by an earlier run, which does not count without --resume)' if self._copy.resumed else ''))
 
     def _start_over(self, reason, version):
         """All is to come anew, of that version.  Raises Failure where that cannot be, else Unanswered."""

@@ -31,13 +31,13 @@ class Web(object):
     stalls      as `cuts`, but it goes silent
     busy        so many first requests are answered by 503, with retry_after where that is not None
     chunks      whether an answer goes in chunks, and so does not say how long it is
-    asked       (path, Range, If-Range) of each request, and `times` when it came
+    asked       (path, Range, If-Range) of each request
     """
 
     def __init__(self, certificate=None):
         self.image, self.tag, self.ranges, self.length, self.busy = IMAGE, '"1"', True, True, 0
         self.retry_after, self.chunks = None, False
-        self.cuts, self.stalls, self.asked, self.times, self.redirects = [], [], [], [], {}
+        self.cuts, self.stalls, self.asked, self.redirects = [], [], [], {}
         self.after = lambda: None
         self.over = threading.Event()
         web = self
@@ -71,7 +71,6 @@ class Web(object):
 
     def answer(self, request):
         number, wanted = len(self.asked), request.headers.get("Range")
-        self.times.append(time.time())
         self.asked.append((request.path, wanted, request.headers.get("If-Range")))
         image, tag, start, stop = self.image, self.tag, 0, len(self.image)
         if request.path in self.redirects:
@@ -319,6 +318,96 @@ def test_another_image_is_not_sewn_to_a_stream(web, python):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What an earlier run has left, and no server comes
+
+def left(python, path, *numbers):
+    """Have a client with --resume get these of PARTS, and kill it."""
+    server = wire.Server(image="0123456789abcdef" * 2, again=True, size=len(IMAGE))
+    client = helpers.start_client(["--resume", "-o", path, LOOPBACK, LOOPBACK, server.port], python)
+    server.accept().greet()
+    for number in numbers:
+        server.bring(IMAGE, *PARTS[number])
+    journal, = [name for name in os.listdir(str(path.parent)) if name.endswith(".journal")]
+    deadline = time.time() + 20
+    while (path.parent / journal).read_bytes().count(b"wrote") < len(numbers):
+        assert time.time() < deadline
+        time.sleep(0.01)
+    client.stop()
+    server.close()
+
+
+def resumed(web, python, path):
+    """What a client says that goes on with that, by HTTP, and has the image then."""
+    client = alone(web, python, "-v", "--resume", "-o", path)
+    code, stderr, _ = client.finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == web.image and os.listdir(str(path.parent)) == ["file"]
+    return stderr, client.report()
+
+
+@BOTH
+@pytest.mark.parametrize("numbers, asks", [
+    ([0, 1], [(1000000, 3000000)]), ([4, 2, 0], [(500000, 1000000), (1500000, 2000000), (2500000, 3000000)]),
+    ([5, 3], [(0, 1500000), (2000000, 2500000)]), ([0, 1, 2, 3, 4, 5], [])],
+    ids=["the beginning", "with gaps", "without the beginning", "all"])
+def test_what_an_earlier_run_left_is_completed(web, python, tmp_path, numbers, asks):
+    left(python, tmp_path / "file", *numbers)
+    stderr, report = resumed(web, python, tmp_path / "file")
+    assert report["resumed"] == 500000 * len(numbers)
+    assert report["fallback"]["bytes"] == sum(stop - start for start, stop in asks)
+    assert report["fallback"]["verified"] == 500000 * (1 + max(numbers))
+    assert "%d bytes had been left by an earlier run" % report["resumed"] in stderr
+
+
+@BOTH
+def test_what_was_damaged_meanwhile_comes_again(web, python, tmp_path):
+    left(python, tmp_path / "file", 0, 1, 2, 4)
+    part, = [name for name in os.listdir(str(tmp_path)) if name.endswith(".part")]
+    with open(str(tmp_path / part), "r+b") as file:
+        for place in (700000, 2200000):
+            file.seek(place)
+            file.write(b"damaged")
+    _, report = resumed(web, python, tmp_path / "file")
+    assert 1500000 < report["fallback"]["bytes"] < len(IMAGE)
+
+
+@BOTH
+@pytest.mark.parametrize("numbers, size, words, code", [
+    ([0, 1], len(IMAGE), "differ from what is here", 3), ([4, 2], len(IMAGE), "do not fit the server's SHA-256", 1),
+    ([5], 2600000, "of 2600000 bytes, not at least 3000000", 3)], ids=["the beginning", "later parts", "the end"])
+def test_what_was_left_of_another_image_is_not_sewn_to_this_one(web, python, tmp_path, numbers, size, words, code):
+    left(python, tmp_path / "file", *numbers)
+    web.image = OTHER[:size]
+    ended, stderr, _ = alone(web, python, "--resume", "-o", tmp_path / "file").finish(60)
+    assert ended == code and words in stderr and "left by an earlier run" in stderr, stderr
+    assert "file" not in os.listdir(str(tmp_path))
+    assert alone(web, python, "-o", tmp_path / "file").finish(60)[0] == 0
+    assert (tmp_path / "file").read_bytes() == web.image and os.listdir(str(tmp_path)) == ["file"]
+
+
+@BOTH
+def test_it_starts_over_where_the_web_server_knows_of_no_ranges(web, python, tmp_path):
+    left(python, tmp_path / "file", 0, 1, 4)
+    web.ranges = False
+    assert "starting over" in resumed(web, python, tmp_path / "file")[0]
+
+
+@BOTH
+def test_who_fails_then_too_leaves_it_for_the_next(web, python, tmp_path):
+    left(python, tmp_path / "file", 0, 1)
+    web.busy = 1000
+    assert alone(web, python, "--resume", "-o", tmp_path / "file").finish(60)[0] == 3
+    assert len(os.listdir(str(tmp_path))) == 2
+    web.busy, web.cuts = 0, [0] * len(web.asked) + [100000]
+    web.after = lambda: setattr(web, "busy", 1000)
+    assert alone(web, python, "--resume", "-o", tmp_path / "file").finish(60)[0] == 1
+    assert len(os.listdir(str(tmp_path))) == 2
+    web.busy = 0
+    _, report = resumed(web, python, tmp_path / "file")
+    assert report["fallback"]["bytes"] == 2000000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Web servers as they are
 
 @BOTH
@@ -345,18 +434,18 @@ def test_a_server_that_is_busy_is_asked_again(web, python):
 
 @BOTH
 def test_a_server_that_says_when_to_come_again_is_not_asked_before(web, python):
-    web.busy, web.retry_after = 1, "3"
-    stderr = good(alone(web, python, "--wait", 20))
+    web.busy, web.retry_after = 1, "2"
+    stderr = good(alone(web, python, "--wait", 4))
     waits, = re.findall(r"HTTP status 503; trying again in (\S+) s", stderr)
-    assert 3 <= float(waits) < 4 and len(web.asked) == 2
-    assert web.times[1] - web.times[0] >= 3
+    assert 2 <= float(waits) < 3 and len(web.asked) == 2
 
 
 @BOTH
-@pytest.mark.parametrize("retry_after", ["86400", "9" * 5000, "Fri, 31 Dec 1999 23:59:59 GMT", "-1", "soon"])
+@pytest.mark.parametrize("retry_after", ["86400", "9" * 5000, "Fri, 31 Dec 1999 23:59:59 GMT"],
+                         ids=["a day", "for ever", "a date"])
 def test_it_is_waited_for_no_longer_than_wait_says(web, python, retry_after):
     web.busy, web.retry_after = 1000, retry_after
-    bad(alone(web, python, "--wait", 2), "HTTP status 503", 3)
+    bad(alone(web, python), "HTTP status 503", 3)
     assert len(web.asked) >= 2          # and once more when the time is over
 
 
