@@ -7271,6 +7271,7 @@ WORDS = {
     # the server
     'server_started': (INFO, 'multicasting from %(interface)s to %(group)s port %(port)d, waiting for '
                        '%(places)s'),
+    'unicast_started': (INFO, 'sending by TCP port %(port)d, without multicast, waiting for %(places)s'),
     'only_here': (WARNING, 'only this host hears what is multicast from %(address)s'),
     'transfer_started': (DEBUG, 'sending from the interface with MTU %(mtu)d, %(payload)d bytes a packet, '
                          'by %(way)s'),
@@ -7315,6 +7316,7 @@ WORDS = {
     'no_server_yet': (INFO, 'looking for a server at %(address)s port %(port)d for %(seconds).0f s: '
                       '%(reason)s'),
     'connected': (INFO, 'connected to %(address)s, multicast of group %(group)s to %(local_ip)s'),
+    'unicast_connected': (INFO, 'connected to %(address)s, which does not multicast'),
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
     'broken': (WARNING, '%(reason)s; trying for %(seconds).0f s to get on with it'),
@@ -7396,7 +7398,7 @@ def in_words(what, facts):
         words['cause'] = CAUSES.get(words['cause'], words['cause'])
     if 'members' in words:
         words['names'] = listed([str(member) for member in words['members']])
-    if what in ('server_started', 'started_without'):
+    if what in ('server_started', 'unicast_started', 'started_without'):
         words['places'] = counted(words['places'], 'client')
     return words
 
@@ -7897,8 +7899,7 @@ def server_summary(server, rows, most):
         seconds = server.ended - (server.started or server.ended)
         yield INFO, 'data: %s in %s, %s in %.1f s, %s' % (
             counted(course.data, 'packet'), counted(course.rounds, 'round'),
-            counted(server.source.bytes, 'byte'), seconds,
-            bits(server.source.bytes * 8 / max(1e-6, seconds)))
+            counted(course.brought, 'byte'), seconds, bits(course.brought * 8 / max(1e-6, seconds)))
         by_chain = sum(row['by_chain'] for row in rows)
         yield INFO, 'repair: %s by multicast, %s by TCP%s' % (
             counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'),
@@ -8876,11 +8877,12 @@ class Multicaster(object):
     def _serve(self):
         """Serve the image; returns None, or why not."""
         try:
-            tell('server_started', interface=self.options.interface, address=self.options.local_ip,
+            unicast = self.session.unicast
+            tell('unicast_started' if unicast else 'server_started', interface=self.options.interface, address=self.options.local_ip,
                  group=self.session.group, port=self.session.port, places=self.roster.places)
             if self.roster.hosts and self.roster.hosts.twice:
                 tell('listed_twice', names=listed(self.roster.hosts.twice))
-            if self.options.local_ip.startswith('127.'):
+            if self.options.local_ip.startswith('127.') and not unicast:
                 tell('only_here', address=self.options.local_ip)
             self._serve_image()
             while self.roster.renewing and not self.roster.closing:
@@ -10025,7 +10027,7 @@ class Client(object):
                                                  self.options.datagrams, self._source)
         except OS_ERRORS as error:
             raise Failure('cannot join %s on %s: %s' % (group, local_ip, explain(error)))
-        tell('connected', address=self.options.server_ip, group=group, local_ip=local_ip)
+        tell('unicast_connected' if self.unicast else 'connected', address=self.options.server_ip, group=group, local_ip=local_ip)
         tell('receiving', way=self.receiver.way, socket_buffer=self.receiver.socket_buffer,
              name=self.image.get('name') or 'without a name', size=self.image.get('size') or 'unknown')
 
@@ -10320,7 +10322,7 @@ class Client(object):
         self._check_size(self.copy.bytes)
         digest = self.copy.hash and self.copy.hash.hexdigest()
         if self.options.expect_sha256 not in (None, digest):
-            raise Final('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
+            raise Final('the image has the SHA-256 %s, and not %s (--expect-sha256)' % (digest, self.options.expect_sha256))
 
     def _start(self):
         """The first data has come, or will never."""
@@ -10890,7 +10892,7 @@ class Parser(argparse.ArgumentParser):
         if of and self.commands.get(None) is self:
             return '%s is an option of %s, and stands behind that word' % (name, of[0])
         if of:
-            return '%s is an option of %s, not of %s' % (name, ' and '.join(of), self.prog.split()[-1])
+            return '%s is an option of %s, not of %s' % (name, ' and '.join(', '.join(of).rsplit(', ', 1)), self.prog.split()[-1])
         known = set(option for parser in self.commands.values() for option in parser.options)
         return 'there is no option %s%s' % (printable(name), self._meant(name, known))
 
@@ -11116,8 +11118,8 @@ def server_command(options, signals):
         options.clients = len(options.listed.names)
     port_like = options.clients >= 1024 and options.port < 1024
     if options.clients > MOST_CLIENTS or port_like:
-        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
-                      % (options.clients, options.port), USAGE)
+        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT], with at most %d CLIENTS'
+                      % (options.clients, options.port, MOST_CLIENTS), USAGE)
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
                       % (options.min_clients, options.clients), USAGE)
@@ -11215,7 +11217,7 @@ _kmcast() {
                 case $command in
 %(options)s
                 esac
-            elif [[ $place == 0 && ( $command == server || $command == client ) ]]; then
+            elif [[ $place == 0 && $command == @(server|client|check) ]]; then
                 words="auto $(ls /sys/class/net)"
             elif [[ %(of_files)s ]]; then
                 compopt -o filenames 2>/dev/null
@@ -11333,7 +11335,7 @@ class Demo(object):
         us = os.getpid()
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
-            env=dict(item for item in os.environ.items() if item[0] != 'KMCAST_OPTIONS'),
+            env=dict(item for item in os.environ.items() if item[0] not in ('KMCAST_OPTIONS', 'KMCAST_KEY_FILE')),
             preexec_fn=lambda: end_with(us), **pipes)
         self._processes.append(process)
         return process
@@ -11345,7 +11347,7 @@ class Demo(object):
             probe.bind(('127.0.0.1', 0))
             port = str(probe.getsockname()[1])
         server = self._start('server', '127.0.0.1', str(options.clients), port,
-                             '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
+                             '-v' if options.verbose else '-q', '--allow-empty', stdin=subprocess.PIPE)
         clients = [self._start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE) for _ in range(options.clients)]
         clients = [DemoClient(process) for process in clients]     # threads: after the last fork

@@ -486,6 +486,12 @@ def test_demo_with_a_file(tmp_path, python):
     assert not helpers.leftovers(demo)
 
 
+def test_demo_of_an_empty_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    code, stderr, stdout = helpers.start_kmcast(["demo", tmp_path / "file"], program=helpers.KMCAST).finish(60)
+    assert code == 0 and b"all equal: 0 bytes to 3 clients" in stdout, stderr
+
+
 def test_demo_without_anything():
     demo = helpers.start_kmcast(["demo"], program=helpers.KMCAST)
     code, stderr, stdout = demo.finish(60)

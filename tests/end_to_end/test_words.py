@@ -53,6 +53,16 @@ def test_the_first_line_tells_where_it_multicasts_from_and_to(port, python):
     assert "warning" in second and "only this host" in second
 
 
+def test_a_server_that_does_not_multicast_does_not_say_so(port):
+    server = helpers.start_server(["--unicast", LOOPBACK, 1, port], stdin=IMAGE)
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port])
+    of_client, of_server = client.finish(20)[1], server.finish(20)[1]
+    assert of_server.startswith(
+        "kmcast server: sending by TCP port %d, without multicast, waiting for 1 client\n" % port), of_server
+    assert "connected to %s, which does not multicast" % LOOPBACK in of_client
+    assert "warning" not in of_server + of_client
+
+
 @pytest.fixture
 def wired():
     """A prefix that runs a command on a host of its own, which beside lo has wired0 with the address 10.9.8.7."""
