@@ -203,6 +203,14 @@ def test_one_client_and_one_packet_are_no_plural(port):
     assert "client: 1 byte in " in of_client and "repaired 0 packets by multicast" in of_client
 
 
+def test_what_nobody_has_answered_for_is_not_said_to_be_brought(port):
+    server = helpers.start_server([LOOPBACK, 1, port], NEWEST, stdin=IMAGE)
+    client = wire.Client(port).greet()
+    client.announced()
+    client.close()
+    assert " 0 bytes in " in line_with("data: ", server.finish(20)[1])
+
+
 def test_two_clients_and_one_repaired_packet(port):
     """The first packet is lost on the way to one of the two."""
     lost = []
