@@ -11340,12 +11340,23 @@ class Demo(object):
         self._processes.append(process)
         return process
 
+    @staticmethod
+    def _free_port():
+        """A TCP port that is free, and not of those that connect(2) gives away: a client may come before the server."""
+        for _ in range(100):
+            port = 20000 + to_int(os.urandom(2)) % 12000
+            with contextlib.closing(socket.socket()) as probe:
+                try:
+                    probe.bind(('', port))
+                    break
+                except OS_ERRORS:
+                    pass                # in use
+        return port
+
     def run(self):
         """Send and compare; returns an exit code."""
         options = self.options
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = str(probe.getsockname()[1])
+        port = str(self._free_port())
         server = self._start('server', '127.0.0.1', str(options.clients), port,
                              '-v' if options.verbose else '-q', '--allow-empty', stdin=subprocess.PIPE)
         clients = [self._start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
