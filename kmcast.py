@@ -10936,12 +10936,11 @@ def command_line():
         made.add('output', '-q', '--quiet', action='store_true', help='say only what went wrong')
         made.add('output', '-h', '--help', action='help', help='show this and exit')
 
-    def add_of_both(made):
+    def add_of_all(made):
         made.add('when', '--stall-timeout', type=seconds_type, metavar='SECONDS',
                  help='give up a peer that has got nothing done for so long; 0: never (30)')
         made.add('speed', '--datagrams', choices=('auto',) + WAYS, default='auto', metavar='WAY',
                  help='many packets at once: auto, gso, mmsg or plain (auto)')
-        made.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
         made.add('safety', '--key', metavar='FILE',
                  help='who has it takes part; -: stdin (what KMCAST_KEY_FILE names)')
         made.add('output', '--report', metavar='FILE', help='write how it went there, as JSON')
@@ -10988,7 +10987,8 @@ def command_line():
     server.add('when', '--linger', type=seconds_type, default=0, metavar='SECONDS',
                help='wait so long for others when all who are here have it (0)')
     server.add('when', '--forever', action='store_true', help='serve whoever comes, until SIGTERM; SIGUSR1 starts')
-    add_of_both(server)
+    server.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+    add_of_all(server)
     server.add('speed', '--rate', type=rate_type, default='auto',
                help='bit/s as in 940M; auto: as the slowest link; max (auto)')
     server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
@@ -11019,14 +11019,15 @@ def command_line():
     client.add('when', '--fallback', metavar='URL', help='if the transfer fails, complete it by HTTP from there')
     client.add('safety', '--cafile', metavar='FILE', help='whom to trust for an https URL (those of this host)')
     client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
-    add_of_both(client)
+    client.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+    add_of_all(client)
 
     check = command('check', 'a rehearsal: does multicast reach the clients?',
                     'kmcast check auto 40', 'kmcast check [options] LOCAL_IP CLIENTS [PORT]')
     add_of_senders(check)
     check.add('when', '--minutes', type=minutes_type, default='0.5', metavar='M',
               help='for how long multicast must get through (0.5)')
-    add_of_both(check)
+    add_of_all(check)
 
     demo = command('demo', 'a server and some clients on this host, to see it work',
                    'kmcast demo', 'kmcast demo [options] [FILE]')
@@ -11062,7 +11063,7 @@ def from_environment(parser, given):
     """The options of KMCAST_OPTIONS for a command, as words.
 
     parser: the command's; given: what its command line says, which wins.  Those of the
-    other command are left out, so that both can be told the same.
+    other commands are left out, so that all can be told the same.
     """
     parser.origin = 'KMCAST_OPTIONS: '
     try:
@@ -11081,7 +11082,7 @@ def from_environment(parser, given):
     for group in groups:
         name = group[0].split('=')[0]
         action = parser.options.get(name)
-        if not action and any(name in parser.commands[other].options for other in ('server', 'client')):
+        if not action and any(name in parser.commands[other].options for other in ('server', 'client', 'check')):
             continue
         if action and action.nargs == 0 and len(group) > 1:
             parser.error('%s is no option' % printable(group[1]))

@@ -267,7 +267,7 @@ def test_an_option_may_be_shortened_and_a_value_may_look_like_one(python):
 @BOTH
 def test_options_can_come_from_the_environment(python, tmp_path):
     """Both ends can be given the same: each takes what is its own."""
-    env = {"KMCAST_OPTIONS": "-q --name 'an image' --wait=20 -o '%s' --expect-name 'an *' --rate 50M" % (tmp_path / "copy")}
+    env = {"KMCAST_OPTIONS": "-q --minutes 7 --name 'an image' --wait=20 -o '%s' --expect-name 'an *' --rate 50M" % (tmp_path / "copy")}
     port = helpers.free_port()
     server = helpers.start_server(["--log", tmp_path / "log", LOOPBACK, 1, port], python, env=env, stdin=b"data")
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python, env=env)
