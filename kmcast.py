@@ -11374,7 +11374,7 @@ class Demo(object):
             tell('failed', reason='the server ended early: %s' % explain(error))
         if server.wait() == USAGE:      # it has not begun, so the clients wait in vain
             for client in clients:
-                client.process.terminate()
+                self._end(client.process)
         for client in clients:
             client.join()
         print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))
@@ -11395,14 +11395,22 @@ class Demo(object):
                                              counted(len(clients), 'client')))
         return OK if good else FAILED
 
+    @staticmethod
+    def _end(process):
+        """Ask it to end, unless it has."""
+        try:
+            if process.poll() is None:
+                process.terminate()
+        except OS_ERRORS:
+            pass                        # it just has
+
     def status(self, _now):
         """None: its server and clients have their own."""
 
     def close(self):
         """Leave no process behind."""
         for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
+            self._end(process)
         for process in self._processes:
             process.wait()
             for pipe in (process.stdin, process.stdout, process.stderr):
