@@ -9380,7 +9380,8 @@ class Fallback(object):
         self._tries += 1
         seconds = min(self.LONGEST, 2.0 ** self._tries / 4) * (0.5 + chance() / 2)
         seconds = min(left, error.seconds + seconds)            # once more when the time is over
-        tell('fallback_waits', reason=str(error), seconds=seconds)
+        if not self._anew:              # else that was told
+            tell('fallback_waits', reason=str(error), seconds=seconds)
         self._over.wait(seconds)
 
     # ---- HTTP
