@@ -10646,9 +10646,13 @@ def hosts_of(report):
         repaired = dict(parts_of(row.get('repaired')))
         held = [drawn_bar(parts, most), legend([(key, CAUSES.get(key, key), size) for key, size in parts],
                                        lambda size: '%.1f s' % size)] if parts and parts[0][1] >= 0.05 else []
+        heard = row.get('heard') if isinstance(row.get('heard'), dict) else {}     # of a rehearsal
+        shares = ', '.join('%s: %.4g %%' % (stage.name, 100 * as_number(heard[stage.name]))
+                           for stage in Rehearsal.STAGES if stage.name in heard)
+        more = [row.get('reason'), shares and 'heard ' + shares]
         cells.append((
             html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
-            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])),
+            html_of([verdict_of(row)] + [element('div', text, class_='soft') for text in more if text]),
             '%.1f' % as_number(row.get('seconds')) if row.get('seconds') else '', row.get('lost') or '',
             repaired.get('multicast') or '', repaired.get('tcp') or '', row.get('by_chain') or '', html_of(held)))
     counts = collections.Counter('%s' % row.get('result') for row in rows)
@@ -10672,7 +10676,13 @@ def section_of(path, place, report, most):
     if isinstance(server, dict):
         facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
     size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
-    facts += [('image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
+    fallback = report.get('fallback')
+    if isinstance(fallback, dict):
+        facts.append(('by HTTP', '%s from %s; %s verified by the server\'s SHA-256; why: %s' % (
+            amount(as_number(fallback.get('bytes'))), fallback.get('url'), amount(as_number(fallback.get('verified'))),
+            fallback.get('reason'))))
+    rehearsal = report['command'] == 'check' or report.get('rehearsal') is True
+    facts += [('test data' if rehearsal else 'image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
               ('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else '')),
               ('goodput', bits(as_number(report.get('goodput'))))]
     for key in ('lost', 'overflows'):
@@ -10684,7 +10694,7 @@ def section_of(path, place, report, most):
     if carried:
         facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
             [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
-    called = 'Server' if report['command'] == 'server' else 'Client'
+    called = {'server': 'Server', 'check': 'Rehearsal'}.get(report['command'], 'Client of a rehearsal' if rehearsal else 'Client')
     return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
                    element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
                    goodput_chart(report, most), hosts_of(report))
@@ -10697,12 +10707,17 @@ def quoted(word):
 
 def report_page(reports):
     """The page, from (path, report): what --report has written."""
-    servers = [report for _, report in reports if report['command'] == 'server']
+    servers = [report for _, report in reports if report['command'] != 'client']
     rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('reason') != UNINVITED]
     complete = len([row for row in rows if row.get('result') == 'complete'])
-    title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
-        'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
-    reports = sorted(reports, key=lambda item: (item[1]['command'] != 'server', WORST.index(item[1].get('result'))
+    title = '%d of %s' % (complete, counted(len(rows), 'host'))
+    if not rows:
+        title = 'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports)))
+    elif all(report['command'] == 'check' for report in servers):
+        title = 'Multicast works for ' + title
+    else:
+        title += ' has the image' if len(rows) == 1 else ' have the image'
+    reports = sorted(reports, key=lambda item: (item[1]['command'] == 'client', WORST.index(item[1].get('result'))
                                                 if item[1].get('result') in WORST else 0))
     body = [element('h1', title)]
     if len(reports) > 1:
@@ -10725,7 +10740,7 @@ def read_report(path):
         raise Failure('cannot read %s: %s' % (printable(path), explain(error)), USAGE)
     except (ValueError, RuntimeError):  # the latter: too deep
         report = None
-    if not isinstance(report, dict) or report.get('command') not in ('server', 'client'):
+    if not isinstance(report, dict) or report.get('command') not in ('server', 'check', 'client'):
         raise Failure('%s is no report that kmcast has written' % printable(path), USAGE)
     return report
 
