@@ -131,6 +131,8 @@ __version__ = '1.0.0'
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 if sys.version_info[0] == 2:
+    from pipes import quote
+
     def to_int(data):
         """Bytes to the integer that they are, big-endian."""
         return int(binascii.hexlify(data), 16)
@@ -151,6 +153,7 @@ if sys.version_info[0] == 2:
         LIBC.clock_gettime(1, timespec)             # CLOCK_MONOTONIC
         return timespec[0] + timespec[1] * 1e-9
 else:
+    from shlex import quote
     from time import monotonic
     array_bytes = array.array.tobytes
 
@@ -2443,18 +2446,16 @@ class RateControl(object):
     LEAP = 0.25                         # how much faster at once, once there was an estimate
     MORE = 1.04                         # times the line's rate, which a head must find
     HEADS = 3                           # times in a row
-    LOOK_EVERY = 4.0                    # seconds between two such heads,
-    LOOK_SOON = 1.0                     # and while we have less than the line
+    LOOK_EVERY = 4.0                    # seconds between two such heads
+    LOOK_SOON = 1.0                     # seconds until the first
     STEADY = 0.8                        # of the rate: we kept it, so that the arrival can tell
     FASTER = 1.5                        # times what we ever sent at: no rate above matters
     NOISE = 0.001                       # share of loss that is nobody's
     SAME = 0.75                         # times as much is lost at a lower rate: so it is lost at any
-    GIVE, YIELD = 0.85, 0.7             # times the rate, for who may be a rival and for who is one
-    BACK = 0.06                         # share of the line that we take back in a second
-    SHARE = 0.47                        # of the line, whatever a rival takes
-    SOON = 5.0                          # seconds in which a second sign of a rival tells of one,
-    PATIENCE = 1.2                      # that he has to take what we leave: TCP may have to find out first,
-    GENTLE = 15.0                       # and after which we look for more as if there had never been one
+    SHARE = 0.5                         # of the line, which is ours whatever a rival takes
+    SIGNS = 3                           # of a rival, one after the other,
+    SOON = 5.0                          # in so many seconds
+    PATIENCE = 1.2                      # seconds that he has to take what we leave: TCP may have to find out first
     MOST_MEDIUM = 0.3                   # share of loss up to which a client counts
     LONGEST_QUEUE = 3.0                 # seconds that packets can wait without that any is lost
 
@@ -2472,11 +2473,11 @@ class RateControl(object):
         self._usual = 0.0               # the share that was known then to be lost at any rate
         self._lagged = False            # the last round did, with losses or without
         self._common = 0.0              # share of packets that all clients lose at any rate, on average
-        self._gave_way = None           # bit/s that arrived when we gave way, until it is seen to whom
-        self._rival_at = -UNLIMITED     # when there was last a sign of a rival
+        self._signs = 0                 # of a rival, one after the other
+        self._sign_at = -UNLIMITED      # when the last was seen, seconds
+        self._gave_way = None           # bit/s that arrived when we gave way
         self._found = 0                 # heads in a row that found more
         self._next_look = 0.0
-        self._last = None               # when it learned last, seconds
 
     def speed(self, now, looks):
         """The Speed of the next round; looks: whether its head is long enough to look for more."""
@@ -2485,7 +2486,7 @@ class RateControl(object):
         if self._trial or not looks or now < self._next_look:
             return Speed(self.rate, self.rate, not self._error and self.rate <= self.line, self._trial,
                          self.burst)
-        self._next_look = now + (self.LOOK_EVERY if self.rate > self.GIVE * self.line else self.LOOK_SOON)
+        self._next_look = now + (self.LOOK_EVERY if self.rate >= self.BELOW * self.line else 0.0)
         return Speed(self.rate, self.rate + (self.OVER - 1) * self.line, False, None, self.burst)
 
     @classmethod
@@ -2503,7 +2504,6 @@ class RateControl(object):
         Reception with the least ratio; count: packets in the round; now: seconds; mean: the share that
         a client lost on average, of so many.  Returns why the rate changed, or None.
         """
-        passed, self._last = now - (self._last or now), now
         if achieved < speed.rate:       # else it went at once, and nobody knows
             self._fastest = max(self._fastest, achieved)
         if speed.trial or speed.calm:
@@ -2522,7 +2522,7 @@ class RateControl(object):
         sent = achieved if steady else min(speed.rate, UNLIMITED if self._estimate else self.FASTER * self._fastest)
         arrived = max(self.LOWEST, sent * worst.ratio)
         if self.line is None:
-            return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady, now)
+            return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady)
         if speed.rate > self.rate * 1.0001:
             return None                 # of a round that was under way when we learned of others
         most = self._at_most(arrived, worst.error)
@@ -2531,12 +2531,10 @@ class RateControl(object):
             self._error = self._error / 2 if self._error > self.SLOWER else 0.0
             self.rate = min(self.rate, self.BELOW * self.line)
             return 'it carries %s, %.1f %% lost' % (bits(self.line), 100 * worst.lost)
-        if lags and lagged and self.rate < self.GIVE * self.line:
+        if lags and lagged and self._gave_way:
             return self._slow_down(arrived, worst, lossy, now)
         if lags and lagged or lossy and not lags:
             return self._give_way(most, now, '%.1f %% lost' % (100 * worst.lost))
-        if not lags:
-            self.rate = min(self.BELOW * self.line, self.rate + self.BACK * self.line * passed)
         return None
 
     def learn_head(self, departed, arrived, error, now):
@@ -2558,13 +2556,13 @@ class RateControl(object):
             return None
         if abs(arrived - self.line) < (self.AGREE + self._error) * self.line and arrived < (1 - self.SLOWER) * departed:
             self.line += (1.0 if self._error else 0.5) * (arrived - self.line)      # so it is told more precisely
-            self._error = 0.0
+            self._error, self._gave_way = 0.0, None
+            self.rate = min(departed, self.BELOW * self.line)
         elif arrived < (1 - self.SLOWER - error) * min(departed, self.line):
             return self._give_way(arrived, now, 'more arrives at %s' % bits(arrived))
-        elif self._gave_way and now - self._rival_at > self.PATIENCE:       # and nobody took it
-            self.line, self._gave_way, self._error = min(self.line, self._gave_way), None, self.AGREE
-            self.rate = self.BELOW * self.line
-            return 'nobody else is there'
+        elif self.rate < self.BELOW * self.line:
+            self.rate = min(departed, self.BELOW * self.line)
+            return 'nobody takes it'
         return None
 
     @staticmethod
@@ -2578,15 +2576,13 @@ class RateControl(object):
         sigmas = 3 + math.sqrt(2 * math.log(clients))
         return lost * count > usual + sigmas * math.sqrt(usual) + sigmas / 3
 
-    def _speed_up(self, speed, achieved, steady, now):
+    def _speed_up(self, speed, achieved, steady):
         """We are not at the line's rate yet."""
         faster = achieved * (1 + self._step)
-        if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate:
+        if faster <= self.rate or not steady or not self.BELOW * self.rate <= speed.rate <= self.rate * 1.0001:
             return None                 # we are the slowest, or it was sent before we learned more
         self.rate = faster
         self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
-        if now - self._rival_at < self.GENTLE:
-            self._step = self.OVER - 1
         return 'it keeps up'
 
     def _slow_down(self, arrived, worst, lossy, now):
@@ -2601,8 +2597,8 @@ class RateControl(object):
             self.line = self._at_most(max(before, arrived), error)
             self.rate = self.BELOW * (max(before, arrived) if lossy else self.line)
             self._next_look, self._gave_way = now + self.LOOK_SOON, None
-        else:                           # what was known is not given up at once: somebody may have been held up
-            self.rate = self.OVER * self._at_most(max(arrived, 0.5 * self.rate) if before else arrived, error)
+        else:                           # somebody may have been held up: the better of two is believed
+            self.rate = min(self.rate, self.OVER * self._at_most(max(arrived, before or 0.0), error))
             self.line = None
         if lossy:
             self._usual = worst.member.medium
@@ -2634,17 +2630,32 @@ class RateControl(object):
 
         It is somebody else if he takes what we leave.
         """
-        again, self._rival_at = now - self._rival_at < self.SOON, now
-        self._next_look = 0.0
-        least = self.SHARE * self.line
-        self._gave_way = max(arrived, self._gave_way or 0.0) if self.rate > least and (self._gave_way or not again) else None
-        self.rate = max(least, (self.YIELD if again else self.GIVE) * self.rate)
-        return why + (' again, to a rival' if again else '')
+        self._signs = self._signs + 1 if now - self._sign_at < self.SOON else 1
+        self._sign_at, self._next_look = now, 0.0
+        if self._signs < self.SIGNS:
+            return None
+        self._signs, before, self._gave_way = 0, self._gave_way, arrived
+        if before and self.rate > self.SHARE * self.line and abs(before - arrived) < self.AGREE * arrived:
+            self.line, self._gave_way, self._error = min(self.line, arrived), None, self.AGREE     # nobody took it
+            self.rate = self.BELOW * self.line
+            return why + ' again, and nobody takes it'
+        self.rate, self._next_look = min(self.rate, self.SHARE * self.line), now + self.PATIENCE
+        return why + ' all the time, to a rival'
 
 
 # ---------------------------------------------------------------------------
 # Ends
 # ---------------------------------------------------------------------------
+
+def content_of(path):
+    """What the user calls a file, `-` for standard input, and its bytes.  Raises Failure."""
+    called = 'standard input' if path == '-' else printable(path)
+    try:
+        with io.open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
+            return called, file.read()
+    except OS_ERRORS as error:
+        raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
+
 
 class Command(object):
     """A shell command at one end of the image, in a process group of its own."""
@@ -2694,7 +2705,7 @@ class Command(object):
                                                 os.WNOHANG | os.WUNTRACED)
                 except OS_ERRORS as error:
                     raise Final('how the command ended cannot be known (%s): %s'
-                                  % (explain(error), printable(self.text)))
+                                % (explain(error), printable(self.text)))
                 if not pid:
                     return False
                 if os.WIFSTOPPED(status):
@@ -3148,7 +3159,7 @@ class Sink(object):
             if path is None:
                 if os.isatty(1):
                     raise Final('standard output is a terminal; give "> FILE", a pipe, '
-                                  '-o FILE or --pipe COMMAND', USAGE)
+                                '-o FILE or --pipe COMMAND', USAGE)
                 self._fd = 1
                 os.fstat(1)
             elif os.path.exists(path) and not os.path.isfile(path):
@@ -3250,9 +3261,10 @@ class Sink(object):
         room = self.room()
         if room is not None and size > room:
             raise Final('no room for the image at %s: it has %d bytes, and there is room for %d'
-                          % (printable(self._path), size, room), NOT_STARTED)
+                        % (printable(self._path), size, room), NOT_STARTED)
         if self._target and fallocate:
-            # A signal that comes too early ends it with EINTR; where it is not known, room is what is there when it is needed.
+            # A signal that comes too early ends it with EINTR; where it is not known, room is what is there when
+            # it is needed.
             while size and fallocate(self._fd, KEEP_SIZE, 0, min(size, (1 << 63) - 1)):
                 if ctypes.get_errno() in NO_ROOM:
                     raise Final('no room for the image at %s: it has %d bytes: %s' % (
@@ -3573,15 +3585,10 @@ class Copy(object):
 
     def check(self):
         """Read some of it back; returns what is in doubt now: (start, stop) of each.  Raises Failure."""
-        stop, since = self.unchecked, monotonic()
+        stop = self.unchecked
         so_far, place = self._ahead or (self.hash.copy(), self.verified)
-        self._area = self._area or bytearray(self.CHUNK)
-        view = memoryview(self._area)[:stop - place]
-        got = self.sink.read_into(view, place)
-        so_far.update(view[:got])
+        got = self._read_back(so_far, place, stop)
         self._ahead = so_far, place + got
-        self.checked += got
-        self.check_seconds += monotonic() - since
         if got and place + got < stop:
             return []
         self._ahead = None
@@ -3595,14 +3602,21 @@ class Copy(object):
         del self._digests[stop]
         return [self._doubt(self.verified, stop)]
 
+    def _read_back(self, so_far, place, stop):
+        """Hash some of the bytes from place to stop; returns how many, 0 where there are no more.  Raises Failure."""
+        since = monotonic()
+        self._area = self._area or bytearray(self.CHUNK)
+        view = memoryview(self._area)[:stop - place]
+        got = self.sink.read_into(view, place)
+        so_far.update(view[:got])
+        self.checked += got
+        self.check_seconds += monotonic() - since
+        return got
+
     def _doubt(self, start, stop):
         if self.doubted.touches(start, stop):
             raise self._verdict('what is read back of the image is not what was written: bytes %d to %d' % (start, stop))
-        self.doubted.add(start, stop)
-        self.held.remove(start, stop)
-        self.bytes = self.held.size
-        if self._journal:
-            self._journal.doubted(start, stop)
+        self.drop(start, stop)
         return start, stop
 
     def doubt_all(self):
@@ -3695,16 +3709,12 @@ class Copy(object):
         for stop in sorted(self._digests) + [size] * (size is not None and self.hash is not None):
             if stop > self.verified and not self.held.covers(self.verified, stop):
                 break
-            so_far, place, since = self.hash.copy(), self.verified, monotonic()
-            self._area = self._area or bytearray(self.CHUNK)
+            so_far, place = self.hash.copy(), self.verified
             while place < stop:
-                got = self.sink.read_into(memoryview(self._area)[:stop - place], place)
+                got = self._read_back(so_far, place, stop)
                 if not got:
                     return self.verified, stop
-                so_far.update(memoryview(self._area)[:got])
                 place += got
-                self.checked += got
-            self.check_seconds += monotonic() - since
             if stop in self._digests and so_far.digest() != self._digests[stop]:
                 return self.verified, stop
             if stop in self._digests:
@@ -3740,7 +3750,8 @@ class Writer(threading.Thread):
     way "look at `results`".  When it fails it ends, which its parent sees.
     """
 
-    # What there is to say: (one of these, what about).  Of a round; `damaged`: its digest differs, and it waits to be given again.
+    # What there is to say: (one of these, what about).  Of a round; `damaged`: its digest differs, and it waits to
+    # be given again.
     VERIFIED, DAMAGED, WRITTEN = 'verified', 'damaged', 'written'
     DOUBTED = 'doubted'                 # (start, stop) of each: not there after all
     THROUGH = 'through'                 # with what else it had to do
@@ -4352,7 +4363,8 @@ class Step(object):
     those under way, `message` is its last BYE), abort (`message` is the reason).
     """
 
-    def __init__(self, kind, round=None, coded=(), message=b'', messages=(), audience=None):   # pylint: disable=redefined-builtin
+    # pylint: disable=redefined-builtin
+    def __init__(self, kind, round=None, coded=(), message=b'', messages=(), audience=None):
         self.kind, self.round, self.coded, self.message = kind, round, coded, message
         self.messages, self.audience = messages, audience
 
@@ -6356,9 +6368,8 @@ class Roster(object):
         here = len(self._here)
         late = self.start_by is not None and now > self.start_by and here >= self.enough
         if not self.begun and (late or here and not self.missing or here and (self.hurry or self.renewing)):
-            self.everyone = self.here
-            self._came = set(member.listed for member in self.everyone)
-            self.began, self.begun = now, True
+            self.began = now
+            self._count()
         return self.begun
 
     def close(self):
@@ -6372,9 +6383,13 @@ class Roster(object):
         """Nobody can come any more, be it that it has not begun."""
         self.closing = True
         if not self.begun:
-            self.everyone = self.here
-            self._came = set(member.listed for member in self.everyone)
-            self.begun = True
+            self._count()
+
+    def _count(self):
+        """Who is here now is who it is about."""
+        self.everyone = self.here
+        self._came = set(member.listed for member in self.everyone)
+        self.begun = True               # last: other threads look at it
 
 
 class Cohort(object):
@@ -6453,6 +6468,7 @@ class Course(object):
     ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all,
     MOST_LACKS = 1000                   # and so many times in each of these
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
+    WELL_BELOW = 0.8                    # of a rate: more than what a rate wavers by
     SILENCE = 2.0                       # seconds in which a client at work says what it does
     HOLDUP = 2.0                        # seconds, of which who takes more than half is named
     HOLDUP_WORDS = 10.0                 # seconds between two such lines
@@ -6507,6 +6523,7 @@ class Course(object):
         self._settling = False          # the chain did, at the last look
         self._next_look = 0.0
         self._brake = None              # the client that alone keeps the rate down
+        self._brake_rate = float('inf')  # bit/s; the rate when that was seen
         self._settled = 0               # rounds at a known line since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
         self._slowest = UNLIMITED       # bit/s, of who was set aside
@@ -7048,6 +7065,8 @@ class Course(object):
                                  answers.lost / answers.hearing, answers.hearing)
         if done.head and answers.head:
             why = self.control.learn_head(done.head, answers.head[0], answers.head[1], now) or why
+        if worst.lost > RateControl.MOST_MEDIUM and not self.control.line:
+            self.limit = min(self.limit, max(self.FIRST_ROUND, done.multicast))     # a longer one would tell no more
         self._settled += self.control.line is not None
         if self.control.rate < before:
             self._look_for_brake(answers.worst)
@@ -7082,8 +7101,11 @@ class Course(object):
         if len(worst) > 1 and 1 - worst[1].ratio < (1 - worst[0].ratio) / 4:
             brake = worst[0].member
         shared = len(worst) > 1 and 1 - worst[1].ratio > (1 - worst[0].ratio) / 2
-        if shared or brake and brake is not self._brake:
+        # Another one that was slow once, at the rate that the first one takes, is no brake.
+        other = brake and brake is not self._brake and self.control.rate < self.WELL_BELOW * self._brake_rate
+        if shared or other:
             self._brake, self._settled = brake, 0
+            self._brake_rate = self.control.rate if brake else float('inf')
 
     def _look_for_holdup(self, now):
         """Name who took more than half of the time of the last rounds."""
@@ -7119,6 +7141,7 @@ class Course(object):
             self._publish_chain()
         elif now - self._held_by[1] >= endurance:
             self._held_by = self._brake = None
+            self._brake_rate = float('inf')
             if self.roster.again:
                 self._set_aside(culprit, cohort, goodput)
             else:
@@ -9712,10 +9735,14 @@ class Client(object):
     def _have_done(self, work):
         """Have the writer do that, and see that its output moves.  Raises Failure, LinkClosed."""
         self.writer.carry_out(work)
+        self._await_writer(lambda: self.fallback.writing_since or monotonic())
+
+    def _await_writer(self, since):
+        """Wait until it is through, and see that its output moves; since(): since when it should, seconds.  Raises as above."""
         while not self.writer.through:
             if self._poll([(self.writer.link.child_fd, select.POLLIN)], TICK):
                 self.writer.link.wait_child()
-            self._look_at_output(self.fallback.writing_since or monotonic())
+            self._look_at_output(since())
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
@@ -9845,13 +9872,10 @@ class Client(object):
 
     def _pause(self):
         """Let the writer finish what it has, and stop.  Raises Failure, LinkClosed."""
-        writer, since = self.writer, monotonic()
-        writer.pause()
-        while not writer.through:
-            if self._poll([(writer.link.child_fd, select.POLLIN)], TICK):
-                writer.link.wait_child()
-            self._look_at_output(since)
-        writer.results.clear()          # of the rounds of the old connection
+        now = monotonic()
+        self.writer.pause()
+        self._await_writer(lambda: now)
+        self.writer.results.clear()     # of the rounds of the old connection
 
     def _reach(self, seconds):
         """Connect, in at most so many seconds.  Raises OS_ERRORS."""
@@ -10669,7 +10693,7 @@ def section_of(path, place, report, most):
     facts = [('report', path)]
     words = report.get('arguments')
     if isinstance(words, list):
-        facts.append(('command', element('code', 'kmcast ' + ' '.join(quoted('%s' % (word,)) for word in words))))
+        facts.append(('command', element('code', 'kmcast ' + ' '.join(quote('%s' % (word,)) for word in words))))
     if report.get('reason'):
         facts.append(('why', element('strong', report['reason'])))
     server = report.get('server')
@@ -10700,11 +10724,6 @@ def section_of(path, place, report, most):
                    goodput_chart(report, most), hosts_of(report))
 
 
-def quoted(word):
-    """A word as one would type it to a shell."""
-    return word if re.match(u'[\\w@%+=:,./-]+$', word) else u"'%s'" % word.replace(u"'", u"'\"'\"'")
-
-
 def report_page(reports):
     """The page, from (path, report): what --report has written."""
     servers = [report for _, report in reports if report['command'] != 'client']
@@ -10733,15 +10752,13 @@ def report_page(reports):
 
 def read_report(path):
     """What --report has written there.  Raises Failure."""
+    called, text = content_of(path)
     try:
-        with io.open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
-            report = json.loads(file.read().decode('utf-8'))
-    except OS_ERRORS as error:
-        raise Failure('cannot read %s: %s' % (printable(path), explain(error)), USAGE)
+        report = json.loads(text.decode('utf-8'))
     except (ValueError, RuntimeError):  # the latter: too deep
         report = None
     if not isinstance(report, dict) or report.get('command') not in ('server', 'check', 'client'):
-        raise Failure('%s is no report that kmcast has written' % printable(path), USAGE)
+        raise Failure('%s is no report that kmcast has written' % called, USAGE)
     return report
 
 
@@ -10750,6 +10767,7 @@ def read_report(path):
 # ---------------------------------------------------------------------------
 
 GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
+SESSIONS = 'server', 'client', 'check'              # the commands that take part in one
 
 
 def whole_number(least, most):
@@ -10943,7 +10961,7 @@ def command_line():
         made = all_parsers[name] = choices.add_parser(
             name, commands=all_parsers, example=example, form=form,
             epilog='\nOptions can stand in the variable KMCAST_OPTIONS, too. man kmcast says more.\n'
-            if name in ('server', 'client', 'check') else None)
+            if name in SESSIONS else None)
         parser.rows.append(('', argparse.Namespace(option_strings=(), metavar=name, nargs=None, help=help)))
         return made
 
@@ -11098,7 +11116,7 @@ def from_environment(parser, given):
     for group in groups:
         name = group[0].split('=')[0]
         action = parser.options.get(name)
-        if not action and any(name in parser.commands[other].options for other in ('server', 'client', 'check')):
+        if not action and any(name in parser.commands[other].options for other in SESSIONS):
             continue
         if action and action.nargs == 0 and len(group) > 1:
             parser.error('%s is no option' % printable(group[1]))
@@ -11114,12 +11132,7 @@ def read_hosts(options):
         return None
     if options.hosts == '-' and not options.input and options.pipe is None:
         raise Failure('standard input is the image, so it cannot be the list of hosts; give -i FILE or --pipe', USAGE)
-    called = 'standard input' if options.hosts == '-' else printable(options.hosts)
-    try:
-        with io.open(0 if options.hosts == '-' else options.hosts, 'rb', closefd=options.hosts != '-') as file:
-            text = file.read()
-    except OS_ERRORS as error:
-        raise Failure('cannot read %s: %s' % (called, explain(error)), USAGE)
+    called, text = content_of(options.hosts)
     hosts = HostList(str(text.decode('ascii', 'replace').replace(u'\ufffd', u'?')), called)
     if options.compat and not all(is_address(name) for name in hosts.names):
         raise Failure('in the base protocol a client does not tell its name: %s must have addresses' % called, USAGE)
@@ -11183,7 +11196,8 @@ def client_command(options, signals):
     if options.fallback is not None:
         secure = Place(options.fallback).secure
         if options.key and not secure and not options.expect_sha256:
-            raise Failure('with a key, --fallback needs an https URL, or --expect-sha256: nobody vouches for what comes by http', USAGE)
+            raise Failure('with a key, --fallback needs an https URL, or --expect-sha256: nobody vouches for what comes '
+                          'by http', USAGE)
         if options.cafile and not os.access(options.cafile, os.R_OK):
             raise Failure('cannot read %s' % printable(options.cafile), USAGE)
     # `auto` is the address of the connection to the server, once there is one.
@@ -11234,7 +11248,7 @@ _kmcast() {
                 case $command in
 %(options)s
                 esac
-            elif [[ $place == 0 && $command == @(server|client|check) ]]; then
+            elif [[ $place == 0 && " %(sessions)s " == *" $command "* ]]; then
                 words="auto $(ls /sys/class/net)"
             elif [[ %(of_files)s ]]; then
                 compopt -o filenames 2>/dev/null
@@ -11263,9 +11277,10 @@ def completion_command(_options, _signals):
                 files += calls
                 of_files += [] if calls else ['$command == ' + command]
             elif getattr(action, 'choices', None) and command:
-                values.append("        %s) words='%s' ;;" % ('|'.join(calls or [command + command]), ' '.join(action.choices)))
+                values.append("        %s) words='%s' ;;" % (
+                    '|'.join(calls or [command + command]), ' '.join(action.choices)))
     return Printer(BASH % {'valued': ' '.join(valued), 'files': ' '.join(files), 'values': '\n'.join(values),
-                           'options': '\n'.join(options), 'of_files': ' || '.join(of_files)})
+                           'options': '\n'.join(options), 'of_files': ' || '.join(of_files), 'sessions': ' '.join(SESSIONS)})
 
 
 class Printer(object):
@@ -11473,7 +11488,7 @@ def read_command_line(words):
     if not options.command:             # Python 3 lets it be missing
         parser.error('which COMMAND? one of %s' % ', '.join(name for name in parser.commands if name))
     own = parser.commands[options.command]
-    if options.command in ('server', 'client', 'check'):
+    if options.command in SESSIONS:
         place = words.index(options.command) + 1
         words = words[:place] + from_environment(own, options) + words[place:]
         options, rest = parser.parse_known_args(words)
