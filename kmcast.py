@@ -3658,6 +3658,7 @@ class Copy(object):
         if self.resumed:
             self.held.remove(max([self.verified] + list(self._digests)), 1 << 63)
             self.bytes = self.held.size
+            self.resumed = min(self.resumed, self.bytes)
         self._ahead = self._trial = None
         if self.verified and self.hash:
             self._met[self.verified] = self.hash.digest()
