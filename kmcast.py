@@ -8902,8 +8902,8 @@ class Multicaster(object):
         """Serve the image; returns None, or why not."""
         try:
             unicast = self.session.unicast
-            tell('unicast_started' if unicast else 'server_started', interface=self.options.interface, address=self.options.local_ip,
-                 group=self.session.group, port=self.session.port, places=self.roster.places)
+            tell('unicast_started' if unicast else 'server_started', interface=self.options.interface,
+                 address=self.options.local_ip, group=self.session.group, port=self.session.port, places=self.roster.places)
             if self.roster.hosts and self.roster.hosts.twice:
                 tell('listed_twice', names=listed(self.roster.hosts.twice))
             if self.options.local_ip.startswith('127.') and not unicast:
@@ -10924,10 +10924,10 @@ class Parser(argparse.ArgumentParser):
         """What is wrong with an option that it has not."""
         others = [parser for parser in self.commands.values() if parser is not self]
         of = sorted(parser.prog.split()[-1] for parser in others if name in parser.options)
-        if of and self.commands.get(None) is self:
-            return '%s is an option of %s, and stands behind that word' % (name, of[0])
         if of:
-            return '%s is an option of %s, not of %s' % (name, ' and '.join(', '.join(of).rsplit(', ', 1)), self.prog.split()[-1])
+            own = self.commands.get(None) is not self
+            return '%s is an option of %s, %s' % (name, ' and '.join(', '.join(of).rsplit(', ', 1)), 'not of ' + self.prog.split()[-1]
+                                                  if own else 'and stands behind that word')
         known = set(option for parser in self.commands.values() for option in parser.options)
         return 'there is no option %s%s' % (printable(name), self._meant(name, known))
 

@@ -241,6 +241,7 @@ def test_version_and_help_of_each_command(python):
     (SERVER + ["-o", "x"], "-o is an option of client"), (["demo", "--rate", "5M"], "--rate is an option of server, not of demo"),
     (["client", "--clients", "3"], "--clients is an option of demo"),
     (["key", "-v"], "-v is an option of check, client, demo and server, not of key"),
+    (["-v"], "-v is an option of check, client, demo and server, and stands behind that word"),
     (SERVER + ["--stal-timeout", "3"], "no option --stal-timeout; did you mean --stall-timeout?"),
     (SERVER + ["--wiat", "3"], "no option --wiat; did you mean --wait, of client?"),
     (CLIENT + ["--expect-nmae=x"], "did you mean --expect-name?"), (SERVER + ["--zzzz"], "no option --zzzz ("),
