@@ -195,6 +195,35 @@ def test_a_command_is_not_started_where_there_is_nothing_for_it(web, python, tmp
     assert os.listdir(str(tmp_path)) == []
 
 
+def with_a_server(web, python, tmp_path, server_args, client_args=()):
+    """A client of a real server."""
+    port = helpers.free_port()
+    server = helpers.start_kmcast(list(server_args) + [port], python, stdin=IMAGE)
+    server.wait_stderr("waiting for")
+    return helpers.start_client(["--fallback", web.url] + list(client_args) + [LOOPBACK, LOOPBACK, port], python)
+
+
+@BOTH
+def test_who_is_refused_gets_it_by_http(web, python, tmp_path):
+    (tmp_path / "hosts").write_text("another")
+    stderr = good(with_a_server(web, python, tmp_path, ["server", "--hosts", tmp_path / "hosts", LOOPBACK]))
+    assert "refused: it is not on the list of hosts; going on by HTTP" in stderr
+
+
+@BOTH
+def test_an_image_that_is_not_the_expected_one_is_not_fetched_from_elsewhere(web, python, tmp_path):
+    bad(with_a_server(web, python, tmp_path, ["server", "--name", "image", LOOPBACK, 1], ["--expect-name", "other"]),
+        "(--expect-name)", 3)
+    assert not web.asked
+
+
+@BOTH
+def test_nothing_is_fetched_in_a_rehearsal(web, python, tmp_path):
+    path = tmp_path / "file"
+    client = with_a_server(web, python, tmp_path, ["check", "--minutes", "0.01", LOOPBACK, 1], ["-o", path])
+    assert client.finish(60)[0] == 0 and not web.asked and not path.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # It fails: real servers, killed
 
