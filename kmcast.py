@@ -9399,7 +9399,7 @@ class Fallback(object):
         now = monotonic()
         self._since = self._since or now
         left = self._since + self._patience - now
-        if left <= 0 or self._over.is_set():
+        if left <= 0 and self._tries or self._over.is_set():
             raise Failure('%s: %s' % (printable(self.place.url), error))
         self._tries += 1
         seconds = min(self.LONGEST, 2.0 ** self._tries / 4) * (0.5 + chance() / 2)

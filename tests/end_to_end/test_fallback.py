@@ -480,6 +480,14 @@ def test_it_is_waited_for_no_longer_than_wait_says(web, python, retry_after):
 
 
 @BOTH
+def test_even_with_no_time_to_wait_it_tries_once_more(web, python):
+    web.cuts = [1000000]
+    good(alone(web, python, "--wait", 0))
+    web.busy = 1000
+    bad(alone(web, python, "--wait", 0), "HTTP status 503", 3)
+
+
+@BOTH
 def test_redirects_are_followed_and_not_for_ever(web, python):
     web.redirects = {"/here": "there", "/there": web.url}
     address = web.url
