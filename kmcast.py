@@ -3702,6 +3702,7 @@ class Copy(object):
         if self.resumed:
             self.held.remove(max([self.verified] + list(self._digests)), 1 << 63)
             self.bytes = self.held.size
+            self.resumed = min(self.resumed, self.bytes)
         self._ahead = self._trial = None
         if self.verified and self.hash:
             self._met[self.verified] = self.hash.digest()
@@ -7522,6 +7523,7 @@ WORDS = {
     # the server
     'server_started': (INFO, 'multicasting from %(interface)s to %(group)s port %(port)d, waiting for '
                        '%(places)s'),
+    'unicast_started': (INFO, 'sending by TCP port %(port)d, without multicast, waiting for %(places)s'),
     'only_here': (WARNING, 'only this host hears what is multicast from %(address)s'),
     'transfer_started': (DEBUG, 'sending from the interface with MTU %(mtu)d, %(payload)d bytes a packet, '
                          'by %(way)s'),
@@ -7566,6 +7568,7 @@ WORDS = {
     'no_server_yet': (INFO, 'looking for a server at %(address)s port %(port)d for %(seconds).0f s: '
                       '%(reason)s'),
     'connected': (INFO, 'connected to %(address)s, multicast of group %(group)s to %(local_ip)s'),
+    'unicast_connected': (INFO, 'connected to %(address)s, which does not multicast'),
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
     'broken': (WARNING, '%(reason)s; trying for %(seconds).0f s to get on with it'),
@@ -7681,7 +7684,7 @@ def in_words(what, facts):
         words['cause'] = CAUSES.get(words['cause'], words['cause'])
     if 'members' in words:
         words['names'] = listed([str(member) for member in words['members']])
-    if what in ('server_started', 'started_without'):
+    if what in ('server_started', 'unicast_started', 'started_without'):
         words['places'] = counted(words['places'], 'client')
     return words
 
@@ -8220,8 +8223,7 @@ def server_summary(server, rows, most):
         seconds = server.ended - (server.started or server.ended)
         yield INFO, 'data: %s in %s, %s in %.1f s, %s' % (
             counted(course.data, 'packet'), counted(course.rounds, 'round'),
-            counted(server.source.bytes, 'byte'), seconds,
-            bits(server.source.bytes * 8 / max(1e-6, seconds)))
+            counted(course.brought, 'byte'), seconds, bits(course.brought * 8 / max(1e-6, seconds)))
         by_chain = sum(row['by_chain'] for row in rows)
         yield INFO, 'repair: %s by multicast, %s by TCP%s' % (
             counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'),
@@ -8245,12 +8247,16 @@ def client_summary(client):
     if client.rehearsal:
         yield INFO, 'the rehearsal went well: multicast works here'
         return
-    window, seconds = client.window, client.ended - client.started
-    size = client.copy.bytes
+    window, copy, seconds = client.window, client.copy, client.ended - client.started
+    size = copy.bytes
+    if copy.resumed:
+        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
+    if copy.checked:
+        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     if client.fallback:
         yield INFO, '%s in %.1f s; %s' % (counted(size, 'byte'), seconds, fallback_in_words(client))
-        if client.copy.hash:
-            yield DIGEST, digest_line(client.copy.hash.hexdigest(), client.sink.is_file and client.options.output)
+        if copy.hash:
+            yield DIGEST, digest_line(copy.hash.hexdigest(), client.sink.is_file and client.options.output)
         return
     if size and not window.by_multicast and not client.unicast and not client.deaf:
         carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
@@ -8260,11 +8266,6 @@ def client_summary(client):
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
     by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
-    copy = client.copy
-    if copy.resumed:
-        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
-    if copy.checked:
-        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s%s' % (
         counted(size, 'byte'), seconds, bits(max(0, size - copy.resumed) * 8 / max(1e-6, seconds)),
         counted(window.coded, 'packet'), window.by_tcp, by_chain,
@@ -9205,11 +9206,12 @@ class Multicaster(object):
     def _serve(self):
         """Serve the image; returns None, or why not."""
         try:
-            tell('server_started', interface=self.options.interface, address=self.options.local_ip,
-                 group=self.session.group, port=self.session.port, places=self.roster.places)
+            unicast = self.session.unicast
+            tell('unicast_started' if unicast else 'server_started', interface=self.options.interface,
+                 address=self.options.local_ip, group=self.session.group, port=self.session.port, places=self.roster.places)
             if self.roster.hosts and self.roster.hosts.twice:
                 tell('listed_twice', names=listed(self.roster.hosts.twice))
-            if self.options.local_ip.startswith('127.'):
+            if self.options.local_ip.startswith('127.') and not unicast:
                 tell('only_here', address=self.options.local_ip)
             self._serve_image()
             while self.roster.renewing and not self.roster.closing:
@@ -9528,15 +9530,17 @@ class Place(object):
 
     def target(self, location):
         """The Place that a redirect from here leads to.  Raises Failure."""
-        if location.startswith('//'):
-            location = self.url[:self.url.index('//')] + location
-        elif location.startswith('/'):
-            location = self.url[:len(self.url) - len(self.path)] + location
-        elif '://' not in location:
-            location = self.url.split('?')[0].rsplit('/', 1)[0] + '/' + location
-        place = Place(location)
-        if self.secure and not place.secure:
-            raise Failure('%s redirects to %s, which is not secure' % (printable(self.url), printable(location)))
+        try:
+            from urllib.parse import urljoin        # only here: it takes a while
+        except ImportError:             # Python 2
+            from urlparse import urljoin
+        try:
+            place = Place(urljoin(self.url, location))
+        except (Failure, ValueError):
+            place = None
+        if not place or self.secure and not place.secure:
+            raise Failure('%s redirects to %s, which is %s' % (
+                printable(self.url), printable(location), 'not secure' if place else 'no URL of http or https'))
         return place
 
 
@@ -9560,10 +9564,10 @@ def chance():
 class Unanswered(Exception):
     """A request did not bring all that was asked for: it is worth another try.
 
-    seconds: when the server wants to hear from us again; None: it did not say.
+    seconds: for how long the server does not want to hear from us.
     """
 
-    def __init__(self, reason, seconds=None):
+    def __init__(self, reason, seconds=0):
         Exception.__init__(self, reason)
         self.seconds = seconds
 
@@ -9574,7 +9578,7 @@ class Fallback(object):
     What it brings is hashed, and where the server told digests they must be met, so only what lies
     behind the last of these is as HTTP has it.  Where the image went on from, the bytes before must be the same
     there; all requests must be answered from one version of it, and its length is to be what the server told.
-    open() and fetch() are for the writer's thread.
+    open() and fetch() are for the writer's thread, hang_up() for it or after its end.
 
     size        of the image, bytes; None: not known yet
     size_told   the same as the server told it
@@ -9600,8 +9604,8 @@ class Fallback(object):
         self.told = self.brought = 0
         self.writing_since = None
         self._version = None            # what tells this version of the image from others
-        self._response = self._next = None          # what is being read, and which byte comes next
-        self._connection = self._fd = None
+        self._connection = self._response = self._fd = None
+        self._next = None               # which byte of the image comes next from it; None: none does
         self._over = threading.Event()
         self._since = None              # when the first try failed since something came
         self._tries = 0
@@ -9638,7 +9642,7 @@ class Fallback(object):
                 self._bring(start, stop)
                 break                   # what is missing may be another by now
             else:
-                self._hang_up()
+                self.hang_up()
                 if not self._drop(copy.meet(self.size)):
                     break
         if copy.verified != self.size:
@@ -9651,13 +9655,20 @@ class Fallback(object):
         if fd is not None:              # not by the socket, which would forget that there is TLS
             LIBC.shutdown(fd, socket.SHUT_RDWR)
 
+    def hang_up(self):
+        """No more of this answer."""
+        ends, self._connection, self._response = (self._response, self._connection), None, None
+        self._fd = self._next = None
+        for end in ends:
+            if end:
+                end.close()
+
     def _drop(self, pair):
         """Bytes that do not fit what the server told are to come again; returns whether there are any.  Raises Failure."""
         if pair is None:
             return False
         if self._copy.doubted.touches(*pair) or not self._copy.sink.seeks:
-            raise Failure('%s has another image: its bytes %d to %d do not fit the server\'s SHA-256' % (
-                (self.place.url,) + pair))
+            raise self._another('its bytes %d to %d do not fit the server\'s SHA-256' % pair)
         tell('doubted', count=pair[1] - pair[0])
         self._copy.drop(*pair)
         return True
@@ -9686,26 +9697,28 @@ class Fallback(object):
                 self._read(1)
             except Unanswered:
                 return
-            raise Failure('%s has another image: of more than %d bytes' % (printable(self.place.url), self.size))
+            raise self._another('of more than %d bytes' % self.size)
 
     def _wait(self, error):
         """Before the next try.  Raises Failure when there was nothing for too long."""
-        self._hang_up()
+        self.hang_up()
         now = monotonic()
         self._since = self._since or now
-        if now - self._since > self._patience or self._over.is_set():
+        left = self._since + self._patience - now
+        if left <= 0 and self._tries or self._over.is_set():
             raise Failure('%s: %s' % (printable(self.place.url), error))
         self._tries += 1
         seconds = min(self.LONGEST, 2.0 ** self._tries / 4) * (0.5 + chance() / 2)
-        seconds = max(seconds, error.seconds or 0)
-        tell('fallback_waits', reason=str(error), seconds=seconds)
+        seconds = min(left, error.seconds + seconds)            # once more when the time is over
+        if not self._anew:              # else that was told
+            tell('fallback_waits', reason=str(error), seconds=seconds)
         self._over.wait(seconds)
 
     # ---- HTTP
 
     def _ask(self, start, stop, known=b''):
         """Ask for the image from `start` on, behind bytes that are `known`.  Raises Failure, Unanswered."""
-        self._hang_up()
+        self.hang_up()
         first = start - len(known)
         headers = {}
         if first:
@@ -9718,29 +9731,25 @@ class Fallback(object):
             if response.status not in (301, 302, 303, 307, 308):
                 break
             location = response.getheader('Location')
-            self._hang_up()
+            self.hang_up()
             if not location:
                 raise Failure('%s redirects to nowhere' % printable(place.url))
-            try:
-                place = place.target(location)
-            except Failure as error:
-                raise Failure(error.reason)         # no wrong usage
+            place = place.target(location)
         else:
             raise Failure('%s redirects too often' % printable(self.place.url))
         self._take_answer(response, first)
-        while known and self._response:
+        while known and self._next is not None:
             data = self._read(len(known))
             different, known = data != known[:len(data)], known[len(data):]
             if different:
-                raise Failure('%s has another image: its bytes %d to %d differ from what is here' % (
-                    printable(self.place.url), first, start))
+                raise self._another('its bytes %d to %d differ from what is here' % (first, start))
 
     def _take_answer(self, response, first):
         """The image, or part of it, is coming, or not.  Raises Failure, Unanswered."""
         url, status = printable(self.place.url), response.status
         if status in (408, 429) or status >= 500:
             seconds = response.getheader('Retry-After') or ''
-            raise Unanswered('HTTP status %d' % status, min(300, int(seconds)) if seconds.isdigit() else None)
+            raise Unanswered('HTTP status %d' % status, float(seconds) if re.match('[0-9]+$', seconds) else 0)
         found = re.match(r'bytes (?:(\d+)-\d+|\*)/(\d+|\*)$', (response.getheader('Content-Range') or '').strip())
         size = found.group(2) if found else None
         if status == 200:
@@ -9765,16 +9774,21 @@ class Fallback(object):
             return                      # there is none behind it
         if status == 200 and first:
             self._start_over('%s gives no part of the image, only all of it' % url, version)
-        self._response, self._next = response, first
+        self._next = first
         self._endless = status == 200 and response.getheader('Content-Length') is None
 
     def _check_size(self, size, anew=False):
         """Raises Failure unless the image can have that size; anew: whatever else than the server's is here."""
         most = max([self.told] + [stop for _, stop in self._copy.held if not anew])
         if self.size_told not in (None, size) or most > size:
-            raise Failure('%s has another image: of %d bytes, not %s%d' % (
-                printable(self.place.url), size, '' if self.size_told is not None else 'at least ',
-                most if self.size_told is None else self.size_told))
+            raise self._another('of %d bytes, not %s%d' % (
+                size, '' if self.size_told is not None else 'at least ', most if self.size_told is None else self.size_told))
+
+    def _another(self, how):
+        """A Failure: what is here and what is there are not the same image."""
+        return Failure('%s has another image: %s%s' % (
+            printable(self.place.url), how,
+            ' (some of it was left by an earlier run, which does not count without --resume)' if self._copy.resumed else ''))
 
     def _start_over(self, reason, version):
         """All is to come anew, of that version.  Raises Failure where that cannot be, else Unanswered."""
@@ -9820,7 +9834,8 @@ class Fallback(object):
                                 ('Accept-Encoding', 'identity'), ('Connection', 'close')] + sorted(headers.items()):
                 connection.putheader(name, value)
             connection.endheaders()
-            return connection.getresponse()
+            self._response = connection.getresponse()
+            return self._response
         except self._broken() as error:
             if 'CERTIFICATE' in str(error).upper():
                 raise Failure('%s: %s' % (printable(place.url), self._in_words(error)))
@@ -9870,14 +9885,6 @@ class Fallback(object):
         if isinstance(error, socket.timeout):
             return 'nothing came for %g s' % self._stall
         return printable(explain(error) if isinstance(error, OS_ERRORS) else '%s %s' % (type(error).__name__, error))
-
-    def _hang_up(self):
-        """No more of this answer."""
-        ends, self._connection, self._response = (self._response, self._connection), None, None
-        self._fd = self._next = None
-        for end in ends:
-            if end:
-                end.close()
 
 
 # ---------------------------------------------------------------------------
@@ -10050,13 +10057,15 @@ class Client(object):
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
+        if self.fallback:
+            self.fallback.close()
         if self.writer and self.sink.journal:       # which it may be about to add to
             self.writer.close()
         self.sink.close()
-        if self.fallback:
-            self.fallback.close()
         if self.writer:
             self.writer.close()
+        if self.fallback:
+            self.fallback.hang_up()
         self._disconnect()
 
     def _disconnect(self):
@@ -10371,7 +10380,7 @@ class Client(object):
                                                  self.options.datagrams, self._source)
         except OS_ERRORS as error:
             raise Failure('cannot join %s on %s: %s' % (group, local_ip, explain(error)))
-        tell('connected', address=self.options.server_ip, group=group, local_ip=local_ip)
+        tell('unicast_connected' if self.unicast else 'connected', address=self.options.server_ip, group=group, local_ip=local_ip)
         tell('receiving', way=self.receiver.way, socket_buffer=self.receiver.socket_buffer,
              name=self.image.get('name') or 'without a name', size=self.image.get('size') or 'unknown')
 
@@ -10670,7 +10679,7 @@ class Client(object):
         self._check_size(self.copy.bytes)
         digest = self.copy.hash and self.copy.hash.hexdigest()
         if self.options.expect_sha256 not in (None, digest):
-            raise Final('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
+            raise Final('the image has the SHA-256 %s, and not %s (--expect-sha256)' % (digest, self.options.expect_sha256))
 
     def _start(self):
         """The first data has come, or will never."""
@@ -11043,7 +11052,12 @@ def section_of(path, place, report, most):
     if isinstance(server, dict):
         facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
     size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
-    rehearsed = report['command'] == 'check'
+    fallback = report.get('fallback')
+    if isinstance(fallback, dict):
+        facts.append(('by HTTP', '%s from %s; %s verified by the server\'s SHA-256; why: %s' % (
+            amount(as_number(fallback.get('bytes'))), fallback.get('url'), amount(as_number(fallback.get('verified'))),
+            fallback.get('reason'))))
+    rehearsed = report['command'] == 'check' or report.get('rehearsal') is True
     facts += [] if rehearsed else [('image', '%s (%s)' % (counted(size, 'byte'), amount(size)))]
     facts += [('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else ''))]
     facts += [] if rehearsed else [('goodput', bits(as_number(report.get('goodput'))))]
@@ -11056,7 +11070,7 @@ def section_of(path, place, report, most):
     if carried:
         facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
             [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
-    called = {'server': 'Server', 'client': 'Client', 'check': 'Rehearsal'}[report['command']]
+    called = {'server': 'Server', 'check': 'Rehearsal'}.get(report['command'], 'Client of a rehearsal' if rehearsed else 'Client')
     return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
                    element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
                    goodput_chart(report, most), hosts_of(report))
@@ -11258,10 +11272,10 @@ class Parser(argparse.ArgumentParser):
         """What is wrong with an option that it has not."""
         others = [parser for parser in self.commands.values() if parser is not self]
         of = sorted(parser.prog.split()[-1] for parser in others if name in parser.options)
-        if of and self.commands.get(None) is self:
-            return '%s is an option of %s, and stands behind that word' % (name, of[0])
         if of:
-            return '%s is an option of %s, not of %s' % (name, ' and '.join(of), self.prog.split()[-1])
+            own = self.commands.get(None) is not self
+            return '%s is an option of %s, %s' % (name, ' and '.join(', '.join(of).rsplit(', ', 1)), 'not of ' + self.prog.split()[-1]
+                                                  if own else 'and stands behind that word')
         known = set(option for parser in self.commands.values() for option in parser.options)
         return 'there is no option %s%s' % (printable(name), self._meant(name, known))
 
@@ -11305,12 +11319,11 @@ def command_line():
         made.add('output', '-q', '--quiet', action='store_true', help='say only what went wrong')
         made.add('output', '-h', '--help', action='help', help='show this and exit')
 
-    def add_of_both(made):
+    def add_of_all(made):
         made.add('when', '--stall-timeout', type=seconds_type, metavar='SECONDS',
                  help='give up a peer that has got nothing done for so long; 0: never (30)')
         made.add('speed', '--datagrams', choices=('auto',) + WAYS, default='auto', metavar='WAY',
                  help='many packets at once: auto, gso, mmsg or plain (auto)')
-        made.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
         made.add('safety', '--key', metavar='FILE',
                  help='who has it takes part; -: stdin (what KMCAST_KEY_FILE names)')
         made.add('output', '--report', metavar='FILE', help='write how it went there, as JSON')
@@ -11357,7 +11370,8 @@ def command_line():
     server.add('when', '--linger', type=seconds_type, default=0, metavar='SECONDS',
                help='wait so long for others when all who are here have it (0)')
     server.add('when', '--forever', action='store_true', help='serve whoever comes, until SIGTERM; SIGUSR1 starts')
-    add_of_both(server)
+    server.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+    add_of_all(server)
     server.add('speed', '--rate', type=rate_type, default='auto',
                help='bit/s as in 940M; auto: as the slowest link; max (auto)')
     server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
@@ -11388,14 +11402,15 @@ def command_line():
     client.add('when', '--fallback', metavar='URL', help='if the transfer fails, complete it by HTTP from there')
     client.add('safety', '--cafile', metavar='FILE', help='whom to trust for an https URL (those of this host)')
     client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
-    add_of_both(client)
+    client.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+    add_of_all(client)
 
     check = command('check', 'a rehearsal: does multicast reach the clients?',
                     'kmcast check auto 40', 'kmcast check [options] LOCAL_IP CLIENTS [PORT]')
     add_of_senders(check)
     check.add('when', '--minutes', type=minutes_type, default='0.5', metavar='M',
               help='for how long multicast must get through (0.5)')
-    add_of_both(check)
+    add_of_all(check)
 
     demo = command('demo', 'a server and some clients on this host, to see it work',
                    'kmcast demo', 'kmcast demo [options] [FILE]')
@@ -11431,7 +11446,7 @@ def from_environment(parser, given):
     """The options of KMCAST_OPTIONS for a command, as words.
 
     parser: the command's; given: what its command line says, which wins.  Those of the
-    other command are left out, so that both can be told the same.
+    other commands are left out, so that all can be told the same.
     """
     parser.origin = 'KMCAST_OPTIONS: '
     try:
@@ -11482,8 +11497,8 @@ def server_command(options, signals):
         options.clients = len(options.listed.names)
     port_like = options.clients >= 1024 and options.port < 1024
     if options.clients > MOST_CLIENTS or port_like:
-        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
-                      % (options.clients, options.port), USAGE)
+        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT], with at most %d CLIENTS'
+                      % (options.clients, options.port, MOST_CLIENTS), USAGE)
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
                       % (options.min_clients, options.clients), USAGE)
@@ -11701,19 +11716,30 @@ class Demo(object):
         us = os.getpid()
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
-            env=dict(item for item in os.environ.items() if item[0] != 'KMCAST_OPTIONS'),
+            env=dict(item for item in os.environ.items() if item[0] not in ('KMCAST_OPTIONS', 'KMCAST_KEY_FILE')),
             preexec_fn=lambda: end_with(us), **pipes)
         self._processes.append(process)
         return process
 
+    @staticmethod
+    def _free_port():
+        """A TCP port that is free, and not of those that connect(2) gives away: a client may come before the server."""
+        for _ in range(100):
+            port = 20000 + to_int(os.urandom(2)) % 12000
+            with contextlib.closing(socket.socket()) as probe:
+                try:
+                    probe.bind(('', port))
+                    break
+                except OS_ERRORS:
+                    pass                # in use
+        return port
+
     def run(self):
         """Send and compare; returns an exit code."""
         options = self.options
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = str(probe.getsockname()[1])
+        port = str(self._free_port())
         server = self._start('server', '127.0.0.1', str(options.clients), port,
-                             '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
+                             '-v' if options.verbose else '-q', '--allow-empty', stdin=subprocess.PIPE)
         clients = [self._start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE) for _ in range(options.clients)]
         clients = [DemoClient(process) for process in clients]     # threads: after the last fork
@@ -11728,7 +11754,7 @@ class Demo(object):
             tell('failed', reason='the server ended early: %s' % explain(error))
         if server.wait() == USAGE:      # it has not begun, so the clients wait in vain
             for client in clients:
-                client.process.terminate()
+                self._end(client.process)
         for client in clients:
             client.join()
         print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))
@@ -11749,14 +11775,22 @@ class Demo(object):
                                              counted(len(clients), 'client')))
         return OK if good else FAILED
 
+    @staticmethod
+    def _end(process):
+        """Ask it to end, unless it has."""
+        try:
+            if process.poll() is None:
+                process.terminate()
+        except OS_ERRORS:
+            pass                        # it just has
+
     def status(self, _now):
         """None: its server and clients have their own."""
 
     def close(self):
         """Leave no process behind."""
         for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
+            self._end(process)
         for process in self._processes:
             process.wait()
             for pipe in (process.stdin, process.stdout, process.stderr):

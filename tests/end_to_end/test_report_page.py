@@ -107,6 +107,24 @@ def test_the_page_of_a_transfer_says_what_its_reports_say(python, tmp_path):
     assert page.text.count("Client: complete, exit code 0") == 2
 
 
+@BOTH
+def test_the_page_of_a_rehearsal_says_that_it_is_none_of_an_image(python, tmp_path):
+    port = helpers.free_port()
+    check = helpers.start_kmcast(["check", "--minutes", "0.01", "--report", tmp_path / "check", LOOPBACK, 1, port], python)
+    client = helpers.start_client(["--report", tmp_path / "client", LOOPBACK, LOOPBACK, port], python)
+    assert (client.finish(60)[0], check.finish(60)[0]) == (0, 0)
+    page = page_of(tmp_path / "check", tmp_path / "client", python=python)
+    for said in ("1 of 1 host passed the rehearsal", "Rehearsal: complete, exit code 0", "Client of a rehearsal: complete, exit code 0"):
+        assert said in page.text, said
+    assert "the image" not in page.text
+
+
+def test_the_page_tells_of_a_fallback(tmp_path):
+    page = page_of(of_a_client(fallback={"reason": "lost the server", "url": "http://host/image", "bytes": 3000000, "size": 5000000,
+                                         "verified": 2000000, "size_told": True}), tmp_path=tmp_path)
+    assert "3 MB from http://host/image; 2 MB verified by the server's SHA-256; why: lost the server" in page.text
+
+
 def test_hosts_are_rows_worst_first_with_what_each_was_waited_for(tmp_path):
     rows = three() + [host(4, "missing", host=None, address=None, exit_code=None, reason="it never came", seconds=None),
                       host(5, "refused", exit_code=3, reason="it is not on the list of hosts")]
@@ -144,8 +162,9 @@ def test_whatever_a_report_holds_is_a_text(python, tmp_path):
     {}, {"hosts": None, "steps": None, "carried": None}, {"hosts": [1, None, {}], "steps": [{}, 3, {"seconds": "x"}]},
     {"bytes": "many", "seconds": None, "goodput": True, "carried": [1]}, {"bytes": 10 ** 40, "seconds": -1, "goodput": float("nan")},
     {"steps": [{"seconds": 1e-9, "bytes": 0, "waited_for": 3}], "exit_code": "3", "arguments": "x", "server": 5},
+    {"fallback": {"url": 5, "bytes": []}, "hosts": [{"heard": {"10M": {}}}, {"heard": 3}], "rehearsal": True},
     {"steps": [{"seconds": 1e9, "bytes": 10 ** 17}]}, {"steps": [{"seconds": 5, "bytes": 9}, {"seconds": 4, "bytes": 5}]}],
-    ids=range(8))
+    ids=range(9))
 def test_a_report_with_other_or_fewer_keys_has_a_page_too(python, parts, tmp_path):
     """Those of earlier and later versions."""
     page_of(dict({"command": "server"}, **parts), python=python, tmp_path=tmp_path)
