@@ -426,13 +426,20 @@ TOKEN_SIZE = 16                         # what a follower says first to its upst
 LARGEST_PIECE = 256 << 10               # bytes
 STILL_HERE = PIECE.pack(MASK, 0, 0)     # an upstream that has nothing to send
 
-# What a client tells of itself in STATE, besides what it is `busy` with.
-FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room')
+# What a client tells of itself in STATE, besides what it is `busy` with: numbers, and texts.
+FIGURES = ('by_multicast', 'by_chain', 'written', 'overflows', 'socket_buffer', 'room', 'write_speed', 'round_trip',
+           'packet')
+FACTS = ('unwritable', 'python', 'kernel', 'datagrams')
 
 
 def payload_for(mtu):
     """The payload of a full packet, in bytes, at an MTU in bytes."""
     return (mtu - UDP_OVERHEAD - PACKET.size) // 4 * 4
+
+
+def packet_of(payload):
+    """The bytes of an IP packet with so many of payload."""
+    return UDP_OVERHEAD + PACKET.size + payload
 
 
 def pack_group_info(group, port, padding=b''):
@@ -1885,6 +1892,7 @@ SO_TIMESTAMPNS = 35
 MOST_SEGMENTS = 64                      # UDP_MAX_SEGMENTS of the first kernels
 LARGEST_SEND = 65507                    # bytes of UDP payload in an IP packet
 SOCKET_BUFFER = 16 << 20                # what a receiver asks for, bytes
+AMPLE = 4 << 20                         # bytes with which it can look away for a moment
 
 # These mean that a way of sending does not work here, not that a packet
 # could not be sent (udp(7); EIO: no checksum offload on this device).
@@ -3114,6 +3122,40 @@ def remove(path):
     return True
 
 
+def bring_to_disk(fd):
+    """fsync(2), where there is such a thing.  Raises OS_ERRORS."""
+    try:
+        os.fsync(fd)
+    except OS_ERRORS as error:
+        if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise                       # these: a device that has none
+
+
+TRIAL = 64 << 20                        # bytes that are written to see how fast that goes, at the most,
+TRIAL_TIME = 0.5                        # and seconds after which no more are
+
+
+def try_writing(folder, prefix, room):
+    """Write a new file, bring it to the disk, and have nothing of it left: bytes a second.  Raises OS_ERRORS.
+
+    room: bytes that there are, of which others may need some; None: nobody knows.
+    """
+    most = TRIAL if room is None else min(TRIAL, max(4096, room // 2))
+    block = memoryview(os.urandom(1 << 20))         # which nothing on the way can compress
+    path = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+    with uninterruptible:               # its name is gone at once, and it ends with its descriptor
+        file = io.open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb', buffering=0)
+        remove(path)
+    with file:
+        size, began = 0, monotonic()
+        while size < most and monotonic() - began < TRIAL_TIME:
+            goal = min(most, max(len(block), 2 * size))
+            while size < goal:
+                size += uninterrupted(os.write, file.fileno(), block[:goal - size])
+            bring_to_disk(file.fileno())
+        return int(size / max(1e-6, monotonic() - began))
+
+
 # What makes a file system keep room for a file, fallocate(2); not posix_fallocate(3), which writes zeros where it cannot.
 fallocate = getattr(LIBC, 'fallocate64', None) or getattr(LIBC, 'fallocate', None)
 if fallocate:
@@ -3183,7 +3225,7 @@ class Sink(object):
                 if is_mount_point(self._target):
                     raise OSError(errno.EBUSY, 'it is a mount point, and so cannot be replaced; '
                                   'use "> FILE", or another FILE')
-                self._open_temporary(folder, '.%s.' % name[:60])
+                self._open_temporary(folder, self._prefix(name))
                 self.seeks = True
             if self._resume and not self._target:
                 raise OSError(errno.EINVAL, '--resume is for a file, which can have a journal beside it')
@@ -3255,6 +3297,16 @@ class Sink(object):
                 room = os.lseek(self._fd, 0, os.SEEK_END)
                 self._place = None      # so the next write goes to its own
         return room
+
+    def trial(self, room):
+        """How fast a file is written beside the target, bytes a second; room: as room() has it.  Raises OS_ERRORS."""
+        folder, name = os.path.split(self._target)
+        return try_writing(folder, self._prefix(name), room)
+
+    @staticmethod
+    def _prefix(name):
+        """With what the names of all begin that is written in the place of a file."""
+        return '.%s.' % name[:60]
 
     def expect(self, size):
         """The image will have so many bytes: find out whether there is room.  Raises Failure."""
@@ -3371,7 +3423,7 @@ class Sink(object):
             if self._target:
                 os.ftruncate(self._fd, size)            # one in which another image began may be longer
             if self._fd != 1 and not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-                self._sync(self._fd)
+                bring_to_disk(self._fd)
             if self._target:
                 os.fchmod(self._fd, self._mode())
             self._decide()
@@ -3393,19 +3445,11 @@ class Sink(object):
         try:
             folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
             try:
-                self._sync(folder)
+                bring_to_disk(folder)
             finally:
                 os.close(folder)
         except OS_ERRORS as error:
             tell('unfinished', step='synchronising its folder', reason=explain(error))
-
-    @staticmethod
-    def _sync(fd):
-        try:
-            os.fsync(fd)
-        except OS_ERRORS as error:
-            if errno_of(error) not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise                   # these: a device that has no such thing
 
     def _mode(self):
         """The permissions of the file that is replaced, or of a new one."""
@@ -3658,6 +3702,7 @@ class Copy(object):
         if self.resumed:
             self.held.remove(max([self.verified] + list(self._digests)), 1 << 63)
             self.bytes = self.held.size
+            self.resumed = min(self.resumed, self.bytes)
         self._ahead = self._trial = None
         if self.verified and self.hash:
             self._met[self.verified] = self.hash.digest()
@@ -3919,6 +3964,11 @@ def interfaces():
             for name, address in entries]
 
 
+def versions():
+    """Python's version, and the kernel's, as texts."""
+    return {'python': '%d.%d.%d' % sys.version_info[:3], 'kernel': os.uname()[2]}
+
+
 def described(known):
     """What interfaces() returned, for a user who has to choose one."""
     return ', '.join('%s (%s)' % entry for entry in known) or 'none with an IPv4 address'
@@ -4069,6 +4119,8 @@ class StopInOrder(object):
 
 TCP_USER_TIMEOUT = 18                   # Linux's number, of which older Python versions lack the name
 MSG_MORE = 0x8000
+# Where struct tcp_info has round trips, in microseconds: the least (since Linux 4.6), and the usual one.
+TCP_INFO_TIMES = (148, 68)
 
 
 class Gone(Exception):
@@ -4176,6 +4228,15 @@ class Connection(object):
         if acknowledged > self._acknowledged:
             self._acknowledged = acknowledged
             self.moved = monotonic()
+
+    def round_trip(self):
+        """Microseconds to the other end's kernel and back; None if ours does not tell: tcp(7), TCP_INFO."""
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OS_ERRORS:
+            return None
+        times = [struct.unpack_from('@I', info, at)[0] for at in TCP_INFO_TIMES if len(info) >= at + 4]
+        return ([time for time in times if 0 < time < MASK] or [None])[0]
 
     def show_life(self, message):
         """Say `message` if the other end has heard nothing for as long as it likes.  Raises Gone.
@@ -4359,8 +4420,8 @@ class Step(object):
     kind: accept (the clients; only TCP server 1), announce (the `round`, to its audience), sent (the
     round, or a repair pass for it), repair (by multicast for the members in `coded`, AGAIN
     being `message`; by TCP for all others that asked), chain (`messages`: member -> what to
-    tell it), finish (the members in `audience`, None: all, get no more rounds: when each has
-    those under way, `message` is its last BYE), abort (`message` is the reason).
+    tell it), sentences (there are some on clients), finish (the members in `audience`, None: all, get
+    no more rounds: when each has those under way, `message` is its last BYE), abort (`message` is the reason).
     """
 
     # pylint: disable=redefined-builtin
@@ -4455,6 +4516,7 @@ class Member(object):
         self.relays = False             # another client waits for what it asks for
         self.heard_rounds = self.deaf_rounds = 0    # in a row, of which it heard nearly all, or nothing
         self.relay_words = 0
+        self.reached = None             # whether a follower could connect to it, once one has tried
         self.done_at = {}               # number -> when it was through with the round
         self.rounds = {}                # number -> (how it stands, the Awaited it owes something)
         self.asked = {}                 # number -> Request
@@ -4588,6 +4650,10 @@ class ServerWindow(object):
     def _begin_chain(self, step, _awaited, _now):
         return [('send', member, step.messages[member]) for member in self.members if member in step.messages]
 
+    @staticmethod
+    def _begin_sentences(_step, _awaited, _now):
+        return []                       # they are carried out already
+
     def _begin_finish(self, step, awaited, now):
         audience = self._audience(step.audience)
         awaited.owing.update(audience)
@@ -4710,7 +4776,8 @@ class ServerWindow(object):
     def _state(member, fields):
         """What a client says of itself: what it is doing, and figures for the report."""
         member.busy = field(fields, 'busy', TEXT, optional=True)
-        member.figures = dict((key, field(fields, key, NUMBER)) for key in FIGURES if key in fields)
+        member.figures = dict((key, field(fields, key, kinds)) for keys, kinds in ((FIGURES, NUMBER), (FACTS, TEXT))
+                              for key in keys if key in fields)
 
     @staticmethod
     def _neighbour(member, fields):
@@ -4941,6 +5008,7 @@ class ClientWindow(object):
         self.over = False
         self.announced = 0              # one more than the last round's number
         self.by_multicast = self.by_chain = self.by_tcp = self.coded = 0        # packets
+        self.largest = 0                # bytes in the largest repair datagram that was for nothing
         self.upstream_from = None       # the first round that an upstream brings, while there is one
         self.forwarding = None          # what a follower is to get, while there is one
         self._kept = []                 # rounds that are written, and that the follower does not have
@@ -5194,6 +5262,7 @@ class ClientWindow(object):
                 break
             else:
                 if seq & REPAIR_BIT:
+                    self.largest = max(self.largest, U32.unpack_from(data, offset + 8)[0])
                     self._early.append((bytearray(data[offset:offset + count * (PACKET.size + payload)]),
                                         count, payload))
                 elif count > 1:         # some may be of a round all the same
@@ -5442,13 +5511,14 @@ class Link(object):
     """A client takes its packets from another one.
 
     up      whether the follower was told so: the upstream listens
+    held    whether the follower said that it is connected, as it does in a rehearsal
     """
 
     def __init__(self, upstream, follower, now):
         self.upstream, self.follower, self.since = upstream, follower, now
         self.token = os.urandom(TOKEN_SIZE)
         self.port = None                # where the upstream listens
-        self.up = False
+        self.up = self.held = False
 
 
 class Chain(object):
@@ -5466,6 +5536,7 @@ class Chain(object):
     JIFFY = 1.0                         # seconds that nobody is blamed for
     PATIENCE = 5.0                      # seconds between two that are
     SLOW = 3                            # rounds in a row in which a client holds its followers up
+    TRIAL = 6.0                         # seconds for a follower to connect, in a rehearsal
 
     def __init__(self, dialect):
         self.dialect = dialect
@@ -5560,6 +5631,8 @@ class Chain(object):
                 self._fails(link, 'it cannot listen: %s' % said.get('reason'), now, False, mending)
         elif member is link.follower and said.get('lost') and link.upstream.outcome != 'complete':
             self._fails(link, said['lost'], now, said['connected'], mending)
+        elif member is link.follower and said.get('connected'):
+            link.held = link.upstream.reached = True
 
     def through(self, seconds, number, now):
         """All are through with a round, which took so long since the one before."""
@@ -5619,6 +5692,23 @@ class Chain(object):
         self._news = []
         return messages
 
+    # ---- a rehearsal
+
+    def tried(self, now):
+        """Whether each follower has connected to its upstream, or had the time to."""
+        return all(link.held or now - link.since > self.TRIAL for link in self.links.values())
+
+    def turn(self, now):
+        """The first goes to the end, so that the last one has a follower, too."""
+        if self.order:
+            self._to_the_end(self.order[0])
+            self._wire(now)
+
+    def dissolve(self, now):
+        """It is for nobody any more."""
+        self._inside.clear()
+        self._wire(now)
+
     # ---- how it is made
 
     @staticmethod
@@ -5635,6 +5725,8 @@ class Chain(object):
         upstream, follower = link.upstream, link.follower
         self._lost.setdefault(upstream, set()).add(follower)
         tell('chain_broken', upstream=upstream, follower=follower, reason=reason)
+        if link.port and not connected:
+            upstream.reached = upstream.reached or False
         if link.port and not connected and len(self._lost[upstream]) == 1:
             tell('relay_unreachable', upstream=upstream, follower=follower, reason=reason, port=link.port)
         if not mending:
@@ -5785,6 +5877,7 @@ class Relay(object):
         self._staging = bytearray(2 * self.SMALL)
         self._scratch = None
         self.trickles = False           # the upstream sends less than we can take
+        self.rehearsal = False          # it brings nothing, but the server wants to know whether it could
 
     @property
     def active(self):
@@ -5792,7 +5885,7 @@ class Relay(object):
         return bool(self._watched)
 
     streams = property(lambda self: [end.fileno() for end in (self._upstream, self._follower) if end])
-    following = property(lambda self: self._connected)
+    following = property(lambda self: self._connected and not self.rehearsal)
 
     # ---- descriptors
 
@@ -6041,6 +6134,8 @@ class Relay(object):
         upstream.begin(STALL)
         upstream.flush()
         self._watch(upstream, select.POLLIN)
+        if self.rehearsal:
+            self._say(SessionDialect.relay(self._upstream_token, connected=True))
 
     def _read(self, now):
         """Take some of what has come; returns (bytes, whether there may be more).  Raises Gone, ProtocolError.
@@ -6209,6 +6304,7 @@ class Roster(object):
         self.waiting = None             # for whom else than a client all wait, in words
         self.passing = (1, None)        # which pass it is, and seconds that it may still take
         self.sentences = 0              # passed on clients so far
+        self.away = set()               # members that were set aside, and have not come back yet
         self.served = 0                 # clients that have everything
         self.everyone = []              # who took part, whatever became of them; of very many the last
         self.forgotten = 0              # how many more there were
@@ -6260,8 +6356,10 @@ class Roster(object):
         """Whether a client is."""
         return member in self._here
 
-    def condemn(self, member, why):
-        """Its thread, whichever that is, is to drop a client at its next look."""
+    def condemn(self, member, why, away=False):
+        """Its thread, whichever that is, is to drop a client at its next look; away: and it is to come back."""
+        if away:
+            self.away.add(member)
         member.sentence = why
         self.sentences += 1
 
@@ -6278,13 +6376,14 @@ class Roster(object):
         names = self.hosts.find(member.host, member.address) if self.hosts else []
         if self.hosts and not names and not self.more:
             return UNINVITED
-        if self.closed or self.closing:
+        awaited = self.awaits(member)
+        if self.closed or self.closing and not awaited:
             return CLOSING if self.again else LATE
         if self.begun and not self.again:
             return NO_WAY_BACK
         if self.hosts:
             return self._name(member, names, twin)
-        here = len(self._here) - bool(twin)
+        here = len(self._here) - bool(twin) + len(self.away) - awaited
         full = here >= self.most if self.more else here + self.served >= self.places
         return NO_PLACE if self.begun and full else None
 
@@ -6301,12 +6400,12 @@ class Roster(object):
         return NO_PLACE if self.begun and len(self._here) - bool(twin) >= self.most else None
 
     def twin(self, member):
-        """The client that is here for the same output, or, before the start, from the same host; None without one.
+        """The client that is here for the same output, or from the same host; None without one.
 
         Not from the same host by the loopback interface: there several clients are for trying it out.
         """
         twin = self._identities.get(member.who)
-        if not twin and not self.begun and member.host is not None and not member.loopback:
+        if not twin and member.host is not None and not member.loopback:
             twin = self._identities.get(member.identity)
         return twin if twin in self._here else None
 
@@ -6327,12 +6426,22 @@ class Roster(object):
             self.leave(twin)
         return len(self._here)
 
+    def awaits(self, member):
+        """Whether a member was set aside when it was here before."""
+        return any(self._same(member, other) for other in list(self.away))
+
+    @staticmethod
+    def _same(member, other):
+        """Whether a member is another one that was here before."""
+        return bool(member and (member.who and other.who == member.who or
+                                other.identity == member.identity and not member.loopback))
+
     def _take_back(self, member):
         """Who is back is one with what it was before."""
         for other in self.everyone:
-            known = member.who and other.who == member.who or other.identity == member.identity and not member.loopback
-            if known and other.outcome != 'complete' and (other.ended or other.sentence):
+            if self._same(member, other) and other.outcome != 'complete' and (other.ended or other.sentence):
                 member.returns(other)
+                self.away.discard(other)
                 self.everyone.remove(other)
                 return
 
@@ -6358,6 +6467,7 @@ class Roster(object):
         if member.outcome == 'complete':
             self.served += 1
             self._has.add(member.listed)
+            self.away.discard(member)
         for name in member.names:
             if self._identities.get(name) is member:
                 del self._identities[name]
@@ -6422,6 +6532,7 @@ class Underway(object):
         self.sent = False               # by multicast
         self.steps = 1                  # that are not complete
         self.heard = False              # all have answered once
+        self.tells = True               # of the lines of those who are brought to now
         self.requests = {}              # member -> Request, of what it still asks for
         self.passes = 0                 # of coded repair
 
@@ -6465,6 +6576,7 @@ class Course(object):
     PATIENCE = 1.0                      # seconds without multicast, until it is said
     ENDURANCE = 0.5                     # seconds below --min-rate, until who alone is the reason is set aside,
     LAST_ENDURANCE = 10.0               # or dropped, where what it lacks is gone then
+    RETURN = STALL                      # seconds for who was set aside to come back, when nobody else is here
     ENOUGH_LACKED = 2                   # times the image, that who holds it may lack after all,
     MOST_LACKS = 1000                   # and so many times in each of these
     SETTLED = 3                         # rounds without a slower rate, until it is worth a line
@@ -6526,9 +6638,12 @@ class Course(object):
         self._brake_rate = float('inf')  # bit/s; the rate when that was seen
         self._settled = 0               # rounds at a known line since the rate last fell
         self._held_by = None            # (client, since when) below --min-rate
-        self._slowest = UNLIMITED       # bit/s, of who was set aside
+        self._line_of = None            # the same, of who alone has a line that is slower
+        self._slowest = UNLIMITED       # bit/s, of who was set aside,
+        self._slow_pass = None          # and the pass in which they take part, while it is yet to begin
         self._idle_since = None         # when there was nothing to multicast, while there is not
         self._through_at = None         # when the last round was through
+        self._sending = None            # what is being multicast
         self._alone = {}                # client -> seconds waited for it alone since then
         self._lately = {}               # the same of the last rounds
         self._lately_since = None
@@ -6583,14 +6698,14 @@ class Course(object):
         if step.kind == 'sent' and not underway.heard:
             underway.heard = True
             self._answered += step.round.multicast
-            self._learn(step.round, answers)
+            self._learn(step.round, answers, underway.tells)
         underway.requests.update(answers.requests)
         if not underway.steps:
             self._go_on(underway)
 
     def sent(self, sending):
         """What next() returned was multicast."""
-        underway = sending.underway
+        underway, self._sending = sending.underway, None
         if sending.buffer is underway.round.buffer:             # else the step was counted with its pass
             underway.steps += 1
             underway.sent, underway.round.multicast = True, sending.last
@@ -6601,7 +6716,7 @@ class Course(object):
 
     def next(self):
         """The Sending that is due; None if there is none."""
-        sending = self._next_sending()
+        sending = self._sending = self._next_sending()
         now = self.hands.now()
         if sending:
             self._idle_since = None
@@ -6622,6 +6737,11 @@ class Course(object):
             buffer = underway.round.buffer
             if not underway.ready or not buffer.count:
                 return None
+            if underway.image_pass == self._slow_pass:
+                if underway is not self._underway[0]:
+                    return None         # those before are for others
+                self._slow_pass = None
+                self._seek_rate(self._slowest)
             if self.chain and self.chain.settling(self.hands.now()):
                 return None
             count = 0 if self.unicast else buffer.count if self.multicasting else min(buffer.count, self.PROBE)
@@ -6654,6 +6774,7 @@ class Course(object):
         if now < self._next_look:
             return False
         self._next_look = now + self.LOOK_EVERY
+        self._look_at_line(now)
         self._look_for_the_end(now)
         self.roster.passing = self.image_pass, self._left(now)
         if not self._chains or not self._started:
@@ -6698,6 +6819,8 @@ class Course(object):
         member.lacks = self.lacking(member) if self.deserted else 0
         self._finished.discard(member)
         self._part_from(member)
+        if member is self._brake:
+            self._seek_rate(max(self.rate, self.min_rate))
         if member.window < self.dialect.window:
             self.window = min([self.dialect.window] + [other.window for other in self._cohort])
         self._look_for_the_end(now)
@@ -6722,9 +6845,9 @@ class Course(object):
         self._part_from(member)
         member.lacked += max(lacks.size, self._end // self.MOST_LACKS)
         if not self.roster.again:
-            self.roster.condemn(member, 'it lacks what it had, and that cannot be read again')
+            self._condemn(member, 'it lacks what it had, and that cannot be read again')
         elif member.lacked > self.ENOUGH_LACKED * max(self._end, self.size or 0):
-            self.roster.condemn(member, 'it lacks what it had, again and again')
+            self._condemn(member, 'it lacks what it had, again and again')
         tell('lacks', member=member, size=lacks.size)
         self._add([member], held if member.seek else Held([(0, held.prefix)]), member.seek, member.aside)
         self._announce()
@@ -6807,7 +6930,7 @@ class Course(object):
                 cohort.aside = False
                 for member in cohort.members:
                     member.aside = False
-            self._seek_rate(self._slowest)
+            self._slow_pass = self.image_pass + 1
         lacking = Held()
         for cohort in self._cohorts:
             for start, stop in () if cohort.aside else cohort.held.missing(0, self._end):
@@ -6853,6 +6976,11 @@ class Course(object):
             return
         if self._alone_since is None:
             self._alone_since = now
+            if roster.away:
+                tell('waiting_for', members=list(roster.away))
+        if roster.away and now - self._alone_since < self.RETURN:
+            return
+        roster.away.clear()             # they are not waited for any more
         waited = self._started and (now - self._alone_since >= self.linger
                                     or roster.all_served and not roster.more)
         if waited or roster.closing or roster.renewing:
@@ -6879,9 +7007,13 @@ class Course(object):
 
     def _grow(self):
         """How many packets the next part has, which nobody has read yet."""
+        room = self.dialect.seqs + 1 - self._base
+        unwanted = int(min(self._wanted(self._place) - self._place, self.capacity * self.payload)) // self.payload
+        if self._cohorts and unwanted > self.limit:     # it is read, but not sent: what is sent first is to be short
+            return min(unwanted, room)
         by_chain = self.chain and not self.multicasting         # which has no rate to be found out
         least = self.capacity // 4 if by_chain else self.FIRST_ROUND
-        count = min(max(self.limit, least), self.capacity, self.dialect.seqs + 1 - self._base)
+        count = min(max(self.limit, least), self.capacity, room)
         longest = (self.capacity if by_chain else
                    self.rate * self.LONGEST_ROUND / 8 / (self.payload + PACKET.size))
         self.limit = int(max(self.FIRST_ROUND, min(2 * count, longest, self.capacity)))
@@ -7026,8 +7158,8 @@ class Course(object):
 
     # ---- what the answers tell
 
-    def _learn(self, done, answers):
-        """Set the rate, and whether to multicast at all, from how the first packets were heard."""
+    def _learn(self, done, answers, tells=True):
+        """Set the rate, if the round tells of it, and whether to multicast at all, from how it was heard."""
         count = done.multicast
         trouble = self.hands.trouble()
         if trouble:
@@ -7056,7 +7188,7 @@ class Course(object):
             if self._warned:
                 self._warned = False
                 tell('multicast_back')
-        elif self.control and answers.worst and done.tail:
+        elif self.control and answers.worst and done.tail and tells:
             self._set_rate(done, answers, now)
 
     def _set_rate(self, done, answers, now):
@@ -7072,6 +7204,9 @@ class Course(object):
             self._look_for_brake(answers.worst)
         if self._brake and self._settled == self.SETTLED and self.control.line:
             tell('brake', member=self._brake, rate=self.control.rate)
+        slow = self._brake if self.control.line and self.control.line < self.min_rate else None
+        if not slow or not self._line_of or self._line_of[0] is not slow:
+            self._line_of = slow and (slow, now)
         if worst.lost > RateControl.MOST_MEDIUM and done.speed.trial:
             worst.member.ignored = True
             tell('hopeless', member=worst.member, share=worst.lost, payload=self.payload)
@@ -7129,40 +7264,66 @@ class Course(object):
         for member in self._alone:
             if self._alone[member] > seconds / 2:
                 culprit = member
-        cohort = self._cohort.get(culprit)
-        others = [other for other in self._cohorts if not other.aside and (other is not cohort or len(other.members) > 1)]
         endurance = self.ENDURANCE if self.roster.again else self.LAST_ENDURANCE
-        if goodput >= self.min_rate or not cohort or not others:
+        if goodput >= self.min_rate or not self._others(culprit):
             self._held_by = None
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
-        elif now - self._held_by[1] >= endurance and self._chains and self.chain.relieve(culprit, now):
-            self._held_by = None        # it gets its packets from another one now
-            self._publish_chain()
         elif now - self._held_by[1] >= endurance:
-            self._held_by = self._brake = None
-            self._brake_rate = float('inf')
-            if self.roster.again:
-                self._set_aside(culprit, cohort, goodput)
+            self._held_by = None
+            if self.rate < self.min_rate:
+                self._brake, self._brake_rate = culprit, self.rate
+            if self._chains and self.chain.relieve(culprit, now):
+                self._publish_chain()   # it gets its packets from another one now
+            elif self.roster.again:
+                self._set_aside(culprit, goodput)
             else:
-                self.roster.condemn(culprit, 'alone it kept the transfer below %s, now at %s'
-                                    % (bits(self.min_rate), bits(goodput)))
-            self._seek_rate(self.min_rate)
+                self._condemn(culprit, 'alone it kept the transfer below %s, now at %s'
+                              % (bits(self.min_rate), bits(goodput)))
 
-    def _seek_rate(self, begin):
-        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin."""
-        if self.control:
-            self.control = RateControl()
-            self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
-            self._answered, self.limit = 0, self.FIRST_ROUND
+    def _look_at_line(self, now):
+        """Set the client aside whose line alone is known to be slower than --min-rate, be it in a long round."""
+        member, since = self._line_of or (None, now)
+        if member and now - since >= self.ENDURANCE and self.roster.again and self._others(member):
+            self._line_of = None
+            self._set_aside(member, self.control.line)
 
-    def _set_aside(self, member, cohort, goodput):
-        """It goes on when nobody else lacks anything."""
+    def _others(self, culprit):
+        """Whether a member keeps others waiting: it is brought to, and so is somebody else."""
+        cohort = self._cohort.get(culprit)
+        served = [other for other in self._cohorts if not other.aside]
+        return bool(cohort) and any(len(other.members) > (other is cohort) for other in served)
+
+    def _set_aside(self, member, goodput):
+        """Nobody waits for it any more: it comes again, and goes on when nobody else lacks anything."""
         member.aside = True
         self._slowest = min(self._slowest, goodput)
-        self._part_from(member)
-        self._add([member], Held(cohort.held), cohort.seek, True)
         tell('aside', member=member, least=self.min_rate, rate=goodput)
+        self._condemn(member, 'alone it kept the transfer below %s, at %s, so it gets the rest after the others'
+                      % (bits(self.min_rate), bits(goodput)), away=True)
+
+    def _condemn(self, member, why, away=False):
+        """Have its thread drop a member, at once."""
+        self.roster.condemn(member, why, away)
+        self.hands.do(Step('sentences'))
+
+    def _seek_rate(self, begin):
+        """Others are to be brought to, so what their lines carry is to be found out; begin: bit/s at which to begin.
+
+        That holds at once, also for the rest of what is being multicast; rounds of before tell nothing of it.
+        """
+        self._brake, self._brake_rate, self._line_of = None, float('inf'), None
+        if not self.control:
+            return
+        self.control = RateControl()
+        self.control.rate = min(max(begin, RateControl.LOWEST), RateControl.START)
+        self._answered, self.limit = 0, self.FIRST_ROUND
+        for underway in self._underway:
+            underway.tells = underway.round.speed is None
+        if self._sending:
+            self._sending.speed = self._even()
+            if not self._sending.underway.sent:
+                self._sending.underway.round.speed = self._sending.speed
 
     # ---- repair
 
@@ -7193,6 +7354,10 @@ class Rehearsal(Course):
 
     It goes from one stage to the next as long as somebody hears most of it.  The last one is slow,
     and lasts until the end: it shows whether multicast is cut off after a while.
+
+    Before each round of the first stage come datagrams of other sizes, as if for repair: which of them pass?
+
+    Meanwhile there is a chain of which everybody is the upstream of somebody for once, from a round on that never comes.
     """
 
     STAGES = (Stage('10M', 10e6, 2.0), Stage('100M', 100e6, 2.0), Stage('1G', 1e9, 0.5),
@@ -7200,23 +7365,87 @@ class Rehearsal(Course):
     SENSE = 0.5                         # share that somebody must hear for a faster stage to make sense
     WELL = 0.9                          # share that all must hear of the first stage
     STOPPED = 2                         # rounds in a row of which who heard some before hears nothing
+    NEVER = 1 << 30                     # rounds from now on
+    SIZES = (576, 1280, 1400, 1500, 4000, 9000)           # bytes, which of them pass
 
-    def __init__(self, seconds, *arguments):
-        """seconds: from the start to the end; arguments: as a Course takes them."""
+    def __init__(self, seconds, mtu, *arguments):
+        """seconds: from the first round to the end; mtu: of the interface, bytes; arguments: as a Course takes them."""
         Course.__init__(self, *arguments)
+        self._samples = [self._sample(size) for size in self.SIZES if size <= mtu]
+        self._probed, self._due = None, []          # the round that they come before; and those that are still to come
         self._seconds = seconds
+        self._began = None              # when the first round was sent, as all were ready for it, seconds
         self._stage = 0
         self._stages = {}               # part of the image -> its Stage
         self._stage_began = None        # seconds
         self.control, self._rate = None, self.STAGES[0].rate
+        self._relays = Chain(self.dialect)
+        self._trials = collections.deque([self._build, self._relays.turn, self._relays.dissolve])
 
     def enough(self):
         """Whether the image is to end."""
-        return self._started and self.hands.now() - self.pass_began >= self._seconds
+        return self._began is not None and self.hands.now() - self._began >= self._seconds
+
+    def sent(self, sending):
+        """What next() returned was multicast."""
+        if self._began is None:
+            self._began = self.hands.now()
+        if sending.buffer is sending.underway.round.buffer:
+            Course.sent(self, sending)
+
+    # ---- packets of other sizes
+
+    def _sample(self, size):
+        """A Buffer with one repair datagram, which makes a packet of so many bytes."""
+        sample = Buffer(payload_for(size), 1, self._repair_salt - REPAIR_BIT)
+        sample.start(REPAIR_BIT, 0, 0)
+        sample.add(b'\0' * sample.payload)
+        return sample
+
+    def _next_sending(self):
+        sending = Course._next_sending(self)
+        if not sending or self._stages[sending.underway.round.part] is not self.STAGES[0]:
+            return sending
+        if self._probed is not sending.underway:
+            self._probed, self._due = sending.underway, self._samples[:]
+        return Sending(sending.underway, self._due.pop(), 1, sending.speed) if self._due else sending
+
+    # ---- the chain
+
+    def look(self, now):
+        """As a Course does."""
+        due, news = now >= self._next_look, Course.look(self, now)
+        if due and self._began is not None and not self.enough():
+            self._relays.look(now)
+            if self._trials and self._relays.tried(now):
+                self._trials.popleft()(now)
+            self._publish_chain()
+        return news
+
+    def _build(self, now):
+        self._relays.build(self.roster.here, now, wait=False)
+
+    def _publish_chain(self, _number=None):
+        messages = self._relays.changes((self.rounds + self.NEVER) & MASK)
+        if messages:
+            self.hands.do(Step('chain', messages=messages))
+
+    # At the end all leave, and who has left can be connected to no more: that tells nothing.
+
+    def _hear_left(self, member, more, now):
+        if not self.enough():
+            self._relays.leave(member, now)
+        Course._hear_left(self, member, more, now)
+
+    def _hear_relay(self, member, said, now):
+        if not self.enough():
+            self._relays.heard(member, said, now)
+
+    # ---- the stages
 
     def _grow(self):
         now = self.hands.now()
-        if self._started:
+        if self._began is not None:
             self._stage_began = self._stage_began or now
             if now - self._stage_began >= self.STAGES[self._stage].seconds:
                 self._stage = self._stage + 1 if self._makes_sense() else len(self.STAGES) - 1
@@ -7238,8 +7467,8 @@ class Rehearsal(Course):
         """All repair is by TCP, lest it be multicast at the rate of another stage."""
         return iter(())
 
-    def _learn(self, done, answers):
-        Course._learn(self, done, answers)
+    def _learn(self, done, answers, tells=True):
+        Course._learn(self, done, answers, tells)
         name = self._stages[done.part].name
         for member, heard in done.heard.items():
             before = member.tally.get(name, (0, 0))
@@ -7294,6 +7523,7 @@ WORDS = {
     # the server
     'server_started': (INFO, 'multicasting from %(interface)s to %(group)s port %(port)d, waiting for '
                        '%(places)s'),
+    'unicast_started': (INFO, 'sending by TCP port %(port)d, without multicast, waiting for %(places)s'),
     'only_here': (WARNING, 'only this host hears what is multicast from %(address)s'),
     'transfer_started': (DEBUG, 'sending from the interface with MTU %(mtu)d, %(payload)d bytes a packet, '
                          'by %(way)s'),
@@ -7338,6 +7568,7 @@ WORDS = {
     'no_server_yet': (INFO, 'looking for a server at %(address)s port %(port)d for %(seconds).0f s: '
                       '%(reason)s'),
     'connected': (INFO, 'connected to %(address)s, multicast of group %(group)s to %(local_ip)s'),
+    'unicast_connected': (INFO, 'connected to %(address)s, which does not multicast'),
     'receiving': (DEBUG, 'receiving by %(way)s, socket buffer of %(socket_buffer)d bytes; image '
                   '%(name)s, %(size)s bytes'),
     'broken': (WARNING, '%(reason)s; trying for %(seconds).0f s to get on with it'),
@@ -7346,7 +7577,10 @@ WORDS = {
     'doubted': (WARNING, '%(count)d bytes that were here are not as the server has them, and are asked for again'),
     'unjournaled': (WARNING, 'what is written from now on is lost for a later run; cannot write %(path)s: %(reason)s'),
     'unreported': (WARNING, 'cannot write the report %(path)s: %(reason)s'),
-    'rehearsal': (INFO, 'this is a rehearsal: nothing is written, and no command is started'),
+    'rehearsal': (INFO, 'this is a rehearsal: no image is written, and no command is started'),
+    'tried': (INFO, 'a trial file took %(speed)s/s where the image would be; it is gone again'),
+    'untried': (INFO, 'the output is no file, so it was not tried how fast that is written'),
+    'hint': (WARNING, '%(text)s'),
     'deaf': (WARNING, 'multicast does not reach this host, everything comes %(carrier)s; %(causes)s'),
     'hears': (WARNING, 'multicast reaches this host again'),
     'forged': (WARNING, 'packets that came by multicast were damaged or forged in %(rounds)d rounds one after the '
@@ -7371,15 +7605,46 @@ def causes(payload):
 ADVICE = {
     'deaf': 'no multicast reaches it: let UDP to the group pass its firewall, see whether its LOCAL_IP is right, and whether '
             'a switch on the way has IGMP snooping but no querier (then give it one, or turn snooping off)',
+    'narrow': 'packets of %(size)d bytes do not reach it by multicast, though those of %(packet)d do: see what on the way takes '
+              'no larger ones (a tunnel, jumbo frames), or give the server --mtu %(packet)d',
     'stopped': 'multicast reached it, and then no more: a switch on the way has IGMP snooping but no querier; give it one '
                '(on a router, or the switch itself), or turn snooping off',
     'lossy': 'it loses more than a tenth even at low rates: look at its cable and port (errors, half duplex), at Wi-Fi on '
-             'the way, and at limits for multicast in the switch (storm control)'}
+             'the way, and at limits for multicast in the switch (storm control)',
+    'unwritable': 'the image cannot be written where its -o points: %(unwritable)s; make room there, or give another FILE',
+    'unreachable': 'another client cannot connect to it, so it could not pass the image on where multicast does not reach: let '
+                   'TCP to the port of the session pass its firewall',
+    'buffer': 'its receive buffer is small, so it may lose what comes fast: run the client as root, or raise net.core.rmem_max '
+              '(sysctl)'}
+HINTS = ('unreachable', 'buffer')       # what is no reason for a rehearsal to fail
+
+def findings(wrong, facts, payload):
+    """What a rehearsal found wrong with a client: [(key, in words)], the worst first.
+
+    wrong: with how it hears multicast; None: nothing; facts: what it told of itself; payload: bytes of a packet's.
+    """
+    facts = dict(facts, size=packet_of(payload))
+    narrow = wrong == 'deaf' and facts.get('packet', facts['size']) < facts['size']
+    found = ['narrow' if narrow else wrong] if wrong else []
+    if facts.get('unwritable'):
+        found.append('unwritable')
+    if facts.get('reached') is False:
+        found.append('unreachable')
+    if facts.get('socket_buffer', AMPLE) < AMPLE:
+        found.append('buffer')
+    return [(key, ADVICE[key] % facts if key in ADVICE else key) for key in found]
 
 
-def advice(wrong):
-    """The words for what a rehearsal found wrong."""
-    return ADVICE.get(wrong, wrong)
+def findings_of(server, member):
+    """The findings on a member; none where nothing is rehearsed."""
+    if not server.options.rehearsal:
+        return []
+    return findings(member.wrong, dict(member.figures, reached=member.reached), server.session.payload)
+
+
+def faults(found):
+    """Those findings for which a rehearsal fails."""
+    return [finding for finding in found if finding[0] not in HINTS]
 
 
 # Why somebody keeps the others waiting, and what a client says that it does, in words.
@@ -7419,7 +7684,7 @@ def in_words(what, facts):
         words['cause'] = CAUSES.get(words['cause'], words['cause'])
     if 'members' in words:
         words['names'] = listed([str(member) for member in words['members']])
-    if what in ('server_started', 'started_without'):
+    if what in ('server_started', 'unicast_started', 'started_without'):
         words['places'] = counted(words['places'], 'client')
     return words
 
@@ -7784,8 +8049,10 @@ def server_rows(server):
     """What became of each host, worst first: dicts with the keys of the report."""
     rows = []
     for member in server.roster.everyone:
-        complete = member.outcome == 'complete' and not member.wrong
-        reason = None if complete else advice(member.wrong) or member.outcome or whose(server.failure) or 'unknown'
+        found = findings_of(server, member)
+        wrong = faults(found)
+        complete = member.outcome == 'complete' and not wrong
+        reason = None if complete else '; '.join(words for _, words in wrong) or member.outcome or whose(server.failure) or 'unknown'
         rows.append({
             'host': member.host, 'address': member.address,
             'result': 'complete' if complete else 'failed', 'reason': reason,
@@ -7798,8 +8065,11 @@ def server_rows(server):
             'seconds': member.ended and server.started and round(
                 max(0, member.ended - server.started - (member.late or 0)), 3)})
         if server.options.rehearsal:
-            rows[-1].update(room=member.figures.get('room'), socket_buffer=member.figures.get('socket_buffer'))
-            rows[-1].update(wrong=member.wrong, heard=dict(
+            rows[-1].update((key, member.figures.get(key)) for key in (
+                'packet', 'room', 'write_speed', 'unwritable', 'socket_buffer', 'python', 'kernel', 'datagrams'))
+            rows[-1].update(round_trip=member.figures.get('round_trip') and member.figures['round_trip'] / 1e6)
+            rows[-1].update(wrong=wrong[0][0] if wrong else None, findings=[key for key, _ in found], reached=member.reached)
+            rows[-1].update(heard=dict(
                 (stage.name, round(server.course.share(member, stage.name), 4))
                 for stage in server.course.STAGES if stage.name in member.tally) if server.course else {})
     missing = server.roster.missing
@@ -7867,16 +8137,45 @@ def in_columns(lines, more):
         yield 'and %d more (-v shows all)' % more
 
 
+def hears(row):
+    """Whether multicast works for a host of a rehearsal."""
+    return row['result'] == 'complete' or row.get('wrong') == 'unwritable'
+
+
 def check_table(rows, most):
     """Lines of a table of the hosts of a rehearsal, `most` at the most: which share of each stage they heard."""
     stages = [stage.name for stage in Rehearsal.STAGES]
-    lines = [['host', 'address', 'multicast'] + stages + ['room', 'buffer']]
+    lines = [['host', 'address', 'multicast'] + stages]
     for row in rows[:most]:
         heard = row.get('heard', {})
-        lines.append([row['host'] or '?', row['address'] or '?', 'works' if row['result'] == 'complete' else row.get('wrong') or row['result']]
-                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages]
-                     + ['-' if row.get(name) is None else amount(row[name]) for name in ('room', 'socket_buffer')])
+        lines.append([row['host'] or '?', row['address'] or '?', 'works' if hears(row) else row.get('wrong') or row['result']]
+                     + ['%.4g %%' % (100 * heard[name]) if name in heard else '-' for name in stages])
     return in_columns(lines, len(rows) - most)
+
+
+# What there is to know of a host before a transfer: the head of its column, its key, what it can be, and it in words.
+FITTINGS = (('TCP', 'round_trip', NUMBER + (float,), lambda seconds: '%.3g ms' % (1e3 * seconds)),
+            ('packet', 'packet', NUMBER, str), ('chain', 'reached', bool, ('no', 'works').__getitem__),
+            ('room', 'room', NUMBER, amount), ('written', 'write_speed', NUMBER, lambda speed: amount(speed) + '/s'),
+            ('buffer', 'socket_buffer', NUMBER, amount), ('datagrams', 'datagrams', TEXT, None),
+            ('Python', 'python', TEXT, None), ('kernel', 'kernel', TEXT, None))
+
+
+def fittings_of(row):
+    """What is known of a host, by FITTINGS: (head, in words)."""
+    for head, key, kinds, words in FITTINGS:
+        value = row.get(key)
+        good = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+        yield head, (words(value) if words else value) if good else '-'
+
+
+def fittings_table(rows, most):
+    """Lines of a table of the hosts of a rehearsal, `most` at the most: what else there is to know of each."""
+    rows = [row for row in rows if row.get('python')]
+    lines = [['host'] + [fitting[0] for fitting in FITTINGS]]
+    for row in rows[:most]:
+        lines.append([row['host']] + [words for _, words in fittings_of(row)])
+    return in_columns(lines, len(rows) - most) if rows else ()
 
 
 def never_came(server, rows):
@@ -7893,12 +8192,16 @@ def check_summary(server, rows, most):
             yield ERROR, '%s: %s%s' % (named(row), 'refused, ' if row['result'] == 'refused' else '', row['reason'])
     if server.failure:
         yield ERROR, server.failure
-    for line in check_table(rows, most):
+    for line in list(check_table(rows, most)) + list(fittings_table(rows, most)):
         yield INFO, line
+    for hint in HINTS:
+        those = [row['host'] for row in rows if hint in row.get('findings', ())]
+        if those:
+            yield WARNING, '%s: %s' % (listed(those), ADVICE[hint])
     for line in never_came(server, rows):
         yield ERROR, line
     yield INFO, 'multicast works for %d of %s' % (
-        len([row for row in rows if row['result'] == 'complete']), counted(server.roster.places, 'client'))
+        len([row for row in rows if hears(row)]), counted(server.roster.places, 'client'))
 
 
 def server_summary(server, rows, most):
@@ -7920,8 +8223,7 @@ def server_summary(server, rows, most):
         seconds = server.ended - (server.started or server.ended)
         yield INFO, 'data: %s in %s, %s in %.1f s, %s' % (
             counted(course.data, 'packet'), counted(course.rounds, 'round'),
-            counted(server.source.bytes, 'byte'), seconds,
-            bits(server.source.bytes * 8 / max(1e-6, seconds)))
+            counted(course.brought, 'byte'), seconds, bits(course.brought * 8 / max(1e-6, seconds)))
         by_chain = sum(row['by_chain'] for row in rows)
         yield INFO, 'repair: %s by multicast, %s by TCP%s' % (
             counted(course.coded, 'packet'), counted(course.by_tcp, 'packet'),
@@ -7945,12 +8247,16 @@ def client_summary(client):
     if client.rehearsal:
         yield INFO, 'the rehearsal went well: multicast works here'
         return
-    window, seconds = client.window, client.ended - client.started
-    size = client.copy.bytes
+    window, copy, seconds = client.window, client.copy, client.ended - client.started
+    size = copy.bytes
+    if copy.resumed:
+        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
+    if copy.checked:
+        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     if client.fallback:
         yield INFO, '%s in %.1f s; %s' % (counted(size, 'byte'), seconds, fallback_in_words(client))
-        if client.copy.hash:
-            yield DIGEST, digest_line(client.copy.hash.hexdigest(), client.sink.is_file and client.options.output)
+        if copy.hash:
+            yield DIGEST, digest_line(copy.hash.hexdigest(), client.sink.is_file and client.options.output)
         return
     if size and not window.by_multicast and not client.unicast and not client.deaf:
         carrier = CARRIERS['upstream' if window.by_chain else 'tcp']
@@ -7960,11 +8266,6 @@ def client_summary(client):
                      'net.core.rmem_max helps (sysctl), or root' % (
                          counted(client.overflows, 'datagram'), client.receiver.socket_buffer))
     by_chain = ', %s from another client' % counted(window.by_chain, 'packet') if window.by_chain else ''
-    copy = client.copy
-    if copy.resumed:
-        yield INFO, '%s had been left by an earlier run' % counted(copy.resumed, 'byte')
-    if copy.checked:
-        yield INFO, '%s read back and verified in %.1f s' % (counted(copy.checked, 'byte'), copy.check_seconds)
     yield INFO, '%s in %.1f s, %s; repaired %s by multicast, %d by TCP%s%s' % (
         counted(size, 'byte'), seconds, bits(max(0, size - copy.resumed) * 8 / max(1e-6, seconds)),
         counted(window.coded, 'packet'), window.by_tcp, by_chain,
@@ -8019,6 +8320,9 @@ class Summary(object):
 
     def look(self, now):
         """Time passes."""
+
+
+SESSIONS = 'server', 'client', 'check'  # the commands that take part in one, and so have reports
 
 
 class JsonReport(object):
@@ -8429,7 +8733,7 @@ class TcpServer(threading.Thread):
         self._sentences = self.roster.sentences
         for member, peer in list(self._peers.items()):
             if member.sentence:
-                self._drop(peer, member.sentence)
+                self._drop(peer, member.sentence, again=member in self.roster.away)
 
     def _carry_out(self, todo):
         """Do what the window wants; what a client is told of several rounds goes in one piece."""
@@ -8572,7 +8876,7 @@ class TcpServer(threading.Thread):
             self._watch(peer.fileno(), self._on_peer, peer)
             self._send(peer)
             if peer.member.sentence:    # passed on its way here
-                self._drop(peer, peer.member.sentence)
+                self._drop(peer, peer.member.sentence, again=peer.member in self.roster.away)
             return
         self._unwatch(peer.fileno())
         self.passed_on.append(peer)     # the child hears of it when we have looked at the others
@@ -8658,7 +8962,7 @@ class TcpServer(threading.Thread):
         if fields.get('image') == self.session.image:
             peer.member.have = held
         peer.hello = None
-        if self.session.outdated and self.session.outdated():
+        if self.session.outdated and self.session.outdated() and not self.roster.awaits(peer.member):
             self.roster.renewing, peer.hello = True, message
             return
         peer.alive_every = alive_every(stall_of(fields))
@@ -8714,15 +9018,17 @@ class TcpServer(threading.Thread):
         if self._forget(member):
             if not self._over:          # else the reason is everybody's, and said at the end
                 member.outcome, member.ended = reason, monotonic()
-                tell('member_lost' if self.roster.begun else 'member_left', member=member, reason=reason)
+                if member not in self.roster.away:          # of which that was told
+                    tell('member_lost' if self.roster.begun else 'member_left', member=member, reason=reason)
         elif peer in self._pending:
             self._pending.remove(peer)
             if peer.unproven:
                 self._attempts.failed(peer.address, monotonic())
             if not reason.startswith('refused'):
                 tell('stranger', member=member, reason=reason)
-        if peer.outgoing.count and not self._over:
-            told = False                # packets of a buffer that will be used again
+        peer.asked.clear()
+        if peer.outgoing.count and not self._over:      # packets of a buffer that will be used again
+            peer.outgoing.put_tail(peer.outgoing.flat())
         if told and not peer.leaving and self.session.dialect.talks:
             self._leaving.append(peer)
             try:
@@ -8841,7 +9147,7 @@ class Multicaster(object):
         checks = () if self.session.digest else dialect.checks
         self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
                          for _ in range(dialect.window + 1)]
-        course = functools.partial(Rehearsal, options.rehearsal) if options.rehearsal else Course
+        course = functools.partial(Rehearsal, options.rehearsal, self.sender.mtu) if options.rehearsal else Course
         self.course = course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
                              self._last_word, options.allow_empty,
@@ -8900,11 +9206,12 @@ class Multicaster(object):
     def _serve(self):
         """Serve the image; returns None, or why not."""
         try:
-            tell('server_started', interface=self.options.interface, address=self.options.local_ip,
-                 group=self.session.group, port=self.session.port, places=self.roster.places)
+            unicast = self.session.unicast
+            tell('unicast_started' if unicast else 'server_started', interface=self.options.interface,
+                 address=self.options.local_ip, group=self.session.group, port=self.session.port, places=self.roster.places)
             if self.roster.hosts and self.roster.hosts.twice:
                 tell('listed_twice', names=listed(self.roster.hosts.twice))
-            if self.options.local_ip.startswith('127.'):
+            if self.options.local_ip.startswith('127.') and not unicast:
                 tell('only_here', address=self.options.local_ip)
             self._serve_image()
             while self.roster.renewing and not self.roster.closing:
@@ -8985,8 +9292,9 @@ class Multicaster(object):
     def _verdict(self):
         """Say how it went; returns the exit code."""
         roster, course = self.roster, self.course
-        failed = [member for member in roster.everyone if member.outcome != 'complete' or member.wrong]
-        served = roster.served - len([member for member in roster.everyone if member.wrong])
+        wrong = [member for member in roster.everyone if faults(findings_of(self, member))]
+        failed = wrong + [member for member in roster.everyone if member.outcome != 'complete']
+        served = roster.served - len(wrong)
         complete = roster.all_served and not failed and all(why == UNINVITED for _, why in roster.refused)
         if complete:
             self.failure = None         # it came too late to matter
@@ -9047,8 +9355,8 @@ class Multicaster(object):
         buffer, last, size = sending.buffer, sending.last, sending.buffer.slot + UDP_OVERHEAD
         marks, place, stuck = [], 0, None       # marks: (packets, when they were sent)
         head = Round.head_of(last)[1]
-        self.pacer.most = sending.speed.burst
         while place < last:
+            self.pacer.most = sending.speed.burst
             self.pacer.rate = sending.speed.head_rate if place < head else sending.speed.rate
             marks.append((place, monotonic()))
             done = self.sender.send(buffer, place,
@@ -9222,15 +9530,17 @@ class Place(object):
 
     def target(self, location):
         """The Place that a redirect from here leads to.  Raises Failure."""
-        if location.startswith('//'):
-            location = self.url[:self.url.index('//')] + location
-        elif location.startswith('/'):
-            location = self.url[:len(self.url) - len(self.path)] + location
-        elif '://' not in location:
-            location = self.url.split('?')[0].rsplit('/', 1)[0] + '/' + location
-        place = Place(location)
-        if self.secure and not place.secure:
-            raise Failure('%s redirects to %s, which is not secure' % (printable(self.url), printable(location)))
+        try:
+            from urllib.parse import urljoin        # only here: it takes a while
+        except ImportError:             # Python 2
+            from urlparse import urljoin
+        try:
+            place = Place(urljoin(self.url, location))
+        except (Failure, ValueError):
+            place = None
+        if not place or self.secure and not place.secure:
+            raise Failure('%s redirects to %s, which is %s' % (
+                printable(self.url), printable(location), 'not secure' if place else 'no URL of http or https'))
         return place
 
 
@@ -9254,10 +9564,10 @@ def chance():
 class Unanswered(Exception):
     """A request did not bring all that was asked for: it is worth another try.
 
-    seconds: when the server wants to hear from us again; None: it did not say.
+    seconds: for how long the server does not want to hear from us.
     """
 
-    def __init__(self, reason, seconds=None):
+    def __init__(self, reason, seconds=0):
         Exception.__init__(self, reason)
         self.seconds = seconds
 
@@ -9268,7 +9578,7 @@ class Fallback(object):
     What it brings is hashed, and where the server told digests they must be met, so only what lies
     behind the last of these is as HTTP has it.  Where the image went on from, the bytes before must be the same
     there; all requests must be answered from one version of it, and its length is to be what the server told.
-    open() and fetch() are for the writer's thread.
+    open() and fetch() are for the writer's thread, hang_up() for it or after its end.
 
     size        of the image, bytes; None: not known yet
     size_told   the same as the server told it
@@ -9294,8 +9604,8 @@ class Fallback(object):
         self.told = self.brought = 0
         self.writing_since = None
         self._version = None            # what tells this version of the image from others
-        self._response = self._next = None          # what is being read, and which byte comes next
-        self._connection = self._fd = None
+        self._connection = self._response = self._fd = None
+        self._next = None               # which byte of the image comes next from it; None: none does
         self._over = threading.Event()
         self._since = None              # when the first try failed since something came
         self._tries = 0
@@ -9332,7 +9642,7 @@ class Fallback(object):
                 self._bring(start, stop)
                 break                   # what is missing may be another by now
             else:
-                self._hang_up()
+                self.hang_up()
                 if not self._drop(copy.meet(self.size)):
                     break
         if copy.verified != self.size:
@@ -9345,13 +9655,20 @@ class Fallback(object):
         if fd is not None:              # not by the socket, which would forget that there is TLS
             LIBC.shutdown(fd, socket.SHUT_RDWR)
 
+    def hang_up(self):
+        """No more of this answer."""
+        ends, self._connection, self._response = (self._response, self._connection), None, None
+        self._fd = self._next = None
+        for end in ends:
+            if end:
+                end.close()
+
     def _drop(self, pair):
         """Bytes that do not fit what the server told are to come again; returns whether there are any.  Raises Failure."""
         if pair is None:
             return False
         if self._copy.doubted.touches(*pair) or not self._copy.sink.seeks:
-            raise Failure('%s has another image: its bytes %d to %d do not fit the server\'s SHA-256' % (
-                (self.place.url,) + pair))
+            raise self._another('its bytes %d to %d do not fit the server\'s SHA-256' % pair)
         tell('doubted', count=pair[1] - pair[0])
         self._copy.drop(*pair)
         return True
@@ -9380,26 +9697,28 @@ class Fallback(object):
                 self._read(1)
             except Unanswered:
                 return
-            raise Failure('%s has another image: of more than %d bytes' % (printable(self.place.url), self.size))
+            raise self._another('of more than %d bytes' % self.size)
 
     def _wait(self, error):
         """Before the next try.  Raises Failure when there was nothing for too long."""
-        self._hang_up()
+        self.hang_up()
         now = monotonic()
         self._since = self._since or now
-        if now - self._since > self._patience or self._over.is_set():
+        left = self._since + self._patience - now
+        if left <= 0 and self._tries or self._over.is_set():
             raise Failure('%s: %s' % (printable(self.place.url), error))
         self._tries += 1
         seconds = min(self.LONGEST, 2.0 ** self._tries / 4) * (0.5 + chance() / 2)
-        seconds = max(seconds, error.seconds or 0)
-        tell('fallback_waits', reason=str(error), seconds=seconds)
+        seconds = min(left, error.seconds + seconds)            # once more when the time is over
+        if not self._anew:              # else that was told
+            tell('fallback_waits', reason=str(error), seconds=seconds)
         self._over.wait(seconds)
 
     # ---- HTTP
 
     def _ask(self, start, stop, known=b''):
         """Ask for the image from `start` on, behind bytes that are `known`.  Raises Failure, Unanswered."""
-        self._hang_up()
+        self.hang_up()
         first = start - len(known)
         headers = {}
         if first:
@@ -9412,29 +9731,25 @@ class Fallback(object):
             if response.status not in (301, 302, 303, 307, 308):
                 break
             location = response.getheader('Location')
-            self._hang_up()
+            self.hang_up()
             if not location:
                 raise Failure('%s redirects to nowhere' % printable(place.url))
-            try:
-                place = place.target(location)
-            except Failure as error:
-                raise Failure(error.reason)         # no wrong usage
+            place = place.target(location)
         else:
             raise Failure('%s redirects too often' % printable(self.place.url))
         self._take_answer(response, first)
-        while known and self._response:
+        while known and self._next is not None:
             data = self._read(len(known))
             different, known = data != known[:len(data)], known[len(data):]
             if different:
-                raise Failure('%s has another image: its bytes %d to %d differ from what is here' % (
-                    printable(self.place.url), first, start))
+                raise self._another('its bytes %d to %d differ from what is here' % (first, start))
 
     def _take_answer(self, response, first):
         """The image, or part of it, is coming, or not.  Raises Failure, Unanswered."""
         url, status = printable(self.place.url), response.status
         if status in (408, 429) or status >= 500:
             seconds = response.getheader('Retry-After') or ''
-            raise Unanswered('HTTP status %d' % status, min(300, int(seconds)) if seconds.isdigit() else None)
+            raise Unanswered('HTTP status %d' % status, float(seconds) if re.match('[0-9]+$', seconds) else 0)
         found = re.match(r'bytes (?:(\d+)-\d+|\*)/(\d+|\*)$', (response.getheader('Content-Range') or '').strip())
         size = found.group(2) if found else None
         if status == 200:
@@ -9459,16 +9774,21 @@ class Fallback(object):
             return                      # there is none behind it
         if status == 200 and first:
             self._start_over('%s gives no part of the image, only all of it' % url, version)
-        self._response, self._next = response, first
+        self._next = first
         self._endless = status == 200 and response.getheader('Content-Length') is None
 
     def _check_size(self, size, anew=False):
         """Raises Failure unless the image can have that size; anew: whatever else than the server's is here."""
         most = max([self.told] + [stop for _, stop in self._copy.held if not anew])
         if self.size_told not in (None, size) or most > size:
-            raise Failure('%s has another image: of %d bytes, not %s%d' % (
-                printable(self.place.url), size, '' if self.size_told is not None else 'at least ',
-                most if self.size_told is None else self.size_told))
+            raise self._another('of %d bytes, not %s%d' % (
+                size, '' if self.size_told is not None else 'at least ', most if self.size_told is None else self.size_told))
+
+    def _another(self, how):
+        """A Failure: what is here and what is there are not the same image."""
+        return Failure('%s has another image: %s%s' % (
+            printable(self.place.url), how,
+            ' (some of it was left by an earlier run, which does not count without --resume)' if self._copy.resumed else ''))
 
     def _start_over(self, reason, version):
         """All is to come anew, of that version.  Raises Failure where that cannot be, else Unanswered."""
@@ -9514,7 +9834,8 @@ class Fallback(object):
                                 ('Accept-Encoding', 'identity'), ('Connection', 'close')] + sorted(headers.items()):
                 connection.putheader(name, value)
             connection.endheaders()
-            return connection.getresponse()
+            self._response = connection.getresponse()
+            return self._response
         except self._broken() as error:
             if 'CERTIFICATE' in str(error).upper():
                 raise Failure('%s: %s' % (printable(place.url), self._in_words(error)))
@@ -9565,14 +9886,6 @@ class Fallback(object):
             return 'nothing came for %g s' % self._stall
         return printable(explain(error) if isinstance(error, OS_ERRORS) else '%s %s' % (type(error).__name__, error))
 
-    def _hang_up(self):
-        """No more of this answer."""
-        ends, self._connection, self._response = (self._response, self._connection), None, None
-        self._fd = self._next = None
-        for end in ends:
-            if end:
-                end.close()
-
 
 # ---------------------------------------------------------------------------
 # Client
@@ -9583,12 +9896,12 @@ class Client(object):
 
     NAP = 0.001                         # seconds, to let datagrams gather
     LONG_NAP = 0.008                    # the same for what comes by TCP, which nobody loses
-    AMPLE = 4 << 20                     # bytes of socket buffer that allow a nap
     QUIET = 2.0                         # seconds without multicast until we warn
     RETRY = 0.03                        # seconds until we try to reach the server again
     ATTEMPT = 2.0                       # seconds that we try at the least, whatever --wait
     STATE_EVERY = 1.0                   # seconds between two words on what we do
     AT_ONCE = 512 << 10                 # bytes from the server in a turn
+    LEAST_ROOM = 1 << 20                # bytes that any image has, for a rehearsal
     KEYED_RANGES = 150                  # that we hold, in a HELLO which is to be short
 
     def __init__(self, options, signals):
@@ -9613,7 +9926,8 @@ class Client(object):
         self.deaf = False               # all comes by TCP, and the user was told
         self.refused = False            # the server said BYE
         self.rehearsal = False          # nothing is written: the server said so,
-        self.room = None                # and this is how many bytes could be
+        self.tried = {}                 # and so it was tried what could be, by the names of FIGURES and FACTS
+        self.wrong = None               # with how multicast is heard then: a key of ADVICE
         self.says = {}                  # what the server said of its state
         self.greeting = self.vouchers = None        # with a key
         self._again = False             # the server can bring what was missed, if the connection breaks
@@ -9655,11 +9969,14 @@ class Client(object):
         if not self.fallback:
             self._say_done()
             self._see_follower_off()
-        wrong = self.rehearsal and self._fields.get('wrong')
+        found = findings(self.wrong, self.figures(), self.window.payload) if self.rehearsal else []
+        wrong = faults(found)
         code = FAILED if wrong else OK
         tell('client_ended', client=self, code=code)
+        for _, words in found[len(wrong):]:
+            tell('hint', text=words)
         if wrong:
-            self.failure = 'the rehearsal failed: %s' % advice(field(self._fields, 'wrong', TEXT))
+            self.failure = 'the rehearsal failed: ' + '; '.join(words for _, words in wrong)
             tell('failed', reason=self.failure)
         return code
 
@@ -9740,13 +10057,15 @@ class Client(object):
 
     def close(self):
         """Leave nothing behind; can be called at any time."""
+        if self.fallback:
+            self.fallback.close()
         if self.writer and self.sink.journal:       # which it may be about to add to
             self.writer.close()
         self.sink.close()
-        if self.fallback:
-            self.fallback.close()
         if self.writer:
             self.writer.close()
+        if self.fallback:
+            self.fallback.hang_up()
         self._disconnect()
 
     def _disconnect(self):
@@ -9836,6 +10155,7 @@ class Client(object):
             self._stall_timeout = self.dialect.client_stall
         self.server.begin(self._stall_timeout)
         self.relay = Relay(self.window, self.server.sock.getsockname()[0], options.port, self._say, self._carry_out)
+        self.relay.rehearsal = self.rehearsal
         self._join()
         if self.writer:
             self.writer.go_on()
@@ -9994,12 +10314,28 @@ class Client(object):
             raise Failure('the server has %s now' % ('a rehearsal, and no image,' if rehearsal else 'an image, and no rehearsal,'))
         if rehearsal and not self.rehearsal:
             self.rehearsal, options = True, self.options
-            self.room = self.sink.room()
+            tell('rehearsal')
+            self._try_output()
             options.expect_name = options.expect_size = options.expect_sha256 = None
             self.sink.close()
             self.sink = NoSink()
             self.copy = Copy(self.sink)
-            tell('rehearsal')
+
+    def _try_output(self):
+        """Find out whether there is room for the image, and how fast a file is written where it would be."""
+        tried, room = self.tried, self.sink.room()
+        if room is not None:
+            tried['room'] = room
+        if room is not None and room < (self.options.expect_size or self.LEAST_ROOM):
+            tried['unwritable'] = 'there is room for %s only' % counted(room, 'byte')
+        elif not self.sink.is_file:
+            tell('untried')
+        else:
+            try:
+                tried['write_speed'] = self.sink.trial(room)
+                tell('tried', speed=amount(tried['write_speed']))
+            except OS_ERRORS as error:
+                tried['unwritable'] = explain(error)
 
     def _check_image(self, telling):
         """Before anything is written: is it the image that is expected?  Raises Failure.
@@ -10044,7 +10380,7 @@ class Client(object):
                                                  self.options.datagrams, self._source)
         except OS_ERRORS as error:
             raise Failure('cannot join %s on %s: %s' % (group, local_ip, explain(error)))
-        tell('connected', address=self.options.server_ip, group=group, local_ip=local_ip)
+        tell('unicast_connected' if self.unicast else 'connected', address=self.options.server_ip, group=group, local_ip=local_ip)
         tell('receiving', way=self.receiver.way, socket_buffer=self.receiver.socket_buffer,
              name=self.image.get('name') or 'without a name', size=self.image.get('size') or 'unknown')
 
@@ -10054,7 +10390,7 @@ class Client(object):
         """Receive until the server's last word.  Raises Failure, ProtocolError, LinkClosed."""
         window, link = self.window, self.writer.link.child_fd
         tcp, udp = self.server.fileno(), self.receiver.fileno()
-        ample = self.receiver.socket_buffer >= self.AMPLE
+        ample = self.receiver.socket_buffer >= AMPLE
         control = select.poll()
         for fd in (tcp, link):
             control.register(fd, select.POLLIN)
@@ -10269,8 +10605,11 @@ class Client(object):
         if self.overflows is not None:
             figures['overflows'] = self.overflows
         if self.rehearsal:
-            figures['socket_buffer'] = self.receiver.socket_buffer
-            figures.update({} if self.room is None else {'room': self.room})
+            figures.update(self.tried, socket_buffer=self.receiver.socket_buffer, datagrams=self.receiver.way, **versions())
+            round_trip = self.server.round_trip()
+            figures.update({'round_trip': round_trip} if round_trip else {})
+            passed = max(self.window.largest, self.window.payload if self.window.by_multicast else 0)
+            figures.update({'packet': packet_of(passed)} if passed else {})
         return figures
 
     def _check_stall(self):
@@ -10307,6 +10646,7 @@ class Client(object):
                 raise Failure(EMPTY)
             return True
         size = field(self._fields, 'bytes', NUMBER)
+        self.wrong = field(self._fields, 'wrong', TEXT, optional=True) if self.rehearsal else None
         digest = window.digest and digest_of(self._fields, 'sha256')
         if self.vouchers and not same(digest_of(self._fields, 'proof'), self.vouchers.of_end(size, digest)):
             raise Failure('the end is not vouched for: ' + NOT_VOUCHED)
@@ -10339,7 +10679,7 @@ class Client(object):
         self._check_size(self.copy.bytes)
         digest = self.copy.hash and self.copy.hash.hexdigest()
         if self.options.expect_sha256 not in (None, digest):
-            raise Final('the image has another SHA-256 than --expect-sha256 says: %s' % digest)
+            raise Final('the image has the SHA-256 %s, and not %s (--expect-sha256)' % (digest, self.options.expect_sha256))
 
     def _start(self):
         """The first data has come, or will never."""
@@ -10648,32 +10988,56 @@ def html_table(heads, rows):
                    element('tbody', *body))
 
 
-def hosts_of(report):
-    """The table of a server's hosts, worst first."""
-    rows = objects_of(report.get('hosts'))
-    waits = [parts_of(row.get('waited_for')) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: (
-        WORST.index(rows[place].get('result')) if rows[place].get('result') in WORST else 0,
-        -sum(part[1] for part in waits[place]), -as_number(rows[place].get('lost'))))
+def host_and_result(row):
+    """The first two cells of a host."""
+    return (html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
+            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])))
+
+
+def served_hosts(rows):
+    """The table of a server's hosts."""
+    cells, waits = [], [parts_of(row.get('waited_for')) for row in rows]
     most = max([1e-9] + [sum(part[1] for part in parts) for parts in waits])
-    cells = []
-    for place in order:
-        row, parts = rows[place], waits[place]
+    for row, parts in zip(rows, waits):
         repaired = dict(parts_of(row.get('repaired')))
         held = [drawn_bar(parts, most), legend([(key, CAUSES.get(key, key), size) for key, size in parts],
                                        lambda size: '%.1f s' % size)] if parts and parts[0][1] >= 0.05 else []
-        cells.append((
-            html_of([element('strong', row.get('host') or '?'), element('div', row.get('address') or '', class_='soft')]),
-            html_of([verdict_of(row)] + ([element('div', row.get('reason'), class_='soft')] if row.get('reason') else [])),
+        cells.append(host_and_result(row) + (
             '%.1f' % as_number(row.get('seconds')) if row.get('seconds') else '', row.get('lost') or '',
             repaired.get('multicast') or '', repaired.get('tcp') or '', row.get('by_chain') or '', html_of(held)))
-    counts = collections.Counter('%s' % row.get('result') for row in rows)
-    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
-    return html_of([element('h3', 'Hosts: %s' % said), html_table(
+    return html_of([html_table(
         [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in (
             'seconds', 'lost', 'multicast', 'TCP', 'chain')] + [('all waited for it', 'wide')], cells),
         element('p', 'Packets: lost of the multicast; repaired by multicast and by TCP; from another client (chain).',
-                class_='soft')]) if rows else ''
+                class_='soft')])
+
+
+def rehearsed_hosts(rows):
+    """The table of a rehearsal's hosts."""
+    stages, cells = [stage.name for stage in Rehearsal.STAGES], []
+    for row in rows:
+        heard = row.get('heard') if isinstance(row.get('heard'), dict) else {}
+        row = dict((key, as_number(value) if isinstance(value, NUMBER + (float,)) and not isinstance(value, bool) else value)
+                   for key, value in row.items())
+        known = ', '.join('%s %s' % fitting for fitting in fittings_of(row) if fitting[1] != '-')
+        cells.append(host_and_result(row) + tuple(
+            '%.4g %%' % (100 * as_number(heard[stage])) if stage in heard else '' for stage in stages) + (known,))
+    return html_of([html_table(
+        [('host', 'lead'), ('result', 'lead')] + [(title, 'number') for title in stages] + [('what else is known', 'wide')], cells),
+        element('p', 'Shares of the multicast that it heard, at rates in bit/s, as fast as the server can, and then slowly until '
+                'the end.', class_='soft')])
+
+
+def hosts_of(report):
+    """The table of the hosts of a server or a rehearsal, worst first."""
+    rows = objects_of(report.get('hosts'))
+    rows.sort(key=lambda row: (
+        WORST.index(row.get('result')) if row.get('result') in WORST else 0,
+        -sum(part[1] for part in parts_of(row.get('waited_for'))), -as_number(row.get('lost'))))
+    counts = collections.Counter('%s' % row.get('result') for row in rows)
+    said = ', '.join('%d %s' % (counts[result], result) for result in WORST if counts[result])
+    table = rehearsed_hosts if report['command'] == 'check' else served_hosts
+    return html_of([element('h3', 'Hosts: %s' % said), table(rows)]) if rows else ''
 
 
 def section_of(path, place, report, most):
@@ -10688,19 +11052,25 @@ def section_of(path, place, report, most):
     if isinstance(server, dict):
         facts.append(('server', '%s port %s' % (server.get('address'), server.get('port'))))
     size, seconds = as_number(report.get('bytes')), as_number(report.get('seconds'))
-    facts += [('image', '%s (%s)' % (counted(size, 'byte'), amount(size))),
-              ('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else '')),
-              ('goodput', bits(as_number(report.get('goodput'))))]
+    fallback = report.get('fallback')
+    if isinstance(fallback, dict):
+        facts.append(('by HTTP', '%s from %s; %s verified by the server\'s SHA-256; why: %s' % (
+            amount(as_number(fallback.get('bytes'))), fallback.get('url'), amount(as_number(fallback.get('verified'))),
+            fallback.get('reason'))))
+    rehearsed = report['command'] == 'check' or report.get('rehearsal') is True
+    facts += [] if rehearsed else [('image', '%s (%s)' % (counted(size, 'byte'), amount(size)))]
+    facts += [('time', '%.1f s%s' % (seconds, ', until %s' % report['ended'] if report.get('ended') else ''))]
+    facts += [] if rehearsed else [('goodput', bits(as_number(report.get('goodput'))))]
     for key in ('lost', 'overflows'):
         if as_number(report.get(key)):
             facts.append((key, counted(report[key], 'packet' if key == 'lost' else 'datagram')))
-    if report.get('sha256'):
+    if report.get('sha256') and not rehearsed:
         facts.append(('SHA-256', element('code', report['sha256'])))
     carried = parts_of(report.get('carried'))
     if carried:
         facts.append(('carried', html_of([drawn_bar(carried, sum(part[1] for part in carried)), legend(
             [(key, PARTS.get(key, key), size) for key, size in carried], amount)])))
-    called = 'Server' if report['command'] == 'server' else 'Client'
+    called = {'server': 'Server', 'check': 'Rehearsal'}.get(report['command'], 'Client of a rehearsal' if rehearsed else 'Client')
     return element('section', element('h2', called + ': ', verdict_of(report), id='r%d' % place),
                    element('dl', *[html_of([element('dt', name), element('dd', value)]) for name, value in facts]),
                    goodput_chart(report, most), hosts_of(report))
@@ -10708,12 +11078,15 @@ def section_of(path, place, report, most):
 
 def report_page(reports):
     """The page, from (path, report): what --report has written."""
-    servers = [report for _, report in reports if report['command'] == 'server']
+    servers = [report for _, report in reports if report['command'] == 'server'] or [
+        report for _, report in reports if report['command'] == 'check']
     rows = [row for report in servers for row in objects_of(report.get('hosts')) if row.get('reason') != UNINVITED]
     complete = len([row for row in rows if row.get('result') == 'complete'])
-    title = '%d of %s %s the image' % (complete, counted(len(rows), 'host'), 'has' if len(rows) == 1 else 'have') if rows else (
+    good = 'passed the rehearsal' if rows and servers[0]['command'] == 'check' else (
+        'has the image' if len(rows) == 1 else 'have the image')
+    title = '%d of %s %s' % (complete, counted(len(rows), 'host'), good) if rows else (
         'kmcast: %s' % ', '.join(sorted(set('%s' % report.get('result') for _, report in reports))))
-    reports = sorted(reports, key=lambda item: (item[1]['command'] != 'server', WORST.index(item[1].get('result'))
+    reports = sorted(reports, key=lambda item: (item[1]['command'] == 'client', WORST.index(item[1].get('result'))
                                                 if item[1].get('result') in WORST else 0))
     body = [element('h1', title)]
     if len(reports) > 1:
@@ -10734,7 +11107,7 @@ def read_report(path):
         report = json.loads(text.decode('utf-8'))
     except (ValueError, RuntimeError):  # the latter: too deep
         report = None
-    if not isinstance(report, dict) or report.get('command') not in ('server', 'client'):
+    if not isinstance(report, dict) or report.get('command') not in SESSIONS:
         raise Failure('%s is no report that kmcast has written' % called, USAGE)
     return report
 
@@ -10744,7 +11117,6 @@ def read_report(path):
 # ---------------------------------------------------------------------------
 
 GROUP, DEFAULT_PORT = '239.255.83.83', 18383        # the group: RFC 2365
-SESSIONS = 'server', 'client', 'check'              # the commands that take part in one
 
 
 def whole_number(least, most):
@@ -10900,10 +11272,10 @@ class Parser(argparse.ArgumentParser):
         """What is wrong with an option that it has not."""
         others = [parser for parser in self.commands.values() if parser is not self]
         of = sorted(parser.prog.split()[-1] for parser in others if name in parser.options)
-        if of and self.commands.get(None) is self:
-            return '%s is an option of %s, and stands behind that word' % (name, of[0])
         if of:
-            return '%s is an option of %s, not of %s' % (name, ' and '.join(of), self.prog.split()[-1])
+            own = self.commands.get(None) is not self
+            return '%s is an option of %s, %s' % (name, ' and '.join(', '.join(of).rsplit(', ', 1)), 'not of ' + self.prog.split()[-1]
+                                                  if own else 'and stands behind that word')
         known = set(option for parser in self.commands.values() for option in parser.options)
         return 'there is no option %s%s' % (printable(name), self._meant(name, known))
 
@@ -10947,12 +11319,11 @@ def command_line():
         made.add('output', '-q', '--quiet', action='store_true', help='say only what went wrong')
         made.add('output', '-h', '--help', action='help', help='show this and exit')
 
-    def add_of_both(made):
+    def add_of_all(made):
         made.add('when', '--stall-timeout', type=seconds_type, metavar='SECONDS',
                  help='give up a peer that has got nothing done for so long; 0: never (30)')
         made.add('speed', '--datagrams', choices=('auto',) + WAYS, default='auto', metavar='WAY',
                  help='many packets at once: auto, gso, mmsg or plain (auto)')
-        made.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
         made.add('safety', '--key', metavar='FILE',
                  help='who has it takes part; -: stdin (what KMCAST_KEY_FILE names)')
         made.add('output', '--report', metavar='FILE', help='write how it went there, as JSON')
@@ -10999,7 +11370,8 @@ def command_line():
     server.add('when', '--linger', type=seconds_type, default=0, metavar='SECONDS',
                help='wait so long for others when all who are here have it (0)')
     server.add('when', '--forever', action='store_true', help='serve whoever comes, until SIGTERM; SIGUSR1 starts')
-    add_of_both(server)
+    server.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+    add_of_all(server)
     server.add('speed', '--rate', type=rate_type, default='auto',
                help='bit/s as in 940M; auto: as the slowest link; max (auto)')
     server.add('speed', '--min-rate', type=least_rate_type, default=0, metavar='RATE',
@@ -11030,14 +11402,15 @@ def command_line():
     client.add('when', '--fallback', metavar='URL', help='if the transfer fails, complete it by HTTP from there')
     client.add('safety', '--cafile', metavar='FILE', help='whom to trust for an https URL (those of this host)')
     client.add('safety', '--resume', action='store_true', help='with -o: go on where an earlier run broke off')
-    add_of_both(client)
+    client.add('safety', '--allow-empty', action='store_true', help='an image of 0 bytes is no error')
+    add_of_all(client)
 
     check = command('check', 'a rehearsal: does multicast reach the clients?',
                     'kmcast check auto 40', 'kmcast check [options] LOCAL_IP CLIENTS [PORT]')
     add_of_senders(check)
     check.add('when', '--minutes', type=minutes_type, default='0.5', metavar='M',
               help='for how long multicast must get through (0.5)')
-    add_of_both(check)
+    add_of_all(check)
 
     demo = command('demo', 'a server and some clients on this host, to see it work',
                    'kmcast demo', 'kmcast demo [options] [FILE]')
@@ -11047,7 +11420,7 @@ def command_line():
 
     page = command('report', 'a page to look at, from what --report has written',
                    'kmcast report report.json > page.html', 'kmcast report FILE...')
-    page.add('', 'files', nargs='+', metavar='FILE', help='what server or client --report has written; -: standard input')
+    page.add('', 'files', nargs='+', metavar='FILE', help='what --report has written; -: standard input')
     page.add('output', '-h', '--help', action='help', help='show this and exit')
     page.set_defaults(verbose=False, quiet=False)
 
@@ -11073,7 +11446,7 @@ def from_environment(parser, given):
     """The options of KMCAST_OPTIONS for a command, as words.
 
     parser: the command's; given: what its command line says, which wins.  Those of the
-    other command are left out, so that both can be told the same.
+    other commands are left out, so that all can be told the same.
     """
     parser.origin = 'KMCAST_OPTIONS: '
     try:
@@ -11124,8 +11497,8 @@ def server_command(options, signals):
         options.clients = len(options.listed.names)
     port_like = options.clients >= 1024 and options.port < 1024
     if options.clients > MOST_CLIENTS or port_like:
-        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT]'
-                      % (options.clients, options.port), USAGE)
+        raise Failure('%d clients and PORT %d: are they swapped? It is server LOCAL_IP CLIENTS [PORT], with at most %d CLIENTS'
+                      % (options.clients, options.port, MOST_CLIENTS), USAGE)
     if options.min_clients > options.clients:
         raise Failure('--min-clients %d is more than CLIENTS, %d'
                       % (options.min_clients, options.clients), USAGE)
@@ -11343,19 +11716,30 @@ class Demo(object):
         us = os.getpid()
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(sys.argv[0])] + list(arguments),
-            env=dict(item for item in os.environ.items() if item[0] != 'KMCAST_OPTIONS'),
+            env=dict(item for item in os.environ.items() if item[0] not in ('KMCAST_OPTIONS', 'KMCAST_KEY_FILE')),
             preexec_fn=lambda: end_with(us), **pipes)
         self._processes.append(process)
         return process
 
+    @staticmethod
+    def _free_port():
+        """A TCP port that is free, and not of those that connect(2) gives away: a client may come before the server."""
+        for _ in range(100):
+            port = 20000 + to_int(os.urandom(2)) % 12000
+            with contextlib.closing(socket.socket()) as probe:
+                try:
+                    probe.bind(('', port))
+                    break
+                except OS_ERRORS:
+                    pass                # in use
+        return port
+
     def run(self):
         """Send and compare; returns an exit code."""
         options = self.options
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = str(probe.getsockname()[1])
+        port = str(self._free_port())
         server = self._start('server', '127.0.0.1', str(options.clients), port,
-                             '-v' if options.verbose else '-q', stdin=subprocess.PIPE)
+                             '-v' if options.verbose else '-q', '--allow-empty', stdin=subprocess.PIPE)
         clients = [self._start('client', '127.0.0.1', '127.0.0.1', port, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE) for _ in range(options.clients)]
         clients = [DemoClient(process) for process in clients]     # threads: after the last fork
@@ -11370,7 +11754,7 @@ class Demo(object):
             tell('failed', reason='the server ended early: %s' % explain(error))
         if server.wait() == USAGE:      # it has not begun, so the clients wait in vain
             for client in clients:
-                client.process.terminate()
+                self._end(client.process)
         for client in clients:
             client.join()
         print('%-8s %15s %14s %10s  %s' % ('client', 'bytes', 'rate', 'repaired', 'digest'))
@@ -11391,14 +11775,22 @@ class Demo(object):
                                              counted(len(clients), 'client')))
         return OK if good else FAILED
 
+    @staticmethod
+    def _end(process):
+        """Ask it to end, unless it has."""
+        try:
+            if process.poll() is None:
+                process.terminate()
+        except OS_ERRORS:
+            pass                        # it just has
+
     def status(self, _now):
         """None: its server and clients have their own."""
 
     def close(self):
         """Leave no process behind."""
         for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
+            self._end(process)
         for process in self._processes:
             process.wait()
             for pipe in (process.stdin, process.stdout, process.stderr):

@@ -88,6 +88,7 @@ FOREIGN = b"\x2a\0\0\0" + bytes(4) + struct.pack("<I", 52) + bytes(52)     # a d
 
 kmcast = None               # the module that is tested
 parser = None               # its command line; to build it takes longer than many a transfer
+judge = None                # whom it sets aside
 world = None                # the World of the run that is on
 
 
@@ -173,6 +174,9 @@ class Plan:
             self.start_wait = r.uniform(0.05, 1.5)               # else it would wait for who is gone, as it should
         if r.random() < 0.03:
             self.places = max(1, self.places - 1)                # one client too many
+        self.whims = r.choice([0, 0, 0, 0.2, 0.5]) if self.again else 0         # how often somebody is set aside who need not be
+        if self.whims:
+            self.min_rate = "1M"
 
     def arguments(self):
         """The server's command line."""
@@ -947,7 +951,7 @@ def fake(module, **others):
 
 def load(path=KMCAST):
     """Load kmcast.py as a module of our own, in the simulated world from its first line on."""
-    global kmcast, parser
+    global kmcast, parser, judge
     fakes = {
         "time": fake(time, monotonic=monotonic, time=monotonic, sleep=lambda seconds: world.sleep(seconds)),
         "select": fake(select, poll=Poll, select=select_),
@@ -971,6 +975,7 @@ def load(path=KMCAST):
     kmcast.DatagramSender, kmcast.DatagramReceiver = Sender, Receiver
     kmcast.Source, kmcast.Sink = Source, Sink
     kmcast.uninterruptible = Uninterruptible()
+    judge = kmcast.Course._judge
     kmcast.SessionDialect = EachItsWindow("SessionDialect", (kmcast.SessionDialect,), {})
     kmcast.interfaces = lambda: [("eth0", world.process.address)]
     kmcast.local_address = lambda text: world.process.address
@@ -1748,6 +1753,15 @@ class Sink:
 # ---------------------------------------------------------------------------------------------------------------------
 # A run, and what must hold
 
+def judge_at_will(share):
+    """A Course._judge that sets somebody aside in such a share of the rounds."""
+    def judge_somebody(course, goodput, _seconds, _now):
+        those = sorted((member for member in course._cohort if course._others(member) and not member.sentence), key=str)
+        if those and course.roster.again and world.random.random() < share:
+            course._set_aside(world.random.choice(those), goodput)
+    return judge_somebody
+
+
 class Run:
     """One transfer."""
 
@@ -1760,6 +1774,7 @@ class Run:
         kmcast.Connection.live.clear()
         kmcast.Course.FIRST_SEQ = plan.first_seq
         kmcast.AT_A_TIME = plan.at_a_time
+        kmcast.Course._judge = judge_at_will(plan.whims) if plan.whims else judge
         self.window = 1 if plan.compat else max([plan.window] + [client.window for client in plan.clients])
         self.server = Process("server", "server", SERVER, plan, plan.arguments())
         self.clients = [Process("client-%d" % number, client.host, client.address, client, client.arguments())

@@ -220,6 +220,8 @@ def test_version_and_help_of_each_command(python):
     (CLIENT + ["--size", "5"], "--size is an option of server"), (SERVER + ["--wait=5"], "--wait is an option of client"),
     (SERVER + ["-o", "x"], "-o is an option of client"), (["demo", "--rate", "5M"], "--rate is an option of server, not of demo"),
     (["client", "--clients", "3"], "--clients is an option of demo"),
+    (["key", "-v"], "-v is an option of check, client, demo and server, not of key"),
+    (["-v"], "-v is an option of check, client, demo and server, and stands behind that word"),
     (SERVER + ["--stal-timeout", "3"], "no option --stal-timeout; did you mean --stall-timeout?"),
     (SERVER + ["--wiat", "3"], "no option --wiat; did you mean --wait, of client?"),
     (CLIENT + ["--expect-nmae=x"], "did you mean --expect-name?"), (SERVER + ["--zzzz"], "no option --zzzz ("),
@@ -246,7 +248,7 @@ def test_an_option_may_be_shortened_and_a_value_may_look_like_one(python):
 @BOTH
 def test_options_can_come_from_the_environment(python, tmp_path):
     """Both ends can be given the same: each takes what is its own."""
-    env = {"KMCAST_OPTIONS": "-q --name 'an image' --wait=20 -o '%s' --expect-name 'an *' --rate 50M" % (tmp_path / "copy")}
+    env = {"KMCAST_OPTIONS": "-q --minutes 7 --name 'an image' --wait=20 -o '%s' --expect-name 'an *' --rate 50M" % (tmp_path / "copy")}
     port = helpers.free_port()
     server = helpers.start_server(["--log", tmp_path / "log", LOOPBACK, 1, port], python, env=env, stdin=b"data")
     client = helpers.start_client([LOOPBACK, LOOPBACK, port], python, env=env)
@@ -277,7 +279,7 @@ def test_what_is_wrong_with_the_environment_is_said_to_be_there(python, text, sa
 @BOTH
 def test_the_demo_takes_nothing_from_the_environment(python, tmp_path):
     (tmp_path / "image").write_bytes(b"data")
-    env = {"KMCAST_OPTIONS": "--zzzz -o %s" % (tmp_path / "copy")}
+    env = {"KMCAST_OPTIONS": "--zzzz -o %s" % (tmp_path / "copy"), "KMCAST_KEY_FILE": ""}
     code, stderr, _ = helpers.start_kmcast(["demo", "--clients", "1", tmp_path / "image"], python, env=env,
                                            program=helpers.KMCAST).finish(30)
     assert code == 0 and os.listdir(str(tmp_path)) == ["image"], stderr
@@ -313,7 +315,8 @@ def test_bash_completes_commands_options_and_their_values(complete):
     assert complete("server", "--chain", "auto", "--datagrams", "m") == ["mmsg"]
     assert complete("server", "--rate", "") == [""]
     assert complete("server", "--rate", "5M", "l") == ["lo"]
-    assert set(complete("client", "")) >= {"auto", "lo"} and complete("client", "auto", "") == [""]
+    assert all(set(complete(command, "")) >= {"auto", "lo"} for command in ("server", "client", "check"))
+    assert complete("client", "auto", "") == [""]
     assert complete("completion", "") == ["bash"]
 
 

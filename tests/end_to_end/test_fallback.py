@@ -29,18 +29,24 @@ class Web(object):
     ranges      whether it knows of Range
     cuts        after so many bytes of an answer it breaks: one number for each of the first requests
     stalls      as `cuts`, but it goes silent
-    busy        so many first requests are answered by 503
+    busy        so many first requests are answered by 503, with retry_after where that is not None
+    chunks      whether an answer goes in chunks, and so does not say how long it is
     asked       (path, Range, If-Range) of each request
     """
 
     def __init__(self, certificate=None):
         self.image, self.tag, self.ranges, self.length, self.busy = IMAGE, '"1"', True, True, 0
+        self.retry_after, self.chunks = None, False
         self.cuts, self.stalls, self.asked, self.redirects = [], [], [], {}
         self.after = lambda: None
         self.over = threading.Event()
         web = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            @property
+            def protocol_version(self):
+                return "HTTP/1.1" if web.chunks else "HTTP/1.0"
+
             def do_GET(self):
                 web.answer(self)
 
@@ -74,7 +80,10 @@ class Web(object):
             return
         if self.busy:
             self.busy -= 1
-            request.send_error(503)
+            request.send_response(503)
+            if self.retry_after is not None:
+                request.send_header("Retry-After", self.retry_after)
+            request.end_headers()
             return
         if request.path != "/image":
             request.send_error(404)
@@ -93,13 +102,21 @@ class Web(object):
             request.send_response(200)
         if tag:
             request.send_header("ETag", tag)
-        if self.length:
+        if self.chunks:
+            request.send_header("Transfer-Encoding", "chunked")
+        elif self.length:
             request.send_header("Content-Length", str(stop - start))
         request.end_headers()
         ends = self.cuts[number] if number < len(self.cuts) else None
         quiet = self.stalls[number] if number < len(self.stalls) else None
         cut = min([stop] + [start + size for size in (ends, quiet) if size is not None])
-        request.wfile.write(image[start:cut])
+        if self.chunks:
+            for place in range(start, cut, 70001):
+                piece = image[place:min(cut, place + 70001)]
+                request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            request.wfile.write(b"0\r\n\r\n" if cut == stop else b"")
+        else:
+            request.wfile.write(image[start:cut])
         request.wfile.flush()
         if quiet is not None:
             self.over.wait(60)
@@ -178,6 +195,35 @@ def test_a_command_is_not_started_where_there_is_nothing_for_it(web, python, tmp
     assert os.listdir(str(tmp_path)) == []
 
 
+def with_a_server(web, python, tmp_path, server_args, client_args=()):
+    """A client of a real server."""
+    port = helpers.free_port()
+    server = helpers.start_kmcast(list(server_args) + [port], python, stdin=IMAGE)
+    server.wait_stderr("waiting for")
+    return helpers.start_client(["--fallback", web.url] + list(client_args) + [LOOPBACK, LOOPBACK, port], python)
+
+
+@BOTH
+def test_who_is_refused_gets_it_by_http(web, python, tmp_path):
+    (tmp_path / "hosts").write_text("another")
+    stderr = good(with_a_server(web, python, tmp_path, ["server", "--hosts", tmp_path / "hosts", LOOPBACK]))
+    assert "refused: it is not on the list of hosts; going on by HTTP" in stderr
+
+
+@BOTH
+def test_an_image_that_is_not_the_expected_one_is_not_fetched_from_elsewhere(web, python, tmp_path):
+    bad(with_a_server(web, python, tmp_path, ["server", "--name", "image", LOOPBACK, 1], ["--expect-name", "other"]),
+        "(--expect-name)", 3)
+    assert not web.asked
+
+
+@BOTH
+def test_nothing_is_fetched_in_a_rehearsal(web, python, tmp_path):
+    path = tmp_path / "file"
+    client = with_a_server(web, python, tmp_path, ["check", "--minutes", "0.01", LOOPBACK, 1], ["-o", path])
+    assert client.finish(60)[0] == 0 and not web.asked and not path.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # It fails: real servers, killed
 
@@ -223,9 +269,17 @@ def test_a_file_is_completed_after_a_killed_server(web, python, size, tmp_path):
     assert path.read_bytes() == IMAGE and os.listdir(str(tmp_path)) == ["file"]
 
 
-def test_twenty_clients_fall_back_at_once(web):
-    for client in killed(web, NEWEST, 1500000, 20):
+@pytest.mark.parametrize("size", list(KILLED.values()), ids=list(KILLED))
+def test_twenty_clients_fall_back_at_once(web, size, tmp_path):
+    paths = [tmp_path / str(number) for number in range(10)]
+    clients = killed(web, NEWEST, size, 20, [["-o", path] for path in paths] + [[]] * 10)
+    for client in clients[10:]:
         good(client)
+    for path, client in zip(paths, clients):
+        code, stderr, _ = client.finish(60)
+        assert code == 0, stderr
+        assert path.read_bytes() == IMAGE
+    assert sorted(os.listdir(str(tmp_path))) == sorted(path.name for path in paths)
     assert len(web.asked) == 20
 
 
@@ -291,6 +345,97 @@ def test_another_image_is_not_sewn_to_a_stream(web, python):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What an earlier run has left, and no server comes
+
+def left(python, path, *numbers):
+    """Have a client with --resume get these of PARTS, and kill it."""
+    server = wire.Server(image="0123456789abcdef" * 2, again=True, size=len(IMAGE))
+    client = helpers.start_client(["--resume", "-o", path, LOOPBACK, LOOPBACK, server.port], python)
+    server.accept().greet()
+    for number in numbers:
+        server.bring(IMAGE, *PARTS[number])
+    journal, = [name for name in os.listdir(str(path.parent)) if name.endswith(".journal")]
+    deadline = time.time() + 20
+    while (path.parent / journal).read_bytes().count(b"wrote") < len(numbers):
+        assert time.time() < deadline
+        time.sleep(0.01)
+    client.stop()
+    server.close()
+
+
+def resumed(web, python, path):
+    """What a client says that goes on with that, by HTTP, and has the image then."""
+    client = alone(web, python, "-v", "--resume", "-o", path)
+    code, stderr, _ = client.finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == web.image and os.listdir(str(path.parent)) == ["file"]
+    return stderr, client.report()
+
+
+@BOTH
+@pytest.mark.parametrize("numbers, asks", [
+    ([0, 1], [(1000000, 3000000)]), ([4, 2, 0], [(500000, 1000000), (1500000, 2000000), (2500000, 3000000)]),
+    ([5, 3], [(0, 1500000), (2000000, 2500000)]), ([0, 1, 2, 3, 4, 5], [])],
+    ids=["the beginning", "with gaps", "without the beginning", "all"])
+def test_what_an_earlier_run_left_is_completed(web, python, tmp_path, numbers, asks):
+    left(python, tmp_path / "file", *numbers)
+    stderr, report = resumed(web, python, tmp_path / "file")
+    assert report["resumed"] == 500000 * len(numbers)
+    assert report["fallback"]["bytes"] == sum(stop - start for start, stop in asks)
+    assert report["fallback"]["verified"] == 500000 * (1 + max(numbers))
+    assert "%d bytes had been left by an earlier run" % report["resumed"] in stderr
+
+
+@BOTH
+def test_what_was_damaged_meanwhile_comes_again(web, python, tmp_path):
+    left(python, tmp_path / "file", 0, 1, 2, 4)
+    part, = [name for name in os.listdir(str(tmp_path)) if name.endswith(".part")]
+    with open(str(tmp_path / part), "r+b") as file:
+        for place in (700000, 2200000):
+            file.seek(place)
+            file.write(b"damaged")
+    _, report = resumed(web, python, tmp_path / "file")
+    assert 1500000 < report["fallback"]["bytes"] < len(IMAGE)
+
+
+@BOTH
+@pytest.mark.parametrize("numbers, size, words, code", [
+    ([0, 1], len(IMAGE), "differ from what is here", 3), ([4, 2], len(IMAGE), "do not fit the server's SHA-256", 1),
+    ([5], 2600000, "of 2600000 bytes, not at least 3000000", 3)], ids=["the beginning", "later parts", "the end"])
+def test_what_was_left_of_another_image_is_not_sewn_to_this_one(web, python, tmp_path, numbers, size, words, code):
+    left(python, tmp_path / "file", *numbers)
+    web.image = OTHER[:size]
+    ended, stderr, _ = alone(web, python, "--resume", "-o", tmp_path / "file").finish(60)
+    assert ended == code and words in stderr and "left by an earlier run" in stderr, stderr
+    assert "file" not in os.listdir(str(tmp_path))
+    assert alone(web, python, "-o", tmp_path / "file").finish(60)[0] == 0
+    assert (tmp_path / "file").read_bytes() == web.image and os.listdir(str(tmp_path)) == ["file"]
+
+
+@BOTH
+def test_it_starts_over_where_the_web_server_knows_of_no_ranges(web, python, tmp_path):
+    left(python, tmp_path / "file", 0, 1, 4)
+    web.ranges = False
+    stderr, _ = resumed(web, python, tmp_path / "file")
+    assert stderr.count("gives no part of the image") == 1 and "starting over" in stderr
+
+
+@BOTH
+def test_who_fails_then_too_leaves_it_for_the_next(web, python, tmp_path):
+    left(python, tmp_path / "file", 0, 1)
+    web.busy = 1000
+    assert alone(web, python, "--resume", "-o", tmp_path / "file").finish(60)[0] == 3
+    assert len(os.listdir(str(tmp_path))) == 2
+    web.busy, web.cuts = 0, [0] * len(web.asked) + [100000]
+    web.after = lambda: setattr(web, "busy", 1000)
+    assert alone(web, python, "--resume", "-o", tmp_path / "file").finish(60)[0] == 1
+    assert len(os.listdir(str(tmp_path))) == 2
+    web.busy = 0
+    _, report = resumed(web, python, tmp_path / "file")
+    assert report["fallback"]["bytes"] == 2000000 and report["resumed"] == 1000000      # of the rest nobody told the digest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Web servers as they are
 
 @BOTH
@@ -313,6 +458,31 @@ def test_a_server_that_is_busy_is_asked_again(web, python):
     web.busy = 2
     good(alone(web, python))
     assert len(web.asked) == 3
+
+
+@BOTH
+def test_a_server_that_says_when_to_come_again_is_not_asked_before(web, python):
+    web.busy, web.retry_after = 1, "2"
+    stderr = good(alone(web, python, "--wait", 4))
+    waits, = re.findall(r"HTTP status 503; trying again in (\S+) s", stderr)
+    assert 2 <= float(waits) < 3 and len(web.asked) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("retry_after", ["86400", "9" * 5000, "Fri, 31 Dec 1999 23:59:59 GMT"],
+                         ids=["a day", "for ever", "a date"])
+def test_it_is_waited_for_no_longer_than_wait_says(web, python, retry_after):
+    web.busy, web.retry_after = 1000, retry_after
+    bad(alone(web, python), "HTTP status 503", 3)
+    assert len(web.asked) >= 2          # and once more when the time is over
+
+
+@BOTH
+def test_even_with_no_time_to_wait_it_tries_once_more(web, python):
+    web.cuts = [1000000]
+    good(alone(web, python, "--wait", 0))
+    web.busy = 1000
+    bad(alone(web, python, "--wait", 0), "HTTP status 503", 3)
 
 
 @BOTH
@@ -359,6 +529,44 @@ def test_an_image_that_is_replaced_is_not_mixed(web, python, tmp_path):
 @BOTH
 def test_a_server_that_does_not_say_how_long_it_is_is_no_source(web, python):
     web.length = False
+    bad(alone(web, python), "does not say how long", 3)
+
+
+@BOTH
+def test_an_answer_in_chunks_is_as_long_as_the_server_told(web, python, tmp_path):
+    web.chunks = True
+    path = tmp_path / "file"
+    code, stderr, _ = holding(web, python, path, 4, 2, 0).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE
+    web.ranges = False
+    code, stderr, _ = holding(web, python, path, 4, 2, 0).finish(60)
+    assert code == 0 and "starting over" in stderr, stderr
+    assert path.read_bytes() == IMAGE
+
+
+@BOTH
+def test_one_that_ends_early_is_gone_on_with(web, python, tmp_path):
+    web.chunks, web.cuts = True, [700000, 300000]
+    path = tmp_path / "file"
+    code, stderr, _ = holding(web, python, path, 0).finish(60)
+    assert code == 0, stderr
+    assert path.read_bytes() == IMAGE and len(web.asked) == 3
+
+
+@BOTH
+@pytest.mark.parametrize("size", [-1, 1], ids=["short", "long"])
+def test_one_that_is_another_length_is_no_success(web, python, tmp_path, size):
+    web.chunks, web.ranges = True, False
+    web.image = IMAGE[:size] if size < 0 else IMAGE + b"X"
+    code, stderr, _ = holding(web, python, tmp_path / "file", 0).finish(60)
+    assert code == 1 and ("of more than 3000000 bytes" if size > 0 else "ended early") in stderr, stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+@BOTH
+def test_if_nobody_tells_the_length_chunks_are_no_source(web, python):
+    web.chunks = True
     bad(alone(web, python), "does not say how long", 3)
 
 
@@ -427,7 +635,7 @@ def test_an_output_that_fails_is_not_mended_by_http(web, python):
 @BOTH
 def test_an_expected_sha256_is_of_what_came_by_http(web, python):
     assert "all verified by --expect-sha256" in good(alone(web, python, "--expect-sha256", helpers.sha256(IMAGE)))
-    bad(alone(web, python, "--expect-sha256", helpers.sha256(OTHER)), "another SHA-256 than --expect-sha256")
+    bad(alone(web, python, "--expect-sha256", helpers.sha256(OTHER)), "and not %s (--expect-sha256)" % helpers.sha256(OTHER))
 
 
 @BOTH

@@ -242,3 +242,22 @@ def test_packets_come_as_they_were_asked_for(args):
         assert member.packets(places) == [data[place * payload:(place + 1) * payload] for place in places]
     member.reset()
     assert server.finish(10)[0] == 1
+
+
+def test_who_is_dropped_while_packets_are_on_their_way_to_it_gets_these_and_is_told_why():
+    port = helpers.free_port()
+    data = helpers.random_bytes(14000000, seed=10)
+    server = helpers.start_server(["--unicast", "--buffer-packets", 40000, LOOPBACK, 1, port], stdin=data,
+                                  change="kmcast.FAREWELL_TIME = 60.0")
+    server.wait_stderr("waiting for")
+    member = wire.Client(port).greet()
+    what = member.take_round()
+    member.ask(range(what.count))
+    member.expect(PACKETS)
+    member.say(b"\x47")
+    server.wait_stderr("unknown signal")
+    same = b"".join(member.packets(range(what.count))) == data[:what.size]
+    assert same and what.size > 10000000, "more than the kernel keeps"
+    assert "unknown signal" in member.reason()
+    member.close()
+    assert server.finish(10)[0] == 1

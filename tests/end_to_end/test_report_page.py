@@ -107,6 +107,24 @@ def test_the_page_of_a_transfer_says_what_its_reports_say(python, tmp_path):
     assert page.text.count("Client: complete, exit code 0") == 2
 
 
+@BOTH
+def test_the_page_of_a_rehearsal_says_that_it_is_none_of_an_image(python, tmp_path):
+    port = helpers.free_port()
+    check = helpers.start_kmcast(["check", "--minutes", "0.01", "--report", tmp_path / "check", LOOPBACK, 1, port], python)
+    client = helpers.start_client(["--report", tmp_path / "client", LOOPBACK, LOOPBACK, port], python)
+    assert (client.finish(60)[0], check.finish(60)[0]) == (0, 0)
+    page = page_of(tmp_path / "check", tmp_path / "client", python=python)
+    for said in ("1 of 1 host passed the rehearsal", "Rehearsal: complete, exit code 0", "Client of a rehearsal: complete, exit code 0"):
+        assert said in page.text, said
+    assert "the image" not in page.text
+
+
+def test_the_page_tells_of_a_fallback(tmp_path):
+    page = page_of(of_a_client(fallback={"reason": "lost the server", "url": "http://host/image", "bytes": 3000000, "size": 5000000,
+                                         "verified": 2000000, "size_told": True}), tmp_path=tmp_path)
+    assert "3 MB from http://host/image; 2 MB verified by the server's SHA-256; why: lost the server" in page.text
+
+
 def test_hosts_are_rows_worst_first_with_what_each_was_waited_for(tmp_path):
     rows = three() + [host(4, "missing", host=None, address=None, exit_code=None, reason="it never came", seconds=None),
                       host(5, "refused", exit_code=3, reason="it is not on the list of hosts")]
@@ -144,12 +162,36 @@ def test_whatever_a_report_holds_is_a_text(python, tmp_path):
     {}, {"hosts": None, "steps": None, "carried": None}, {"hosts": [1, None, {}], "steps": [{}, 3, {"seconds": "x"}]},
     {"bytes": "many", "seconds": None, "goodput": True, "carried": [1]}, {"bytes": 10 ** 40, "seconds": -1, "goodput": float("nan")},
     {"steps": [{"seconds": 1e-9, "bytes": 0, "waited_for": 3}], "exit_code": "3", "arguments": "x", "server": 5},
+    {"fallback": {"url": 5, "bytes": []}, "hosts": [{"heard": {"10M": {}}}, {"heard": 3}], "rehearsal": True},
     {"steps": [{"seconds": 1e9, "bytes": 10 ** 17}]}, {"steps": [{"seconds": 5, "bytes": 9}, {"seconds": 4, "bytes": 5}]}],
-    ids=range(8))
+    ids=range(9))
 def test_a_report_with_other_or_fewer_keys_has_a_page_too(python, parts, tmp_path):
     """Those of earlier and later versions."""
     page_of(dict({"command": "server"}, **parts), python=python, tmp_path=tmp_path)
     page_of(dict({"command": "client"}, **parts), python=python, tmp_path=tmp_path)
+    page_of(dict({"command": "check"}, **parts), python=python, tmp_path=tmp_path)
+
+
+FITTINGS = {"round_trip": 0.00025, "packet": 1500, "reached": False, "room": 5 * 10 ** 9, "write_speed": 10 ** 8,
+            "socket_buffer": 425984, "datagrams": "mmsg", "python": "3.9.2", "kernel": "5.10.0"}
+
+
+def test_the_page_of_a_rehearsal_says_what_each_host_heard_and_what_it_has(tmp_path):
+    rows = [host(1, heard={"10M": 1.0, "100M": 0.5, "hold": 0.999}, **FITTINGS),
+            host(2, "failed", reason="no multicast reaches it", heard={"10M": 0.0})]
+    page = page_of(report(rows, command="check", arguments=["check", "auto", "2"]), tmp_path=tmp_path)
+    for said in ("1 of 2 hosts passed the rehearsal", "Rehearsal: partly, exit code 3", "100 %", "50 %", "99.9 %", "0 %",
+                 "no multicast reaches it", "TCP 0.25 ms, packet 1500, chain no, room 5 GB, written 100 MB/s, buffer 426 kB, "
+                 "datagrams mmsg, Python 3.9.2, kernel 5.10.0"):
+        assert said in page.text, said
+    assert page.text.index("node2") < page.text.index("node1") and "SHA-256" not in page.text
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [None, True, "x", 10 ** 400, -1, 1e300, float("nan"), [], {}, HOSTILE], ids=range(10))
+def test_whatever_a_rehearsal_says_of_a_host_there_is_a_page(wrong, python, tmp_path):
+    page_of(report([host(1, heard={"10M": wrong, HOSTILE: 1}, **dict.fromkeys(FITTINGS, wrong)), host(2, heard=wrong)],
+                   command="check"), python=python, tmp_path=tmp_path)
 
 
 @BOTH
@@ -193,11 +235,13 @@ onload = () => { document.title = JSON.stringify([...document.querySelectorAll("
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium here (apt-get install chromium)")
-@pytest.mark.parametrize("hosts", [3, 1000])
-def test_the_page_fits_a_wide_and_a_narrow_window(hosts, tmp_path):
+@pytest.mark.parametrize("command, hosts", [("server", 3), ("server", 1000), ("check", 3)])
+def test_the_page_fits_a_wide_and_a_narrow_window(command, hosts, tmp_path):
     rows = three() + [host(number, waited_for={"silence": 0.5}) for number in range(4, hosts + 1)] + [
         host(0, "failed", host=HOSTILE, reason=HOSTILE)]
-    page = page_of(report(rows, arguments=["server", HOSTILE]), of_a_client(ended=HOSTILE), tmp_path=tmp_path)
+    if command == "check":
+        rows = [dict(row, heard=dict.fromkeys(["10M", "100M", "1G", "max", "hold"], 0.99987), **FITTINGS) for row in rows]
+    page = page_of(report(rows, command=command, arguments=[command, HOSTILE]), of_a_client(ended=HOSTILE), tmp_path=tmp_path)
     (tmp_path / "page.html").write_text(page.source)
     widths = (1280, 1060, 400)
     (tmp_path / "frames.html").write_text(FRAMES % "".join(

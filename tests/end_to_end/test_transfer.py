@@ -485,6 +485,24 @@ def test_demo_with_a_file(tmp_path, python):
     assert not helpers.leftovers(demo)
 
 
+def test_demo_of_an_empty_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    code, stderr, stdout = helpers.start_kmcast(["demo", tmp_path / "file"], program=helpers.KMCAST).finish(60)
+    assert code == 0 and b"all equal: 0 bytes to 3 clients" in stdout, stderr
+
+
+@BOTH
+def test_demo_on_a_host_without_loopback_says_so(tmp_path, python):
+    (tmp_path / "file").write_bytes(b"data")
+    prefix = ["unshare", "--net"]
+    if helpers.start(prefix + ["true"]).finish(20)[0]:
+        pytest.skip("no other host can be made here")
+    demo = helpers.start_kmcast(["demo", tmp_path / "file"], python, program=helpers.KMCAST, prefix=prefix)
+    code, stderr, _ = demo.finish(60)
+    assert code == 1 and "127.0.0.1 is no address or interface of this host" in stderr, stderr
+    assert "internal error" not in stderr
+
+
 def test_demo_without_anything():
     demo = helpers.start_kmcast(["demo"], program=helpers.KMCAST)
     code, stderr, stdout = demo.finish(60)

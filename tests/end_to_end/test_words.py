@@ -53,6 +53,16 @@ def test_the_first_line_tells_where_it_multicasts_from_and_to(port, python):
     assert "warning" in second and "only this host" in second
 
 
+def test_a_server_that_does_not_multicast_does_not_say_so(port):
+    server = helpers.start_server(["--unicast", LOOPBACK, 1, port], stdin=IMAGE)
+    client = helpers.start_client([LOOPBACK, LOOPBACK, port])
+    of_client, of_server = client.finish(20)[1], server.finish(20)[1]
+    assert of_server.startswith(
+        "kmcast server: sending by TCP port %d, without multicast, waiting for 1 client\n" % port), of_server
+    assert "connected to %s, which does not multicast" % LOOPBACK in of_client
+    assert "warning" not in of_server + of_client
+
+
 @pytest.fixture
 def wired():
     """A prefix that runs a command on a host of its own, which beside lo has wired0 with the address 10.9.8.7."""
@@ -188,6 +198,14 @@ def test_one_client_and_one_packet_are_no_plural(port):
     assert "repair: 0 packets by multicast, 0 packets by TCP" in of_server
     assert "1 of 1 client has the image" in of_server
     assert "client: 1 byte in " in of_client and "repaired 0 packets by multicast" in of_client
+
+
+def test_what_nobody_has_answered_for_is_not_said_to_be_brought(port):
+    server = helpers.start_server([LOOPBACK, 1, port], NEWEST, stdin=IMAGE)
+    client = wire.Client(port).greet()
+    client.announced()
+    client.close()
+    assert " 0 bytes in " in line_with("data: ", server.finish(20)[1])
 
 
 def test_two_clients_and_one_repaired_packet(port):

@@ -96,6 +96,20 @@ def test_who_is_killed_and_started_again_unplugged_or_stopped_gets_what_it_lacks
     assert max(passes(run)) < len(IMAGE), "what they held is not brought again\n%s" % run
 
 
+def test_a_host_that_comes_back_as_another_one_takes_the_place_of_its_earlier_connection(begin, tmp_path):
+    """At once: that nothing is heard of that one any more nobody has noticed yet."""
+    run = begin(3, 3, ["--stall-timeout", "0"])
+    stopped = run.clients[0]
+    run.wait_received(len(IMAGE) // 4)
+    stopped.signal(signal.SIGSTOP)
+    run.add_client(stopped.host, output=str(tmp_path / "again"))
+    run.wait_end(run.server, *others(run, stopped))
+    stopped.signal(signal.SIGCONT)
+    run.finish()
+    run.check_complete(*others(run, stopped))
+    assert run.server.poll() == 0 and len(run.server.report()["hosts"]) == 3, str(run)
+
+
 def test_a_server_that_is_killed_and_started_again_goes_on_with_those_who_were_there(begin, tmp_path):
     run = begin(4, 0, start_wait=False)
     outputs = [str(tmp_path / ("out%d" % number)) for number in range(3)]
@@ -114,17 +128,23 @@ def test_a_server_that_is_killed_and_started_again_goes_on_with_those_who_were_t
     assert brought(again) < 0.8 * len(IMAGE), str(again)
 
 
-def test_who_alone_is_far_slower_gets_the_rest_after_the_others(begin, tmp_path):
-    run = begin(4, 0, ["--min-rate", "20M"], start_wait=False)
+@pytest.mark.parametrize("rate", [["--rate", "40M"], ["--rate", "auto", "--buffer-packets", "1000"]], ids=["fixed", "auto"])
+def test_nobody_waits_for_who_alone_is_far_slower_and_it_gets_the_rest_after_the_others(begin, tmp_path, rate):
+    """Not even for what was under way to it, as it shows when it hangs from then on, and nobody is dropped for silence."""
+    run = begin(4, 0, rate + ["--min-rate", "20M", "--stall-timeout", "0"], start_wait=False)
     slow = run.add_client(run.lab.clients[0], output=str(tmp_path / "slow"))
-    slow.host.limit(4, both=True)
+    slow.host.limit(8, both=True)
     for host in run.lab.clients[1:]:
+        host.limit(100, both=True)
         run.add_client(host)
+    run.server.wait_stderr("%s (%s) alone kept the transfer below 20 Mbit/s" % (slow.host.name, slow.host.address))
+    slow.signal(signal.SIGSTOP)
     run.wait_end(*others(run, slow))
     assert slow.code is None, str(run)
+    slow.signal(signal.SIGCONT)
     run.finish()
     run.check_complete()
-    assert "%s (%s) alone kept the transfer below 20 Mbit/s" % (slow.host.name, slow.host.address) in run.server.stderr, str(run)
+    assert 0 < passes(run)[-1] < len(IMAGE), "it kept what it had\n%s" % run
 
 
 def test_for_ever_each_batch_gets_the_image_that_was_there_when_it_came(begin, tmp_path):

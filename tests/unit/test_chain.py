@@ -644,3 +644,49 @@ def test_without_a_follower_its_buffers_are_free_again():
     window.verified(incoming)
     assert window.written() == []
     assert window.serve(None) == [("send", WIRE.ready(4))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A rehearsal
+
+def rehearse(hosts):
+    """Have each tried as the upstream of another; returns which could be connected to, by number (None: not tried)."""
+    hosts.chain.build(hosts.members, hosts.now, wait=False)
+    for after in (hosts.chain.turn, hosts.chain.dissolve):
+        for follower, upstream in hosts.settle() and list(hosts.upstream.items()):
+            if upstream:
+                hosts.chain.heard(follower, dict(token=hosts.mine[follower], connected=True), hosts.now)
+        assert hosts.chain.tried(hosts.now)
+        after(hosts.now)
+    assert hosts.settle() == []
+    return [member.reached for member in sorted(hosts.members, key=hosts.chain._place)]
+
+
+def test_in_a_rehearsal_each_is_tried():
+    assert rehearse(Hosts(6)) == [True] * 6
+
+
+@pytest.mark.parametrize("closed", range(1, 6))
+def test_in_a_rehearsal_who_cannot_be_connected_to_is_found(closed):
+    hosts = Hosts(5)
+    hosts.deaf_port.add(hosts[closed])
+    assert rehearse(hosts) == [number != closed for number in range(1, 6)]
+
+
+def test_in_a_rehearsal_of_two_both_are_tried():
+    hosts = Hosts(2)
+    hosts.deaf_port.add(hosts[1])
+    assert rehearse(hosts) == [False, True]
+
+
+def test_nobody_can_try_a_single_one():
+    assert rehearse(Hosts(1)) == [None]
+
+
+def test_who_does_not_say_that_he_is_connected_is_waited_for_a_while():
+    hosts = Hosts(3)
+    hosts.chain.build(hosts.members, hosts.now, wait=False)
+    hosts.settle()
+    assert not hosts.chain.tried(hosts.now)
+    assert hosts.chain.tried(hosts.now + 2 * hosts.chain.TRIAL)
+    assert [member.reached for member in hosts.members] == [None] * 3

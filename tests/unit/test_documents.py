@@ -20,6 +20,7 @@ SECTIONS = {
     "Options of server, client, check and demo": ("server", "client", "check", "demo"),
     "Options of server, client and check": ("server", "client", "check"),
     "Options of server and check": ("server", "check"),
+    "Options of server and client": ("server", "client"),
     "Options of check": ("check",),
     "Options of server": ("server",),
     "Options of client": ("client",),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import select
 import stat
 import threading
@@ -246,6 +247,37 @@ def test_two_at_once_do_not_share_a_temporary_file(tmp_path):
         write_all(sink)
         sink.commit(len(DATA))
     assert names(tmp_path) == ["image"] and content(tmp_path / "image") == DATA
+
+
+def test_a_trial_of_the_disk_leaves_everything_as_it_was(tmp_path):
+    target = tmp_path / "image"
+    target.write_bytes(b"older")
+    sink = kmcast.Sink(str(target)).open()
+    before = names(tmp_path)
+    assert sink.trial(sink.room()) > 0 and sink.trial(None) > 0
+    assert names(tmp_path) == before and content(target) == b"older"
+    write_all(sink)
+    sink.commit(len(DATA))
+    assert content(target) == DATA
+
+
+def test_a_trial_takes_no_more_than_half_of_the_room(tmp_path, monkeypatch):
+    sizes, write = [], os.write
+    monkeypatch.setattr(kmcast.os, "write", lambda fd, data: sizes.append(len(data)) or write(fd, data))
+    kmcast.Sink(str(tmp_path / "image")).open().trial(3 << 20)
+    assert sum(sizes) <= 3 << 19
+
+
+def test_a_trial_of_a_disk_that_takes_nothing_fails(tmp_path):
+    sink, limits = kmcast.Sink(str(tmp_path / "image")).open(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises((IOError, OSError)):
+            sink.trial(None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sink.close()
+    assert names(tmp_path) == []
 
 
 def test_a_symbolic_link_stays_one(tmp_path):

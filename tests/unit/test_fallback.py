@@ -22,15 +22,18 @@ def test_what_is_no_url_is_wrong_usage(url):
 
 
 @pytest.mark.parametrize("location, url", [
-    ("/b", "https://host:1/b"), ("b", "https://host:1/x/b"), ("//other/b", "https://other/b"),
-    ("https://other/b?c", "https://other/b?c")])
+    ("/b", "https://host:1/b"), ("b", "https://host:1/x/b"), ("//other/b", "https://other/b"), ("../b", "https://host:1/b"),
+    ("?c", "https://host:1/x/a?c"), ("./b:c", "https://host:1/x/b:c"), ("https://other/b?c", "https://other/b?c")])
 def test_a_redirect_leads_elsewhere(location, url):
     assert kmcast.Place("https://host:1/x/a?y=/z").target(location).url == url
 
 
-def test_a_redirect_does_not_lead_out_of_tls():
-    with pytest.raises(kmcast.Failure):
-        kmcast.Place("https://host/a").target("http://host/a")
+@pytest.mark.parametrize("location, reason", [
+    ("http://host/a", "not secure"), ("ftp://host/a", "no URL"), ("mailto:me", "no URL"), ("//[host/a", "no URL"), ("/a b", "no URL")])
+def test_a_redirect_does_not_lead_out_of_tls_nor_of_http(location, reason):
+    with pytest.raises(kmcast.Failure) as caught:
+        kmcast.Place("https://host/a").target(location)
+    assert reason in caught.value.reason and caught.value.code == kmcast.FAILED
 
 
 @pytest.mark.parametrize("names, host, good", [

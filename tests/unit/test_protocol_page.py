@@ -440,7 +440,7 @@ def test_the_keys_of_frames_are_those_of_the_program():
     assert keys("UPSTREAM") == set(json.loads(WIRE.upstream(0, "10.0.0.1", 1, token)[5:].decode("ascii")))
     assert keys("LACK") == set(json.loads(WIRE.lack([])[5:].decode("ascii")))
     assert keys("RELAY") == set(("token", "port", "reason", "lost", "connected"))
-    assert keys("STATE") == set(kmcast.FIGURES + ("busy", "here", "places", "waiting", "pass", "starts_in"))
+    assert keys("STATE") == set(kmcast.FIGURES + kmcast.FACTS + ("busy", "here", "places", "waiting", "pass", "starts_in"))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,20 @@ def test_who_is_back_is_the_one_that_was_here():
     assert (back.lost, back.waited) == (7, {"output": 1.0})
 
 
+def test_the_place_of_who_was_set_aside_is_kept():
+    roster = late_roster()
+    roster.admit(member("b"), 10.0)
+    slow = roster.here[0]
+    roster.condemn(slow, "it was slow", away=True)
+    slow.outcome, slow.ended = slow.sentence, 11.0
+    roster.leave(slow)
+    assert roster.why_not(member=member("c")) == kmcast.NO_PLACE and roster.why_not(member=member("a")) is None
+    roster.closing = True
+    assert roster.why_not(member=member("a")) is None, "it is one of those who are here"
+    roster.admit(member("a"), 12.0)
+    assert not roster.away and roster.why_not(member=member("a")) == kmcast.CLOSING
+
+
 def test_the_same_output_takes_the_place_of_its_earlier_connection():
     roster = late_roster()
     first, again = member("x", "127.0.0.1"), member("x", "127.0.0.1")
@@ -108,6 +122,16 @@ def test_the_same_output_takes_the_place_of_its_earlier_connection():
     roster.admit(again, 12.0, first)
     assert first.sentence and not roster.is_here(first) and roster.twin(again) is again
     assert roster.everyone[1:] == [again]
+
+
+def test_a_host_that_has_forgotten_what_it_was_takes_the_place_of_its_earlier_connection():
+    """It was switched off, perhaps, which nobody has noticed yet."""
+    roster = late_roster()
+    first, again = roster.here[0], member("a")
+    first.who, again.who = "01" * 16, "02" * 16
+    assert roster.twin(again) is first and not roster.why_not(first, again)
+    roster.admit(again, 12.0, first)
+    assert first.sentence and roster.here == roster.everyone == [again], "it is not listed twice"
 
 
 def test_nobody_comes_when_nobody_is_here_and_it_is_closed():
@@ -1151,14 +1175,105 @@ def test_a_client_that_alone_keeps_the_transfer_below_the_least_rate_is_condemne
     assert "below 1 Gbit/s" in slow.sentence and drive.members[0].sentence is None
 
 
-def test_else_it_is_set_aside_and_gets_the_rest_when_nobody_else_lacks_anything():
+def set_aside():
+    """A Drive where node1 was set aside, and has left."""
     drive, slow = held_up(True, 4)
-    assert slow.aside and slow.waits and not slow.sentence
-    rest = drive.bring()
-    assert not slow.aside and not slow.waits
+    assert slow.aside and slow.sentence and ("sentences", None) in drive.took(), "its thread looks at once"
+    slow.who = "01" * 16
+    drive.leave(1, slow.sentence)
+    return drive, slow
+
+
+def test_else_it_is_set_aside_and_gets_the_rest_when_nobody_else_lacks_anything():
+    drive, slow = set_aside()
+    back = drive.come("again", who=slow.who, seek=True, have=held((0, 64)))
+    assert back.aside and back.waits and not drive.roster.away
+    rest = [(start, count, who.replace("node1", "")) for start, count, who in drive.bring()]    # what was under way is for both
+    assert not back.aside and not back.waits
     both = [who for _, _, who in rest]
-    assert both == sorted(both) and set(both) == {"node0", "node1"}, "one after the other"
+    assert both == sorted(both, reverse=True) and set(both) == {"node0", "again"}, "one after the other"
     assert rest[-1][0] + rest[-1][1] == 10**5
+    assert [start for start, _, who in rest if who == "again"][0] == 64
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_who_was_set_aside_has_some_time_to_come_back_when_nobody_else_is_here(comes):
+    drive, slow = set_aside()
+    drive.bring()
+    drive.serve(0)
+    assert not drive.course.over
+    drive.hands.clock += drive.course.RETURN - 1
+    if comes:
+        drive.come("node1", who=slow.who, seek=True)
+        drive.bring()
+    drive.hands.clock += 1
+    drive.course.look(drive.hands.clock)
+    assert drive.course.over != comes and not drive.roster.away
+
+
+def one_far_slower(min_rate=10e6):
+    """A Drive with --rate auto, of which the first rounds have told that node1 alone takes 2 Mbit/s."""
+    drive = Drive(10**5, 3, rate="auto", min_rate=min_rate, again=True).start()
+    for number in range(6):
+        drive.fill_all()
+        drive.complete("announce", number)
+        sending = drive.course.next()
+        drive.hands.clock += 0.1
+        sending.underway.round.tail = sending.speed.rate
+        drive.course.sent(sending)
+        answers = kmcast.Answers()
+        for place, line in ((0, 1e8), (1, 2e6), (2, 1e8)):
+            answers.heard(kmcast.Reception(min(1.0, line / sending.underway.round.tail), 0.0, 0.0, drive.members[place]))
+        drive.course.complete(kmcast.Step("sent", sending.underway.round), answers)
+    assert drive.course.control.line == pytest.approx(2e6, rel=0.06)
+    return drive
+
+
+def test_whose_line_alone_is_slower_than_the_least_rate_is_set_aside_though_all_answer_in_time():
+    for drive, aside in ((one_far_slower(), True), (one_far_slower(1e6), False)):
+        assert not drive.members[1].aside, "it may be a hiccup"
+        drive.hands.clock += drive.course.ENDURANCE
+        drive.course.look(drive.hands.clock)
+        assert [who.aside for who in drive.members] == [False, aside, False]
+
+
+def test_those_who_were_set_aside_are_brought_to_at_their_rate_when_the_rounds_of_the_others_are_through():
+    drive = passes(rate="auto").start()
+    brought_to_all_there(drive, 3)
+    drive.fill_all()
+    drive.course._slowest = 2e6         # pylint: disable=protected-access
+    slow = drive.come("slow", seek=True, aside=True)
+    drive.course.window = 4
+    drive.complete("announce", 3)
+    before = drive.course.rate
+    drive.send()
+    drive.fill_all()
+    drive.complete("announce", 4)
+    assert not slow.aside and drive.send() is None and drive.course.rate == before
+    drive.complete("sent", 3)
+    assert drive.course.next().speed.rate == 2e6
+
+
+def test_when_the_slowest_has_left_the_rate_is_sought_anew_in_the_midst_of_a_round():
+    drive = one_far_slower(0)
+    drive.fill_all()
+    drive.complete("announce", 6)
+    sending = drive.course.next()
+    before = sending.speed.rate
+    drive.course.min_rate = 5e7
+    drive.leave(1)
+    assert before < 2.2e6 and sending.speed.rate == 5e7 and drive.course.control.line is None
+    sending.underway.round.tail = 3e6
+    drive.course.sent(sending)
+    drive.members.pop(1)
+    drive.complete("sent", 6, reception=0.1)
+    assert drive.course.rate == 5e7, "what was sent at the old rate tells nothing"
+
+
+def test_the_rate_stays_when_another_one_than_the_slowest_leaves():
+    drive = one_far_slower(0)
+    drive.leave(2)
+    assert drive.course.control.line == pytest.approx(2e6, rel=0.06)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1261,6 +1376,17 @@ def test_what_nobody_lacks_is_read_but_not_sent():
     drive.start()
     assert drive.bring() == [(164, 100, "node0"), (264, 36, "node0")]
     assert len(drive.hands.released) == 4 and sorted(drive.hands.digests) == [0, 1, 2, 3], "no buffer is used before it is hashed"
+
+
+def test_the_first_rounds_that_are_sent_are_short_however_much_was_read_before_them():
+    """As nobody knows yet what the lines carry: of a server that was started again, say."""
+    drive = Drive(9000, capacity=1000, again=True, rate="auto")
+    drive.members[0].seek, drive.members[0].have = True, held((0, 5000))
+    drive.start()
+    drive.fill_all()
+    first = drive.course._underway[0].round         # pylint: disable=protected-access
+    assert first.place <= 5000 * PAYLOAD < first.place + first.buffer.size and first.buffer.count <= 128
+    assert len(drive.hands.released) < 10, "what nobody lacks is read in large parts"
 
 
 def test_who_lacks_after_all_what_it_had_gets_it_again_even_when_it_was_told_that_all_was_well():
