@@ -6568,7 +6568,7 @@ class Course(object):
 
     FIRST_ROUND = 64                    # packets: the first are likeliest to be lost
     LONGEST_ROUND = 0.25                # seconds
-    UNTOLD = 192                        # packets to have under way before any answer, while the rate is sought
+    UNTOLD = 64                         # packets to have under way before any answer, while the rate is sought
     PASSES = 3                          # of coded repair in a round
     WORTH_CODING = 16                   # packets by TCP are no trouble
     SILENT = 2                          # rounds of which nobody hears anything, until we only probe:
