@@ -7265,8 +7265,10 @@ class Course(object):
             if self._alone[member] > seconds / 2:
                 culprit = member
         endurance = self.ENDURANCE if self.roster.again else self.LAST_ENDURANCE
-        if goodput >= self.min_rate or not self._others(culprit):
+        if goodput >= self.min_rate:
             self._held_by = None
+        elif not self._others(culprit):
+            pass                        # it was nobody alone, this time
         elif not self._held_by or self._held_by[0] is not culprit:
             self._held_by = culprit, now - seconds
         elif now - self._held_by[1] >= endurance:

@@ -535,7 +535,7 @@ def test_rounds_cannot_be_swapped_or_moved(keys):
             old, = [said for whose, other, said in middle.said if other.kind == SENT and other.round.number == 0][:1]
             return old[:1] + data[1:5] + old[5:]
         return data
-    ends, _ = through_middles(keys, [swapped, moved, smaller, an_old_sent], image, options=["--buffer-packets", 64], stall=10)
+    ends, _ = through_middles(keys, [swapped, moved, smaller, an_old_sent], image, options=["--buffer-packets", 64, "--rate", "100M"], stall=10)
     each_fails(ends[:1] + ends[2:], "not vouched for", image=image)
     each_fails(ends[1:2], "out of turn", image=image)
 

@@ -94,7 +94,7 @@ def test_a_bridge_with_snooping_and_a_querier(laboratory, tmp_path):
     lab = laboratory(clients=2)
     snoop(lab, querier=1)
     ends = rehearse(lab, 0.4, tmp_path)
-    assert [code for code, _ in ends] == [0] * 3 and "multicast works for 2 of 2 clients" in ends[0][1], ends
+    assert [code for code, _ in ends] == [0] * 3 and "multicast works for 2 of 2 clients" in ends[0][1], "".join(said for _, said in ends)
 
 
 def narrow(lab, host, mtu):
