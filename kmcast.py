@@ -1448,15 +1448,19 @@ class Buffer(object):
         the round: what stands in a checksum's place then is salt + seq.
         """
         self.payload = payload
-        self.capacity = capacity
         self.slot = PACKET.size + payload
         self.salt = salt
         self.checks = checks
         self.damaged = 0
-        self.headers = bytearray(capacity * PACKET.size)
-        self.payloads = bytearray(capacity * payload)
-        self._view = memoryview(self.payloads)
+        self.reserve(capacity)
         self.start(0, 0, 0)
+
+    def reserve(self, capacity):
+        """Have room for so many packets at the most; what was in it is gone."""
+        self.capacity = capacity
+        self.headers = bytearray(capacity * PACKET.size)
+        self.payloads = bytearray(capacity * self.payload)
+        self._view = memoryview(self.payloads)
 
     # ---- what a round is
 
@@ -9114,7 +9118,7 @@ class Multicaster(object):
         self.failure = None
         self.started = None             # when the first round began
         self.ended = None               # when the last one did
-        self._buffers = []              # that are not in use
+        self._capacity, self._buffers = 0, []       # packets in a round at the most; Buffers that are not in use
         self._upcoming = None           # the buffer that is being filled
         self._accepting = None          # the accept step, until it is complete
         self._fed = 0.0                 # when the producer last gave anything, while it is waited for
@@ -9147,8 +9151,8 @@ class Multicaster(object):
                 else self.LONE_ROUND if dialect.window == 1 else self.ROUND)
         capacity = options.buffer_packets or size // payload
         checks = () if self.session.digest else dialect.checks
-        self._buffers = [Buffer(payload, capacity, self.session.salt, checks)
-                         for _ in range(dialect.window + 1)]
+        self._capacity, self._buffers = capacity, [
+            Buffer(payload, 0, self.session.salt, checks) for _ in range(dialect.window + 1)]
         course = functools.partial(Rehearsal, options.rehearsal, self.sender.mtu) if options.rehearsal else Course
         self.course = course(self, self.roster, dialect, payload, capacity, options.rate,
                              options.min_rate, self.session.unicast, self.session.repair_salt,
@@ -9335,6 +9339,8 @@ class Multicaster(object):
         """Begin to fill a buffer that is not in use, from a place in the image on."""
         self.source.seek(place)
         self._upcoming = self._buffers.pop()
+        if limit > self._upcoming.capacity:         # the first rounds are short, and so are many images
+            self._upcoming.reserve(limit if 4 * limit < self._capacity else self._capacity)
         self._upcoming.start(base, 0, 0)
         self._upcoming.limit = limit
         self._fed = None
