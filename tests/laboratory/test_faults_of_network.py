@@ -121,7 +121,7 @@ def test_sequence_numbers_that_wrap(laboratory, deploy, first):
     lab = laboratory()
     for host in lab.clients:
         host.lose(3)
-    run = deploy(lab, IMAGE[:3000000], server={"change": "kmcast.Course.FIRST_SEQ = %d" % first})
+    run = deploy(lab, IMAGE[:3000000], ["--rate", "20M"], server={"change": "kmcast.Course.FIRST_SEQ = %d" % first})
     run.finish()
     run.check_complete()
     for client in run.clients:
