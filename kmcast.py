@@ -1448,19 +1448,15 @@ class Buffer(object):
         the round: what stands in a checksum's place then is salt + seq.
         """
         self.payload = payload
+        self.capacity = capacity
         self.slot = PACKET.size + payload
         self.salt = salt
         self.checks = checks
         self.damaged = 0
-        self.reserve(capacity)
-        self.start(0, 0, 0)
-
-    def reserve(self, capacity):
-        """Have room for so many packets at the most; what was in it is gone."""
-        self.capacity = capacity
         self.headers = bytearray(capacity * PACKET.size)
-        self.payloads = bytearray(capacity * self.payload)
+        self.payloads = bytearray(capacity * payload)
         self._view = memoryview(self.payloads)
+        self.start(0, 0, 0)
 
     # ---- what a round is
 
@@ -9338,9 +9334,11 @@ class Multicaster(object):
     def fill(self, base, limit, place):
         """Begin to fill a buffer that is not in use, from a place in the image on."""
         self.source.seek(place)
-        self._upcoming = self._buffers.pop()
-        if limit > self._upcoming.capacity:         # the first rounds are short, and so are many images
-            self._upcoming.reserve(limit if 4 * limit < self._capacity else self._capacity)
+        buffer = self._buffers.pop()
+        if limit > buffer.capacity:     # the first rounds are short, and so are many images
+            room = limit if 4 * limit < self._capacity else self._capacity
+            buffer = Buffer(buffer.payload, room, buffer.salt, buffer.checks)
+        self._upcoming = buffer
         self._upcoming.start(base, 0, 0)
         self._upcoming.limit = limit
         self._fed = None
