@@ -197,7 +197,7 @@ def broken(mutant, directory):
     return path
 
 
-def test_100_transfers_end_as_they_should():
+def test_transfers_end_as_they_should():
     code, said = simulate("--seeds", "60", "--jobs", "2")
     assert code == 0, said
 

@@ -37,9 +37,9 @@ def test_packets_forged_with_the_servers_address_are_never_taken_for_the_image(l
     key.write_bytes(b"0123456789abcdef")
     key.chmod(0o600)
     lab = laboratory(clients=4)
-    forger = helpers.start(lab.clients[3].command([sys.executable, "-c", FORGER, helpers.GROUP, "18383", lab.clients[3].address]),
-                           stdout=lambda chunk: said.append(chunk))
     said = []
+    forger = helpers.start(lab.clients[3].command([sys.executable, "-c", FORGER, helpers.GROUP, "18383", lab.clients[3].address]),
+                           stdout=said.append)
     while not said:
         assert forger.wait(0.05) is None, forger.stderr
     run = deploy(lab, IMAGE, ["--key", key, "--rate", "40M"], ["--key", key, "-v"], clients=3,
