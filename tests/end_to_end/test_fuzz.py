@@ -10,7 +10,7 @@ import helpers
 from pythons import BOTH
 
 FUZZ = os.path.join(helpers.ROOT, "tests", "fuzz.py")
-ROUNDS = {"client": 120, "server": 240, "relay": 30, "parsers": 1000, "client --key": 80, "server --key": 120}
+ROUNDS = {"client": 80, "server": 160, "relay": 30, "parsers": 700, "client --key": 50, "server --key": 80}
 
 
 @BOTH

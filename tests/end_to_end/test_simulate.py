@@ -198,7 +198,7 @@ def broken(mutant, directory):
 
 
 def test_transfers_end_as_they_should():
-    code, said = simulate("--seeds", "60", "--jobs", "2")
+    code, said = simulate("--seeds", "40", "--jobs", "2")
     assert code == 0, said
 
 
