@@ -198,7 +198,8 @@ LONG="
     end_to_end/test_fuzz:2 end_to_end/test_fallback:3 end_to_end/test_simulate:2 end_to_end/test_clocks_of_both:2
     end_to_end/test_what_is_seen:2 end_to_end/test_hostile_servers:2 end_to_end/test_strangers:2 end_to_end/test_passes:2
     end_to_end/test_transfer:2 end_to_end/test_signals:2 end_to_end/test_key:2 end_to_end/test_chain:2 end_to_end/test_failures:2
-    end_to_end/test_report_page:1 laboratory/test_patience:1 laboratory/test_chain:3 laboratory/test_recipes:3
+    end_to_end/test_report_page:1 end_to_end/test_check:1 end_to_end/test_again:1 end_to_end/test_loss:1
+    end_to_end/test_hosts:1 laboratory/test_patience:1 laboratory/test_chain:3 laboratory/test_recipes:3
     laboratory/test_passes:2 laboratory/test_clocks:1 laboratory/test_rehearsal:1 laboratory/test_loss:2
     laboratory/test_faults_of_network:2 laboratory/test_faults_of_server:2 laboratory/test_stalls:1 unit/test_pacing:1
     unit/test_datagrams:1
