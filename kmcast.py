@@ -2531,8 +2531,8 @@ class RateControl(object):
         arrived = max(self.LOWEST, sent * worst.ratio)
         if self.line is None:
             return self._slow_down(arrived, worst, lossy, now) if lags else self._speed_up(speed, achieved, steady)
-        if speed.rate > self.rate * 1.0001:
-            return None                 # of a round that was under way when we learned of others
+        if self._outdated(speed):
+            return None
         most = self._at_most(arrived, worst.error)
         if self._error and (lags or lossy) and most > (1 - self._error - self.SLOWER) * self.line:
             self.line = min(self.line, most)
@@ -2573,6 +2573,10 @@ class RateControl(object):
             return 'nobody takes it'
         return None
 
+    def _outdated(self, speed):
+        """Whether a round was sent faster than we send now: it was under way when we learned of others."""
+        return speed.rate > self.rate * 1.0001
+
     @staticmethod
     def _at_most(arrived, error):
         """At which rate a train may really have arrived, if that is wrong by such a share."""
@@ -2587,7 +2591,7 @@ class RateControl(object):
     def _speed_up(self, speed, achieved, steady):
         """We are not at the line's rate yet."""
         faster = achieved * (1 + self._step)
-        if faster <= self.rate or not steady or not self.BELOW * self.rate <= speed.rate <= self.rate * 1.0001:
+        if faster <= self.rate or not steady or speed.rate < self.BELOW * self.rate or self._outdated(speed):
             return None                 # we are the slowest, or it was sent before we learned more
         self.rate = faster
         self._step = min(1.0 if self._estimate is None else self.LEAP, 2 * self._step)
@@ -3131,6 +3135,11 @@ def bring_to_disk(fd):
             raise                       # these: a device that has none
 
 
+def new_part(folder, prefix):
+    """The path of a part of an image that there is not yet."""
+    return os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+
+
 TRIAL = 64 << 20                        # bytes that are written to see how fast that goes, at the most,
 TRIAL_TIME = 0.5                        # and seconds after which no more are
 
@@ -3142,7 +3151,7 @@ def try_writing(folder, prefix, room):
     """
     most = TRIAL if room is None else min(TRIAL, max(4096, room // 2))
     block = memoryview(os.urandom(1 << 20))         # which nothing on the way can compress
-    path = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+    path = new_part(folder, prefix)
     with uninterruptible:               # its name is gone at once, and it ends with its descriptor
         file = io.open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb', buffering=0)
         remove(path)
@@ -3243,7 +3252,7 @@ class Sink(object):
         remove_dead(folder, prefix)
         while not ours:
             # Its name is kept before there is such a file: a signal may come at any moment.
-            self._temporary = os.path.join(folder, prefix + '%012x.part' % to_int(os.urandom(6)))
+            self._temporary = new_part(folder, prefix)
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7620,6 +7629,7 @@ ADVICE = {
               '(sysctl)'}
 HINTS = ('unreachable', 'buffer')       # what is no reason for a rehearsal to fail
 
+
 def findings(wrong, facts, payload):
     """What a rehearsal found wrong with a client: [(key, in words)], the worst first.
 
@@ -9338,10 +9348,9 @@ class Multicaster(object):
         if limit > buffer.capacity:     # the first rounds are short, and so are many images
             room = limit if 4 * limit < self._capacity else self._capacity
             buffer = Buffer(buffer.payload, room, buffer.salt, buffer.checks)
-        self._upcoming = buffer
-        self._upcoming.start(base, 0, 0)
-        self._upcoming.limit = limit
-        self._fed = None
+        buffer.start(base, 0, 0)
+        buffer.limit = limit
+        self._upcoming, self._fed = buffer, None
 
     def digest(self, part):
         """The image's digest through a part; b'' without digests."""
